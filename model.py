@@ -1,0 +1,478 @@
+"""
+The GPT of this study: one decoder-only transformer, small enough to read in one sitting.
+
+What it does: the model itself (`embed / blocks / head`), soft prompts in front of the text, a static key-value cache with
+rows of different lengths, greedy or sampled generation, and checkpoints in the safetensors layout, read and written by hand.
+One class covers three families by configuration alone: GPT-2 (learned positions, LayerNorm, GELU), OPT (the same with ReLU and an
+offset) and Llama (rotary positions, RMSNorm, SwiGLU, grouped-query attention). The default is the small world's own GPT.
+
+What it leaves out: dropout, beam search, paged caches, padding on the left. Padding stands on the right, where causal attention
+never sees it; every row of a cache knows its own length instead.
+
+    python model.py                        # train the small GPT on the small world: out/dense.safetensors
+    python model.py --size quick           # the same in seconds
+
+Symbols, used in every file of this study:
+
+    B  batch            T  time (tokens)       C  embedding width        V  vocabulary        L  layers
+    nh heads            nkv key/value heads    hs head size              S  slots in a cache
+    W  (out, in)  a weight as nn.Linear stores it        X  (n, in)  its calibration inputs, one row a token
+    H  (in, in)   mean over tokens of x xᵀ               U  (in, in) upper Cholesky factor of H⁻¹: UᵀU = H⁻¹
+    P  prompt length    M  prompts in the pool
+
+Sources: Radford et al. 2019 (GPT-2), Zhang et al. 2022 (OPT, arXiv 2205.01068), Touvron et al. 2023 (Llama, arXiv 2302.13971),
+Su et al. 2021 (rotary positions, arXiv 2104.09864), Ainslie et al. 2023 (grouped queries, arXiv 2305.13245).
+"""
+import json
+import math
+import os
+import struct
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 512
+    context: int = 96             # positions there are: prompt + text + answer must fit
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 96
+    n_kv_head: int | None = None  # fewer than n_head: grouped queries; None: as many as n_head
+    n_hidden: int | None = None   # width of the MLP; None: 4 * n_embd
+    position: str = "rotary"      # or "learned"
+    position_offset: int = 0      # OPT keeps its first two learned positions for padding: 2
+    norm: str = "rmsnorm"         # or "layernorm"
+    norm_eps: float = 1e-5
+    activation: str = "gelu"      # GPT-2's tanh approximation; or "relu", "swiglu"
+    bias: bool = False            # in every linear layer and LayerNorm
+    tied: bool = True             # the head reads the embedding's own matrix
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3: factor, low_freq_factor, high_freq_factor, original_context
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_hidden = self.n_hidden or 4 * self.n_embd
+        for name in ("vocab_size", "context", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_embd={self.n_embd} must divide by n_head={self.n_head}, and that by "
+                             f"n_kv_head={self.n_kv_head}")
+        for name, known in (("position", ("rotary", "learned")), ("norm", ("rmsnorm", "layernorm")),
+                            ("activation", ("gelu", "relu", "swiglu"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(f"rotary positions turn pairs: the head size must be even, got {self.head_size}")
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
+
+class Cache:
+    """Keys and values of everything read so far, in slots made once: slot number = position.
+
+    k, v    one tensor a layer, each (B, nkv, S, hs)
+    length  (B,) the next free slot of each row: rows may differ
+    first   (B,) the first slot that counts; those before it are never attended to (prompts aligned at their end)
+    slots   S, how many there are
+    used    the largest `length` as a plain int, so that checking for room never waits for the device
+    """
+
+    def __init__(self, config, batch, slots, device=None, dtype=None):
+        if slots > config.context:
+            raise ValueError(f"a cache of {slots} slots does not fit the context of {config.context}")
+        shape = (batch, config.n_kv_head, slots, config.head_size)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)
+        self.first = torch.zeros(batch, dtype=torch.long, device=device)
+        self.slots, self.used = slots, 0
+
+
+def rope_table(config):
+    """cos and sin of every angle, (context, 2, hs / 2): position t turns pair i by t * theta^(-2i / hs)."""
+    hs = config.head_size
+    frequency = config.rope_theta ** (-torch.arange(0, hs, 2, dtype=torch.float64) / hs)  # (hs / 2,)
+    s = config.rope_scaling
+    if s:  # Llama 3: slow rotations are slowed further by `factor`, fast ones kept, those between blended
+        turns = s["original_context"] * frequency / (2 * math.pi)  # full turns within the original context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
+    angle = torch.arange(config.context, dtype=torch.float64)[:, None] * frequency  # (context, hs / 2)
+    return torch.stack([angle.cos(), angle.sin()], dim=1).float()  # (context, 2, hs / 2)
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (i, i + hs/2) of x (B, heads, T, hs) by the angles in cos, sin (B or 1, 1, T, hs / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, hs, nkv = config.n_embd, config.head_size, config.n_kv_head
+        self.n_head, self.n_kv_head, self.head_size = config.n_head, nkv, hs
+        self.q = nn.Linear(C, C, bias=config.bias)
+        self.k = nn.Linear(C, nkv * hs, bias=config.bias)
+        self.v = nn.Linear(C, nkv * hs, bias=config.bias)
+        self.o = nn.Linear(C, C, bias=config.bias)
+        self.register_buffer("rope", None, persistent=False)  # GPT shares one table among all layers
+
+    def qkv(self, x, positions):
+        """x (B, T, C), positions (B or 1, T) -> q (B, nh, T, hs), k and v (B, nkv, T, hs); q and k turned if rotary."""
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)     # (B, nh, T, hs)
+        k = self.k(x).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
+        v = self.v(x).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
+        if self.rope is not None:
+            cos, sin = self.rope[positions].to(x.dtype).unsqueeze(1).unbind(dim=3)  # each (B or 1, 1, T, hs / 2)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
+
+    def forward(self, x, positions, mask=None, past=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x, positions)
+        if past is not None:
+            slots = positions[:, None, :, None].expand_as(k)  # (B, nkv, T, hs)
+            k, v = past[0].scatter_(2, slots, k), past[1].scatter_(2, slots, v)  # (B, nkv, S, hs), in place
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.n_kv_head != self.n_head)  # (B, nh, T, hs)
+        return self.o(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = config.activation
+        if config.activation == "swiglu":
+            self.gate = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        if self.activation == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.activation == "relu":
+            return self.down(F.relu(self.up(x)))
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def make_norm(config):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config)
+        self.norm2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, positions=None, mask=None, past=None):
+        """x (B, T, C) -> (B, T, C). Alone, `block(x)` is causal attention from position 0.
+
+        positions (B or 1, T)  where each token stands (and its slot in `past`)
+        mask      (B or 1, 1, T, S) bool, True = may be attended to; None: causal
+        past      this layer's (K, V), each (B, nkv, S, hs); the new keys and values are written into it
+        """
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
+        x = x + self.attn(self.norm1(x), positions, mask, past)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.context + config.position_offset, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        """Share what is one tensor: the embedding with a tied head, the rotary table among the layers."""
+        if self.config.tied and isinstance(self.lm_head, nn.Linear):
+            self.lm_head.weight = self.wte.weight
+        if self.config.position == "rotary":
+            table = rope_table(self.config).to(self.wte.weight.device)
+            for block in self.blocks:
+                block.attn.rope = table
+
+    @torch.no_grad()
+    def init_weights(self, generator):
+        """GPT-2's initialisation: N(0, 0.02²), the two projections back into the residual stream scaled by (2L)^-½."""
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                back = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if back else 0.02
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
+        return self
+
+    # ---- the forward pass
+
+    def place(self, x, positions):
+        """Add the learned position embeddings, where the model has them; x (B, T, C), positions (B or 1, T)."""
+        return x + self.wpe(positions + self.config.position_offset) if self.config.position == "learned" else x
+
+    def embed(self, ids, start=0):
+        """Token embeddings (B, T, C) of ids (B, T), the first token standing at position `start`."""
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]  # (1, T)
+        return self.place(self.wte(ids), positions)
+
+    def head(self, x):
+        """Logits (B, T, V) of the last block's output x (B, T, C): final norm, then the output matrix."""
+        return self.lm_head(self.norm(x))
+
+    def hidden(self, ids, prompt=None, cache=None, lengths=None):
+        """What `forward` computes, before the head: (B, T, C) for the T text tokens."""
+        x = self.wte(ids)  # (B, T, C)
+        B, T = ids.shape
+        P = 0
+        if prompt is not None:
+            prompt = prompt.expand(B, -1, -1)  # (P, C) or (B, P, C) -> (B, P, C)
+            P = prompt.shape[1]
+            x = torch.cat([prompt.to(x.dtype), x], dim=1)  # (B, P + T, C)
+        used = cache.used if cache is not None else 0
+        room = cache.slots if cache is not None else self.config.context
+        if used + P + T > room:
+            raise ValueError(f"{used} cached + {P} prompt + {T} text tokens do not fit the context of {room}")
+        positions = torch.arange(P + T, device=ids.device)[None]  # (1, P + T)
+        mask = None  # plain causal attention
+        if cache is not None:
+            positions = cache.length[:, None] + positions  # (B, P + T): each row goes on where it stopped
+            slot = torch.arange(room, device=ids.device)
+            mask = (slot <= positions[:, :, None]) & (slot >= cache.first[:, None, None])  # (B, P + T, S)
+            mask = mask[:, None]  # (B, 1, P + T, S)
+        x = self.place(x, positions)
+        for i, block in enumerate(self.blocks):
+            x = block(x, positions, mask, (cache.k[i], cache.v[i]) if cache is not None else None)
+        if cache is not None:
+            cache.length = cache.length + P + (T if lengths is None else lengths)
+            cache.used += P + T
+        return x[:, P:]  # (B, T, C)
+
+    def forward(self, ids, prompt=None, cache=None, lengths=None):
+        """Logits (B, T, V) of the T text tokens.
+
+        ids      (B, T) token ids
+        prompt   (P, C) or (B, P, C) embeddings put in front of the text, without positions; they get no logits
+        cache    a Cache to read and extend; the text then stands behind what is cached, each row at its own length
+        lengths  (B,) real tokens in each row, with a cache only: what stands behind them is padding, and overwritten
+        Raises ValueError when cached + prompt + text tokens exceed the context.
+        """
+        return self.head(self.hidden(ids, prompt, cache, lengths))
+
+    def new_cache(self, batch, slots):
+        return Cache(self.config, batch, slots, self.wte.weight.device, self.wte.weight.dtype)
+
+    @torch.no_grad()
+    def generate(self, ids, max_new_tokens, lengths=None, prompt=None, cache=None, stop=None, temperature=0.0,
+                 generator=None):
+        """Continue each row of ids (B, T) by max_new_tokens: (B, T + max_new_tokens), new tokens right behind the row's own.
+
+        lengths      (B,) real tokens a row (right padding); default all T
+        prompt       soft prompt(s) as in forward;  cache  a filled Cache to start from (a prompt's, a prefix's)
+        stop         a token id: a row that produced it repeats it, and generation ends once all rows have
+        temperature  0 is greedy; above, tokens are drawn with `generator`
+        """
+        B, T = ids.shape
+        P = 0 if prompt is None else prompt.shape[-2]
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        lengths = torch.full((B,), T, device=ids.device) if lengths is None else lengths
+        cache = cache or self.new_cache(B, P + T + max_new_tokens)
+        if cache.used + P + T + max_new_tokens > cache.slots:
+            raise ValueError(f"{cache.used} cached + {P} prompt + {T} text + {max_new_tokens} new tokens do not fit "
+                             f"a cache of {cache.slots}")
+        rows = torch.arange(B, device=ids.device)
+        out = torch.cat([ids, ids.new_zeros(B, max_new_tokens)], dim=1)
+        x = self.hidden(ids, prompt, cache, lengths)[rows, lengths - 1][:, None]  # (B, 1, C): each row's last token
+        done = torch.zeros(B, dtype=torch.bool, device=ids.device)
+        for i in range(max_new_tokens):
+            logits = self.head(x)[:, -1]  # (B, V)
+            if temperature > 0:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+            else:
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
+            if stop is not None:
+                new = torch.where(done[:, None], stop, new)
+                done |= new[:, 0] == stop
+            out.scatter_(1, (lengths + i)[:, None], new)
+            if i + 1 == max_new_tokens or (stop is not None and bool(done.all())):
+                break
+            x = self.hidden(new, cache=cache)  # (B, 1, C)
+        if stop is not None:  # rows that stopped early repeat the stop token to the end
+            end = torch.arange(T + max_new_tokens, device=ids.device) > (lengths + i)[:, None]
+            behind = end & (torch.arange(T + max_new_tokens, device=ids.device) < (lengths + max_new_tokens)[:, None])
+            out[behind] = stop
+        return out
+
+    # ---- what it costs
+
+    def n_parameters(self):
+        """Parameters, each counted once (a tied head is the embedding)."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T=None):
+        """Floating-point operations of one token's forward pass with T tokens attended to: 2 a weight, 4TC a layer."""
+        c, T = self.config, T or self.config.context
+        linear = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
+        return 2 * (linear + c.vocab_size * c.n_embd) + 4 * T * c.n_embd * c.n_layer
+
+
+# ---- checkpoints: 8 bytes of header length, a JSON header, the tensors' bytes (the safetensors layout)
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write {name: tensor} and {str: str} to `path`, whole or not at all: to a temporary name first, then renamed."""
+    header, blobs, offset = {"__metadata__": dict(metadata or {})}, [], 0
+    for name, t in tensors.items():
+        blob = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + len(blob)]}
+        blobs.append(blob)
+        offset += len(blob)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(struct.pack("<Q", len(text)))
+            f.write(text)
+            for blob in blobs:
+                f.write(memoryview(blob))
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def read_safetensors(path):
+    """{name: tensor} and {str: str} from `path`. The tensors lie in the memory-mapped file, private to this process.
+
+    Raises ValueError, naming the file and the field, for anything that is not a whole and honest safetensors file.
+    """
+    size = os.path.getsize(path)
+    if size < 8:
+        raise ValueError(f"{path}: {size} bytes is too short for a safetensors file")
+    data = np.memmap(path, dtype=np.uint8, mode="c")
+    n = int.from_bytes(data[:8].tobytes(), "little")
+    if n > min(size - 8, 100_000_000):
+        raise ValueError(f"{path}: the header claims {n} bytes, the file has {size}: truncated, or not safetensors")
+    try:
+        header = json.loads(data[8:8 + n].tobytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the header is not JSON ({type(error).__name__})") from None
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: the header is not an object of tensors")
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
+        dtype, shape = DTYPES.get(entry.get("dtype")), entry.get("shape")
+        if dtype is None:
+            raise ValueError(f"{path}: tensor {name}: unknown dtype {entry.get('dtype')!r}")
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"{path}: tensor {name}: shape {shape!r} is not a list of sizes")
+        start, stop = entry["data_offsets"]
+        if start < end:
+            raise ValueError(f"{path}: tensor {name}: its bytes overlap another tensor's")
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: tensor {name}: {stop - start} bytes for shape {shape} of {entry['dtype']}")
+        if 8 + n + stop > size:
+            raise ValueError(f"{path}: tensor {name} ends {8 + n + stop - size} bytes after the file does: truncated")
+        end = stop
+        raw = data[8 + n + start:8 + n + stop]
+        if (8 + n + start) % dtype.itemsize:
+            raw = raw.copy()  # a view needs aligned bytes
+        tensors[name] = (torch.from_numpy(raw).view(dtype) if len(raw) else torch.empty(0, dtype=dtype)).reshape(shape)
+    return tensors, metadata
+
+
+def _offsets(path, name, entry):
+    """The sort key of a header entry, once it is known to have one."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise ValueError(f"{path}: tensor {name}: data_offsets {offsets!r} are not two positions")
+    return offsets
+
+
+def save(model, path):
+    """Write the model, compressed or not, to one safetensors file.
+
+    The metadata holds the config and how to rebuild each module that is no longer an nn.Linear (its `spec()`). A pruned
+    weight is stored as one bit a weight and the values that remain; a tied head is not stored twice.
+    """
+    specs = {name: m.spec() for name, m in model.named_modules() if hasattr(m, "spec")}
+    tensors = {}
+    for name, t in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tied and t.data_ptr() == model.wte.weight.data_ptr():
+            continue
+        kept = t != 0
+        if t.dim() == 2 and t.dtype == torch.float32 and (~kept).sum() > t.numel() / 32:  # the bitmap's own price
+            tensors[name + ".bitmap"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
+            tensors[name + ".values"] = t[kept]
+        else:
+            tensors[name] = t
+    write_safetensors(path, tensors, {"format": "pt", "config": json.dumps(asdict(model.config)),
+                                      "modules": json.dumps(specs)})
+
+
+def load(path):
+    """Read what `save` wrote. Raises ValueError for a damaged or foreign file, OSError for a missing one; runs no pickle."""
+    tensors, metadata = read_safetensors(path)
+    try:
+        config = GPTConfig(**json.loads(metadata["config"]))
+        specs = json.loads(metadata["modules"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no usable model configuration in the file ({error})") from None
+    return assemble(config, tensors, specs, path)
+
+
+def assemble(config, tensors, specs=None, path="checkpoint"):
+    """A GPT of `config` from {name: tensor}; missing, surplus and misshapen tensors are named in the ValueError."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        model = GPT(config)
+    for name, spec in (specs or {}).items():
+        from kernels import from_spec  # here, not above: a dense model needs no kernels
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, from_spec(spec))
+    expected = {name: t for name, t in model.state_dict().items()}
+    tensors = {name: t.clone() for name, t in tensors.items()}  # out of the mapped file
+    for name in [n[:-len(".bitmap")] for n in tensors if n.endswith(".bitmap")]:
+        bitmap, values = tensors.pop(name + ".bitmap"), tensors.pop(name + ".values", torch.empty(0))
+        shape = expected[name].shape if name in expected else (0,)
+        kept = torch.from_numpy(np.unpackbits(bitmap.numpy())[:math.prod(shape)]).bool()
+        if kept.numel() != math.prod(shape) or int(kept.sum()) != values.numel():
+            raise ValueError(f"{path}: {name}: its bitmap and its values disagree")
+        tensors[name] = torch.zeros(math.prod(shape)).masked_scatter_(kept, values).view(shape)
+    if config.tied and "lm_head.weight" in expected and "wte.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["wte.weight"])
+    missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or surplus:
+        raise ValueError(f"{path}: missing tensors {missing[:4]}, surplus tensors {surplus[:4]}")
+    for name, t in tensors.items():
+        if t.shape != expected[name].shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, the model needs {tuple(expected[name].shape)}")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.tie()
+    return model
