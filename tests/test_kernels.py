@@ -1,0 +1,200 @@
+"""kernels.py against plain loops and the float64 product with the dequantized weight."""
+import json
+
+import pytest
+import torch
+
+import model
+from compress import Quantized
+from kernels import LANES, Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, to_words, unpack
+
+SHAPES = [(1, 1), (5, 7), (16, 128), (33, 100), (40, 384)]
+
+
+def quantized(N, K, bits, group_size=None, act_order=False, seed=0):
+    """Random codes: what a compressor would hand over, with every code and every zero-point possible."""
+    g = torch.Generator().manual_seed(seed)
+    group = torch.arange(K) // (group_size or K)
+    G = int(group[-1]) + 1
+    if act_order:
+        group = group[torch.randperm(K, generator=g)]
+    codes, zero = (torch.randint(0, 2**bits, (N, n), generator=g, dtype=torch.uint8) for n in (K, G))
+    return Quantized(codes, torch.rand(N, G, generator=g) + 0.1, zero, group, bits)
+
+
+def keep(N, K, n, m, seed=0):
+    """A random n:m mask (N, K); the last, incomplete cell may keep fewer."""
+    g = torch.Generator().manual_seed(seed)
+    rank = torch.rand(N, K + -K % m, generator=g).view(N, -1, m).argsort(-1).argsort(-1)
+    return (rank < n).flatten(1)[:, :K]
+
+
+def same(a, b):
+    return all(x == y if isinstance(x, int) else torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b))
+
+
+def relative_error(y, x, W):
+    """Largest error against the float64 product, relative to the largest sum of absolute products: rounding's own unit."""
+    exact = x.double() @ W.double().T
+    return float((y.double() - exact).abs().max() / (x.double().abs() @ W.double().abs().T).max())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_pack_and_back_is_exact(bits):
+    for N, K in SHAPES:
+        for group_size in (None, 16, 32, 50, 64, 128):
+            for act_order in (False, True):
+                q = quantized(N, K, bits, group_size, act_order)
+                p = pack(q)
+                assert same(unpack(p), q), (N, K, group_size, act_order)
+                assert torch.equal(p.dequantize(), q.scale[:, q.group] * (q.codes.float() - q.zero[:, q.group].float()))
+
+
+def test_pack_unequal_and_empty_groups():
+    q = quantized(20, 9, 3, 3)._replace(group=torch.tensor([2, 0, 0, 2, 2, 2, 2, 0, 2]))  # 3, 0 and 6 columns
+    assert same(unpack(pack(q)), q)
+    q = q._replace(group=torch.tensor([0, 1, 0, 1, 1, 1, 0, 0, 1]))  # the last group has none
+    assert same(unpack(pack(q)), q)
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_words_by_hand(bits):
+    """Each row's codes, written as one long binary number, lowest code first; at 3 bits all but two codes of 32."""
+    q = quantized(LANES, 32, bits)
+    words = to_words(q.codes, bits).long() & 0xFFFFFFFF  # (1, n, 16)
+    for row in range(LANES):
+        codes = q.codes[row].tolist()
+        if bits == 3:
+            a, b = codes[30], codes[31]
+            tops = (a & 3, (a >> 2) | ((b & 1) << 1), b >> 1)
+            naive = [sum(codes[10 * w + i] << (3 * i) for i in range(10)) | tops[w] << 30 for w in range(3)]
+        else:
+            number = sum(c << (bits * i) for i, c in enumerate(codes))
+            naive = [(number >> (32 * w)) & 0xFFFFFFFF for w in range(bits)]
+        assert words[0, :, row].tolist() == naive
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_a_code_costs_its_bits(bits):
+    p = pack(quantized(64, 256, bits, 64))
+    assert p.words.nbytes == 64 * 256 * bits // 8 and p.nbytes == p.words.nbytes + 64 * 4 * (4 + 1)
+    assert pack(quantized(64, 256, 6, 64)).nbytes == pack(quantized(64, 256, 8, 64)).nbytes  # 5 to 7 are stored as 8
+
+
+def test_pack_refuses():
+    q = quantized(4, 8, 4)
+    with pytest.raises(ValueError, match="16 does not fit 4 bits"):
+        pack(q._replace(codes=torch.full((4, 8), 16, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match=r"\[2, 8\], got 1"):
+        pack(q._replace(bits=1))
+    with pytest.raises(ValueError, match="3 features, the packed weight takes 8"):
+        matmul(torch.zeros(2, 3), pack(q))
+
+
+@pytest.mark.parametrize("n_m", [(2, 4), (4, 8), (1, 4), (1, 2), (3, 16)])
+def test_sparse_and_back_is_exact(n_m):
+    for N, K in SHAPES:
+        mask = keep(N, K, *n_m)
+        W = torch.where(mask, torch.randn(N, K, generator=torch.Generator().manual_seed(1)), 0.0)
+        assert torch.equal(pack_sparse(W, n_m).dequantize(), W)
+        for bits in (2, 3, 4, 8):
+            for group_size in (None, 16, 48, 64):
+                q = quantized(N, K, bits, group_size)
+                q = q._replace(codes=torch.where(mask, q.codes, q.zero[:, q.group]))
+                p = pack_sparse(q, n_m)
+                assert same(unpack(p), q), (N, K, bits, group_size)
+                assert torch.equal(p.dequantize(), pack(q).dequantize())
+
+
+def test_sparse_sizes():
+    W = torch.where(keep(64, 256, 2, 4), 1.0, 0.0)
+    assert pack_sparse(W, (2, 4)).nbytes == 64 * 256 // 2 * 4 + 64 * 256 // 2 // 4  # half the floats, 2 bits each for the place
+    q = quantized(64, 256, 4, 64)
+    q = q._replace(codes=torch.where(W == 1, q.codes, q.zero[:, q.group]))
+    assert pack_sparse(q, (2, 4)).nbytes == 64 * 256 // 2 * 6 // 8 + 64 * 4 * 5  # 4 + 2 bits for each one kept
+
+
+def test_sparse_refuses():
+    W = torch.ones(2, 8)
+    with pytest.raises(ValueError, match="not 2:4 sparse: 4 of 4"):
+        pack_sparse(W, (2, 4))
+    with pytest.raises(ValueError, match="got 4:4"):
+        pack_sparse(W, (4, 4))
+    q = quantized(2, 64, 4, 16, act_order=True)
+    with pytest.raises(ValueError, match="act_order"):
+        pack_sparse(q._replace(codes=q.zero[:, q.group]), (2, 4))
+    with pytest.raises(ValueError, match="float values"):
+        unpack(pack_sparse(torch.zeros(2, 8), (2, 4)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_eager_matmul(bits, shape):
+    for M in (1, 3, 128):
+        x = torch.randn(M, shape[1], generator=torch.Generator().manual_seed(2))
+        p = pack(quantized(*shape, bits, 32))
+        assert relative_error(matmul(x, p), x, p.dequantize()) < 1e-6
+        y = matmul(x.bfloat16(), p)
+        assert y.dtype == torch.bfloat16 and relative_error(y, x, p.dequantize()) < 2e-2
+
+
+def layers():
+    """One PackedLinear of each kind, and the float weight each stands for."""
+    mask = keep(24, 64, 2, 4)
+    q = quantized(24, 64, 3, 32, act_order=True)
+    s = quantized(24, 64, 4, 32)
+    s = s._replace(codes=torch.where(mask, s.codes, s.zero[:, s.group]))
+    return [pack(q), pack(s), pack_sparse(s, (2, 4)), pack_sparse(torch.where(mask, 0.5, 0.0), (2, 4))]
+
+
+def test_layer_holds_packed_tensors_only():
+    for p in layers():
+        layer = PackedLinear(p, torch.ones(24))
+        assert not list(layer.parameters())
+        held = sum(b.nbytes for b in layer.buffers()) - layer.bias.nbytes
+        assert held == p.nbytes and not hasattr(layer, "weight")
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
+        assert torch.allclose(layer(x), x @ p.dequantize().T + 1, atol=1e-4)
+
+
+def test_gradient_reaches_the_input_and_keeps_no_float_weight():
+    for p in layers():
+        layer = PackedLinear(p, torch.ones(24))
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = layer(x)
+        assert sum(t.numel() for t in saved) < p.shape[0] * p.shape[1]
+        y.square().sum().backward()
+        W = p.dequantize()
+        assert torch.allclose(x.grad, 2 * (x.detach() @ W.T + 1) @ W, rtol=1e-4, atol=1e-3)
+        assert all(b.grad is None and not b.requires_grad for b in layer.buffers())
+
+
+def test_spec_rebuilds_every_layer():
+    for p in layers():
+        for bias in (None, torch.arange(24.0)):
+            layer = PackedLinear(p, bias)
+            again = from_spec(json.loads(json.dumps(layer.spec())))
+            again.load_state_dict(layer.state_dict(), strict=True, assign=True)
+            x = torch.randn(2, 64, generator=torch.Generator().manual_seed(5))
+            assert torch.equal(again(x), layer(x)) and again.packed.nbytes == p.nbytes
+            assert isinstance(again.packed, Packed) and repr(again) == repr(layer)
+
+
+def test_spec_refuses():
+    spec = PackedLinear(layers()[0]).spec()
+    for bad in ({}, {**spec, "buffers": {"words": [[1], "float64"]}}, {**spec, "buffers": {"other": [[1], "int32"]}}, 7):
+        with pytest.raises(ValueError, match="not the specification"):
+            from_spec(bad)
+
+
+def test_a_compressed_model_survives_the_disk(tmp_path):
+    gpt = model.GPT(model.GPTConfig(vocab_size=32, context=16, n_layer=2, n_head=2, n_embd=32, n_hidden=64))
+    gpt.init_weights(torch.Generator().manual_seed(0))
+    for block in gpt.blocks:
+        block.attn.q = PackedLinear(pack(quantized(32, 32, 3, 16, act_order=True)))
+        block.mlp.up = PackedLinear(pack_sparse(torch.where(keep(64, 32, 2, 4), 0.1, 0.0), (2, 4)))
+    model.save(gpt, tmp_path / "small")
+    ids = torch.arange(12)[None]
+    assert torch.equal(model.load(tmp_path / "small")(ids), gpt(ids))
