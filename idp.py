@@ -1,0 +1,116 @@
+"""
+Inference-time dynamic prompting (IDP): a pool of soft prompts, and for each input the one it attends to most.
+
+Hoang et al. 2023, arXiv 2310.00867, section 4: "the prompt with the maximal mean attention wins". Exactly, here:
+
+    In the first layer the input's queries attend to the keys of every prompt and, causally, to the input itself; prompts do not see
+    one another. A prompt's score is the mean attention probability it receives, over heads, over the input's real tokens and over the
+    prompt's own tokens (a mean, so that length buys no votes). The highest score wins, the lowest index on a tie.
+
+Layer, number of prompts and lengths are our choices. The choice is made once, on the question, never on the answer; from there on the
+result is exactly that of the chosen prompt alone.
+
+Why it costs nothing: a soft prompt does not depend on the input, so its keys and values in every layer are constants. `prefill`
+computes them once; answering copies the winner's into the cache and runs the text tokens only.
+
+Prompts of unequal length are aligned at their end. With Pmax the longest, prompt i stands at positions Pmax - P_i .. Pmax - 1 and the
+text starts at Pmax: text and prompt are as far apart as with that prompt alone.
+
+What it leaves out: prompts per layer, more than one winner, a choice made again during the answer.
+
+    python idp.py --base out/gptq3.safetensors --prompts 4 --length 8
+"""
+import copy
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import Cache
+
+
+class PromptPool(nn.Module):
+    """M soft prompts, `PromptPool([(P_1, C), (P_2, C), ...])`; lengths may differ."""
+
+    def __init__(self, prompts):
+        super().__init__()
+        if not prompts:
+            raise ValueError("a pool needs at least one prompt")
+        self.prompts = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in prompts)
+
+    def __len__(self):
+        return len(self.prompts)
+
+    @property
+    def longest(self):
+        return max(len(p) for p in self.prompts)
+
+
+def prefill(model, pool):
+    """The pool's keys and values in every layer: a Cache of M rows and Pmax slots. Constants, once the pool is trained.
+
+    Gradients reach the prompts when they are wanted: then nothing here is a constant, and it runs once a training step.
+    """
+    none = torch.empty(1, 0, dtype=torch.long, device=pool.prompts[0].device)
+    rows = []
+    for prompt in pool.prompts:
+        cache = model.new_cache(1, pool.longest)
+        start = pool.longest - len(prompt)
+        cache.length, cache.first, cache.used = cache.length + start, cache.first + start, start
+        model.hidden(none, prompt, cache)
+        rows.append(cache)
+    pooled = model.new_cache(len(pool), 0)
+    pooled.k = [torch.cat([row.k[i] for row in rows]) for i in range(len(model.blocks))]  # each (M, nkv, Pmax, hs)
+    pooled.v = [torch.cat([row.v[i] for row in rows]) for i in range(len(model.blocks))]
+    pooled.length, pooled.first = torch.cat([row.length for row in rows]), torch.cat([row.first for row in rows])
+    pooled.slots = pooled.used = pool.longest
+    return pooled
+
+
+def take(filled, chosen, room):
+    """A Cache with, in row b, the keys and values of row chosen[b] of `filled`, and `room` free slots behind them."""
+    cache = copy.copy(filled)
+    cache.k = [F.pad(k[chosen], (0, 0, 0, room)) for k in filled.k]  # each (B, nkv, Pmax + room, hs)
+    cache.v = [F.pad(v[chosen], (0, 0, 0, room)) for v in filled.v]
+    cache.length, cache.first = filled.length[chosen], filled.first[chosen]
+    cache.slots = filled.slots + room
+    return cache
+
+
+def attention_scores(model, filled, ids, lengths=None):
+    """(B, M): the mean first-layer attention that each row of ids (B, T) pays to each prompt of `filled`."""
+    attn, (B, T) = model.blocks[0].attn, ids.shape
+    M, _, Pmax, hs = filled.k[0].shape
+    x = model.embed(ids, start=Pmax)  # the text stands behind the longest prompt
+    positions = torch.arange(Pmax, Pmax + T, device=ids.device)[None]  # (1, T)
+    q, k, _ = attn.qkv(model.blocks[0].norm1(x), positions)  # (B, nh, T, hs), (B, nkv, T, hs)
+    q = q.view(B, attn.n_kv_head, -1, T, hs) * hs ** -0.5  # (B, nkv, nh / nkv, T, hs): queries beside their key head
+    to_text = q @ k[:, :, None].transpose(-1, -2)  # (B, nkv, nh / nkv, T, T)
+    ahead = torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)
+    to_text = to_text.masked_fill(ahead, -torch.inf)
+    keys = filled.k[0].transpose(0, 1).reshape(attn.n_kv_head, 1, M * Pmax, hs)  # all prompts side by side
+    to_prompts = q @ keys.transpose(-1, -2)  # (B, nkv, nh / nkv, T, M * Pmax)
+    slot = torch.arange(Pmax, device=ids.device)
+    real = slot >= filled.first[:, None]  # (M, Pmax): a shorter prompt leaves its first slots empty
+    to_prompts = to_prompts.masked_fill(~real.flatten(), -torch.inf)
+    p = torch.cat([to_prompts, to_text], dim=-1).softmax(-1)[..., :M * Pmax]
+    p = p.mean(dim=(1, 2)).view(B, T, M, Pmax).sum(-1) / real.sum(-1)  # (B, T, M): over heads, over a prompt's own tokens
+    lengths = torch.full((B,), T, device=ids.device) if lengths is None else lengths
+    text = torch.arange(T, device=ids.device) < lengths[:, None]  # (B, T): real tokens
+    return (p * text[..., None]).sum(1) / lengths[:, None]  # (B, M)
+
+
+@torch.no_grad()
+def select(model, pool, ids, lengths=None, filled=None):
+    """(B,) the index of the prompt each row of ids (B, T) attends to most; `lengths` (B,) real tokens a row.
+
+    filled  the pool's `prefill`, when it is at hand
+    """
+    return attention_scores(model, filled or prefill(model, pool), ids, lengths).argmax(-1)
+
+
+def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
+    """Logits (B, T, V) of ids (B, T), each row under the prompt it selected (or was given in `chosen`)."""
+    filled = filled or prefill(model, pool)
+    chosen = select(model, pool, ids, lengths, filled) if chosen is None else chosen
+    return model(ids, cache=take(filled, chosen, ids.shape[1]), lengths=lengths)
