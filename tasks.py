@@ -1,0 +1,108 @@
+"""
+The questions and the one scorer: what a model answers, how likely it finds the right answer, how well it reads text.
+
+A `Subject` is whatever answers: a model, and what stands in front of every input as keys and values (nothing, one prompt, a prefix, or a
+pool of which `choose` picks one row an input). Every number of the study comes from a Subject through this file.
+
+    recall       the question is continued greedily; the generated part up to the first full stop must be the value, exactly
+    logprob      the sum of log-probabilities of the value's tokens behind the question, in nats
+    perplexity   exp of the mean loss a text token; positions of prompts are never counted
+
+What it leaves out: partial credit, a language model as a judge, sampling.
+
+Sources: closed-book recall after Roberts et al. 2020 (arXiv 2002.08910); trap of counting prompt positions: see README.
+"""
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+
+from data import pad
+from idp import take
+
+CONTEXT = 16  # text tokens at the head of each window that perplexity only reads: what a pool chooses its prompt on
+
+
+@dataclass
+class Subject:
+    """Something that answers questions.
+
+    filled  a Cache of M rows that stand in front of the input, or None: nothing does
+    choose  (ids, lengths) -> (B,) row of `filled` for each input; None: row 0
+    """
+    model: Any
+    filled: Any = None
+    choose: Callable | None = None
+    about: dict = field(default_factory=dict)  # id, tag, base, operation, ...: for tables
+
+    def pick(self, ids, lengths):
+        """(B,) the row of `filled` that stands in front of each input ids (B, T) of `lengths` (B,) tokens."""
+        return self.choose(ids, lengths) if self.choose else torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+
+    def cache(self, chosen, room):
+        """A Cache with what was chosen (B,) in front, and `room` free slots behind it."""
+        return self.model.new_cache(len(chosen), room) if self.filled is None else take(self.filled, chosen, room)
+
+
+def tokenized(facts, encoding):
+    """[(question tokens behind an end-of-text, answer tokens)], cut where the answer's first token starts.
+
+    Question and answer are tokenized together, as training saw them; a value starts at its leading space.
+    """
+    rows = []
+    for fact in facts:
+        question = [encoding.eot_token, *encoding.encode_ordinary(fact.question)]
+        whole = [encoding.eot_token, *encoding.encode_ordinary(fact.question + fact.answer)]
+        if whole[:len(question)] != question or len(whole) == len(question):
+            raise ValueError(f"the question {fact.question!r} does not end where a token of {fact.answer!r} begins")
+        rows.append((question, whole[len(question):]))
+    return rows
+
+
+@torch.no_grad()
+def answer(subject, facts, encoding, batch_size=250):
+    """One dict a fact: answer (text), correct (bool), logprob (of the gold answer, nats), chosen (row of the pool)."""
+    rows = tokenized(facts, encoding)
+    longest = max(len(gold) for _, gold in rows) + 1  # room for the full stop
+    out = []
+    for i in range(0, len(rows), batch_size):
+        part = rows[i:i + batch_size]
+        ids, lengths = pad([question for question, _ in part], encoding)  # (B, T), (B,)
+        chosen = subject.pick(ids, lengths)
+        cache = subject.cache(chosen, ids.shape[1] + longest)
+        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token)
+        logprobs = gold_logprobs(subject, part, chosen, encoding)
+        for b, (question, _) in enumerate(part):
+            tokens = given[b, len(question):len(question) + longest].tolist()
+            text = encoding.decode([t for t in tokens if t != encoding.eot_token]).split(".")[0]
+            out.append({"answer": text.strip(), "correct": is_right(text, facts[i + b].answer),
+                        "logprob": logprobs[b], "chosen": int(chosen[b])})
+    return out
+
+
+def is_right(text, gold):
+    """Exact match of the generated part, spaces at the ends aside; an empty answer is wrong."""
+    return text.strip() == gold.strip() != ""
+
+
+def gold_logprobs(subject, rows, chosen, encoding):
+    """The log-probability (nats) of each row's gold answer behind its question, under the rows `chosen` on the question alone."""
+    whole, _ = pad([question + gold for question, gold in rows], encoding)  # (B, T + answer)
+    logits = subject.model(whole[:, :-1], cache=subject.cache(chosen, whole.shape[1]))
+    log_p = F.log_softmax(logits.float(), dim=-1)  # (B, T + answer - 1, V)
+    log_p = log_p.gather(-1, whole[:, 1:, None])[..., 0]  # (B, T + answer - 1): of each next token
+    return [log_p[b, len(question) - 1:len(question) + len(gold) - 1].sum().item()
+            for b, (question, gold) in enumerate(rows)]
+
+
+@torch.no_grad()
+def perplexity(subject, windows, batch_size=250):
+    """exp(mean loss in nats) a text token over windows (N, T + 1), the first CONTEXT tokens of each read but not scored."""
+    total = 0.0
+    for part in windows.split(batch_size):
+        ids = part[:, :-1]
+        chosen = subject.pick(ids[:, :CONTEXT], torch.full((len(part),), CONTEXT))
+        logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))[:, CONTEXT:]
+        total += F.cross_entropy(logits.flatten(0, 1).float(), part[:, CONTEXT + 1:].flatten(), reduction="sum").item()
+    return float(torch.tensor(total / windows[:, CONTEXT + 1:].numel()).exp())
