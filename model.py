@@ -215,14 +215,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """GPT-2's initialisation: N(0, 0.02²), the two projections back into the residual stream scaled by (2L)^-½."""
+        """GPT-2's initialisation: N(0, 0.02²) at its width of 768, so 0.55² / C; the two projections back into the residual
+        stream smaller by (2L)^-½."""
+        std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 back = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if back else 0.02
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+                scale = std / math.sqrt(2 * self.config.n_layer) if back else std
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
         return self
 
     # ---- the forward pass
