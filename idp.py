@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Cache
+from recover import inputs, objective
 
 
 class PromptPool(nn.Module):
@@ -114,3 +114,39 @@ def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
     filled = filled or prefill(model, pool)
     chosen = select(model, pool, ids, lengths, filled) if chosen is None else chosen
     return model(ids, cache=take(filled, chosen, ids.shape[1]), lengths=lengths)
+
+
+# ---- three ways to train a pool: each returns what `recover.fit` trains on, batch -> scalar
+
+def independent(model, pool, losses, m):
+    """Prompt m alone; called for each m on a shard of the data of its own, the pool is M prompts that never met."""
+    return objective(lambda ids: model(ids, prompt=pool.prompts[m]), losses)
+
+
+def joint(model, pool, losses, look=8, balance=0.1):
+    """Each row trains the prompt that it selects, by its first `look` tokens, as at inference.
+
+    A prompt that is never selected never learns: `balance` weighs the load term of Switch Transformers (Fedus et al. 2021,
+    arXiv 2101.03961, equation 4), M * sum of (share of rows that chose m) * (mean share of the score that m gets).
+    """
+    def loss(batch):
+        ids, filled = inputs(batch), prefill(model, pool)
+        scores = attention_scores(model, filled, ids[:, :look])  # (B, M)
+        chosen = scores.argmax(-1)
+        load = torch.bincount(chosen, minlength=len(pool)) / len(ids)
+        share = (scores / scores.sum(-1, keepdim=True)).mean(0)
+        kl = losses(model(ids, cache=take(filled, chosen, ids.shape[1])), batch).mean()
+        return kl + balance * len(pool) * (load * share).sum()
+    return loss
+
+
+def competitive(model, pool, losses):
+    """Each row trains the prompt under which its loss is lowest: the winner takes the row, and prompts specialise."""
+    def loss(batch):
+        ids, filled = inputs(batch), prefill(model, pool)
+        rows = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        with torch.no_grad():
+            each = torch.stack([losses(model(ids, cache=take(filled, rows + m, ids.shape[1])), batch).mean(-1)
+                                for m in range(len(pool))])  # (M, B)
+        return losses(model(ids, cache=take(filled, each.argmin(0), ids.shape[1])), batch).mean()
+    return loss

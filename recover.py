@@ -182,22 +182,24 @@ def prefix_init(model, prompt):
     return torch.stack([torch.stack([k[0], v[0]]) for k, v in zip(cache.k, cache.v)])
 
 
-# ---- losses: a batch in, a scalar out
+# ---- losses: logits (B, T, V) and the batch they came from -> (B, T), one loss a token
 
-def next_token(forward):
-    """The loss of the next token: `loss(batch)` of a batch (B, T + 1) of ids, `forward(ids)` giving logits (B, T, V)."""
-    def loss(batch):
-        ids = batch[0] if isinstance(batch, tuple) else batch
-        return F.cross_entropy(forward(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    return loss
+def inputs(batch):
+    """The ids (B, T) a model reads of a batch: ids (B, T + 1) alone, or with a teacher's targets as `add_targets` makes them."""
+    return (batch[0] if isinstance(batch, tuple) else batch)[:, :-1]
+
+
+def next_token(logits, batch):
+    """Cross-entropy of the token that follows, in nats."""
+    ids = batch[0] if isinstance(batch, tuple) else batch
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(logits.shape[:2])
 
 
 @torch.no_grad()
 def add_targets(teacher, batches, k=64):
-    """[(ids, log-probabilities (B, T, k), their tokens (B, T, k))]: the teacher's k likeliest next tokens, once a batch.
+    """[(ids (B, T + 1), log-probabilities (B, T, k), their tokens (B, T, k))]: the teacher's k likeliest next tokens.
 
-    Beyond the k the vocabulary is one bucket "anything else". On the small world (V = 980) k = 64 leaves 0.1 % of the
-    probability there; kept whole, the targets of one repair would take fifteen times the memory.
+    Computed once a batch, however many students read them. Beyond the k the vocabulary is one bucket, "anything else".
     """
     out = []
     for ids in batches:
@@ -206,16 +208,18 @@ def add_targets(teacher, batches, k=64):
     return out
 
 
-def distillation(forward):
-    """KL(teacher || student) a token over the buckets of `add_targets`, for batches made by it."""
-    def loss(batch):
-        ids, log_p, tokens = batch
-        log_q = F.log_softmax(forward(ids[:, :-1]).float(), dim=-1).gather(-1, tokens)  # (B, T, k)
-        p, q = log_p.exp(), log_q.exp()
-        kl = (p * (log_p - log_q)).sum(-1)
-        rest_p, rest_q = (1 - p.sum(-1)).clamp_min(1e-6), (1 - q.sum(-1)).clamp_min(1e-6)
-        return (kl + rest_p * (rest_p / rest_q).log()).mean()
-    return loss
+def distillation(logits, batch):
+    """KL(teacher || student) over the teacher's k likeliest tokens and the bucket of all others, in nats."""
+    _, log_p, tokens = batch
+    log_q = F.log_softmax(logits.float(), dim=-1).gather(-1, tokens)  # (B, T, k)
+    p, q = log_p.exp(), log_q.exp()
+    rest_p, rest_q = (1 - p.sum(-1)).clamp_min(1e-6), (1 - q.sum(-1)).clamp_min(1e-6)
+    return (p * (log_p - log_q)).sum(-1) + rest_p * (rest_p / rest_q).log()
+
+
+def objective(forward, losses=next_token):
+    """What `fit` trains on: batch -> scalar, the mean of `losses` (next_token or distillation) of `forward(ids)`'s logits."""
+    return lambda batch: losses(forward(inputs(batch)), batch).mean()
 
 
 # ---- the one training loop
@@ -291,12 +295,12 @@ def fit(model, parameters, batches, loss=None, config=None, validate=None, progr
 
     model       only for its frozen parameters: none of them gets a gradient while this runs
     batches     an iterable of what `loss` takes; a list is gone through again until config.steps are done
-    loss        batch -> scalar; default: next_token(model)
+    loss        batch -> scalar, see `objective`; default: the next token
     validate    () -> float, lower is better, asked every config.every steps: the best state is the one that is kept
     progress    called with (step, loss) after every step
     A loss that is not finite ends the training with a warning, at the last good state.
     """
-    config, loss, parameters = config or FitConfig(), loss or next_token(model), list(parameters)
+    config, loss, parameters = config or FitConfig(), loss or objective(model), list(parameters)
     if config.steps < 1 or config.lr <= 0:
         raise ValueError(f"steps must be at least 1 and lr above 0, got {config.steps} and {config.lr}")
     frozen = {p: p.requires_grad for p in model.parameters()}
