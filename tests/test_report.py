@@ -708,6 +708,18 @@ def test_markup_is_shown_as_text(browser, tmp_path):
     assert selection(browser) == ["map-0"] and browser.complaints() == []
 
 
+def test_odd_answers_are_unpacked(browser, tmp_path):
+    study = {"operations": [], "metrics": [], "models": [{"id": "alone", "metrics": {}}]}
+    predictions = list(odd_predictions())
+    browser.open(report.write_report(written(tmp_path, study, predictions), tmp_path / "page.html").as_uri())
+    rows = browser.js("""return [...document.querySelectorAll('.answers tbody tr')].map(row => {
+        const [question, gold, said] = row.cells, [answer, logprob] = said.children;
+        return [question.firstChild, gold, answer, logprob].map(n => n.textContent).concat(answer.className); })""")
+    assert rows == [[p["question"], p["gold"], p["answer"] or "(nothing)", "log p −1.00",
+                     "right" if p["correct"] else "wrong"] for p in predictions]
+    assert browser.complaints() == []
+
+
 def test_what_was_not_measured_is_said(browser, tmp_path):
     study = {"operations": [], "metrics": [{"name": "bytes"}], "models": [{"id": "alone", "metrics": {"bytes": None}}]}
     browser.open(report.write_report(written(tmp_path, study, []), tmp_path / "page.html").as_uri())
