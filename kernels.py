@@ -11,6 +11,7 @@ Sources: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit k
 time); Mishra et al. 2021 (2:4 sparsity, arXiv 2104.08378).
 """
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -57,10 +58,11 @@ def to_words(codes, bits):
 
 
 def from_words(words, bits):
-    """The way back: int32 words (NB, n, 16) -> int32 codes (NB, K, 16)."""
+    """The way back: tiles of int32 words (T, NB, n, 16) -> int32 codes (NB, K, 16)."""
+    words = words.transpose(0, 1).flatten(1, 2)  # (NB, T * n, 16)
     NB = words.shape[0]
     n_words, per = CELL[bits]
-    cells = words.view(NB, -1, n_words, 1, LANES)
+    cells = words.reshape(NB, -1, n_words, 1, LANES)
     shifts = torch.arange(0, 32 - bits + 1, bits, dtype=torch.int32, device=words.device)  # of the codes whole in a word
     codes = (cells >> shifts[:, None]) & ((1 << bits) - 1)  # (NB, cells, words, codes a word, 16)
     codes = codes.flatten(2, 3)  # (NB, cells, codes, 16)
@@ -72,18 +74,19 @@ def from_words(words, bits):
 # ---- packed weights
 
 class Packed(NamedTuple):
-    """A weight (N, K) in blocks of 16 output rows, NB = ceil(N / 16) of them, each block contiguous.
+    """A weight (N, K) in blocks of 16 output rows, NB = ceil(N / 16) of them.
 
-    The columns stand sorted by group on P positions: `span` to a group (the last may have fewer), a group's end padded to
-    whole cells. `order[p]` is the column at position p, K for padding; None where that is just 0, 1, 2, ...
-    An N:M sparse weight keeps n of every m positions: then words hold the P * n / m kept ones only, `span` counts those, and
-    `place` says which of its m positions each of them has.
+    The columns stand sorted by group on P positions, `span` to a group, its end padded to whole cells. `order[p]` is the
+    column at position p, K for padding; None where that is just 0, 1, 2, ... An N:M sparse weight keeps n of every m
+    positions: then words hold the P * n / m kept ones only, `span` counts those, and `place` says which of its m positions
+    each has. Positions are cut into T tiles, the outermost dimension, so short that a tile's part of x stays in the fastest
+    cache while all rows pass by.
     """
-    words: torch.Tensor          # (NB, P * n / m * bits / 32, 16) int32; or (NB, P * n / m, 16) float32 values, bits = 32
+    words: torch.Tensor          # (T, NB, P * n / m * bits / 32 / T, 16) int32; or float32, a value a word, when bits is 32
     scale: torch.Tensor | None   # (NB, G, 16) float32; None for float values
     zero: torch.Tensor | None    # (NB, G, 16) uint8;   None for float values
     order: torch.Tensor | None   # (P,) int32
-    place: torch.Tensor | None   # (NB, P * n / m * place bits / 32, 16) int32, for N:M
+    place: torch.Tensor | None   # (T, NB, P * n / m * place bits / 32 / T, 16) int32, for N:M
     shape: tuple                 # (N, K)
     bits: int                    # of a code (5 to 7 are stored as 8); 32: float values
     span: int
@@ -99,16 +102,14 @@ class Packed(NamedTuple):
     def dequantize(self):
         """The float weight (N, K), equal to the last bit to what was packed."""
         if self.bits == 32:
-            return _columns(self, self.words, 0.0)
+            return _columns(self, self.words.transpose(0, 1).flatten(1, 2), 0.0)
         codes = from_words(self.words, stored_bits(self.bits))  # (NB, P * n / m, 16)
-        return _columns(self, _by_group(self.scale, self, codes) * (codes - _by_group(self.zero, self, codes)), 0.0)
+        return _columns(self, _by_group(self.scale, self) * (codes - _by_group(self.zero, self)), 0.0)
 
 
-def _by_group(values, packed, like):
+def _by_group(values, packed):
     """(NB, G, 16) -> each position's own (NB, positions, 16)."""
-    if values.shape[1] == 1:
-        return values
-    return values.repeat_interleave(packed.span, dim=1)[:, :like.shape[1]]
+    return values.repeat_interleave(packed.span, dim=1)
 
 
 def place_bits(m):
@@ -141,8 +142,8 @@ def _arrange(group, groups, unit):
     K = group.numel()
     count = torch.bincount(group, minlength=groups)
     start = count.cumsum(0) - count
-    span, last = (-(-int(c) // unit) * unit for c in (count.max(), count[-1]))
-    order = torch.full(((groups - 1) * span + last,), K, device=group.device)
+    span = -(-int(count.max()) // unit) * unit
+    order = torch.full((groups * span,), K, device=group.device)
     element = group.argsort(stable=True)
     order[group[element] * span + torch.arange(K, device=group.device) - start[group[element]]] = element
     return order, span
@@ -152,6 +153,18 @@ def _lanes(t, filler=0):
     """Rows (N, ...) -> blocks (NB, ..., 16), N padded to whole lanes."""
     t = F.pad(t, (0, 0, 0, -t.shape[0] % LANES), value=filler)
     return t.view(-1, LANES, t.shape[1]).transpose(1, 2).contiguous()
+
+
+def n_tiles(span, groups, unit):
+    """How many tiles to cut the positions into: tiles of at most 2,048 positions if that cuts no cell and no one of many groups."""
+    atom, n = (span, groups) if groups > 1 else (unit, span // unit)  # n atoms, not to be cut
+    fits = [T for T in range(1, n + 1) if n % T == 0 and n // T * atom <= 2048]
+    return fits[0] if fits and n // fits[0] * atom >= 128 else 1 if groups == 1 or span <= 2048 else groups
+
+
+def _tiled(words, T):
+    """(NB, n, 16) -> (T, NB, n / T, 16)."""
+    return words.view(words.shape[0], T, -1, LANES).transpose(0, 1).contiguous()
 
 
 def _order(order, K):
@@ -171,7 +184,8 @@ def pack(quantized):
         raise ValueError(f"a code of {int(codes.max())} does not fit {bits} bits")
     order, span = _arrange(group, scale.shape[1], CELL[stored][1])
     codes = F.pad(codes, (0, 1, 0, -N % LANES))[:, order]  # (N padded, P)
-    return Packed(to_words(codes, stored), _lanes(scale), _lanes(zero.to(torch.uint8)), _order(order, K), None,
+    words = _tiled(to_words(codes, stored), n_tiles(span, scale.shape[1], CELL[stored][1]))
+    return Packed(words, _lanes(scale), _lanes(zero.to(torch.uint8)), _order(order, K), None,
                   (N, K), bits, span, None)
 
 
@@ -200,14 +214,15 @@ def pack_sparse(weight, n_m):
         raise ValueError(f"{m} neighbours belong to different groups of the quantization: act_order and N:M do not combine")
     bits = weight.bits if quantized else 32
     stored, stored_place = stored_bits(bits) if quantized else 32, place_bits(m)
-    unit = math.lcm(CELL[stored][1], CELL[stored_place][1], n) // n  # in cells
-    order, span = _arrange(group[:, 0], weight.scale.shape[1] if quantized else 1, unit)  # of cells
+    unit = math.lcm(CELL[stored][1], CELL[stored_place][1], n)  # positions that fill whole cells of everything
+    order, span = _arrange(group[:, 0], weight.scale.shape[1] if quantized else 1, unit // n)  # of cells
     values, place = (F.pad(t, (0, 0, 0, 1, 0, -N % LANES))[:, order].flatten(1) for t in (values, place))
     columns = torch.where(order[:, None] < group.shape[0], order[:, None] * m + torch.arange(m, device=order.device), K)
     scale, zero = (_lanes(weight.scale), _lanes(weight.zero.to(torch.uint8))) if quantized else (None, None)
     words = to_words(values, stored) if quantized else _lanes(values)
-    return Packed(words, scale, zero, _order(columns.flatten().clamp_max(K), K), to_words(place, stored_place),
-                  (N, K), bits, span * n, (n, m))
+    T = n_tiles(span * n, scale.shape[1] if quantized else 1, unit)
+    return Packed(_tiled(words, T), scale, zero, _order(columns.flatten().clamp_max(K), K),
+                  _tiled(to_words(place, stored_place), T), (N, K), bits, span * n, (n, m))
 
 
 def unpack(packed):
@@ -240,10 +255,172 @@ class _Dequantized(torch.autograd.Function):
         return g @ ctx.packed.dequantize().to(g.dtype), None
 
 
-def matmul(x, packed):
-    """x (..., K) times the packed weight (N, K) transposed -> (..., N), in the dtype of x; gradients flow to x."""
+# ---- the matmul, fused
+#
+# A model that writes one token after another reads every weight once a token, and uses it for one multiplication. A core does
+# dozens of multiplications in the time one float takes to arrive from memory. So the time is the bytes, and 4-bit weights can
+# be nearly eight times as fast as 32-bit ones - unless unpacking costs a trip to memory of its own: dequantizing first writes
+# the floats and reads them back, which is slower than never having packed them. `_fused` is one loop that does it all in
+# registers. For a register of 16 words (16 output rows; at 4 bits 8 codes of each), three instructions a code are left:
+#
+#     and   keeps one code of each word where it stands: bits 4i to 4i + 3 read as the integer code * 16^i
+#     cvt   makes 16 floats of them, exactly: they have four significant bits
+#     fma   multiplies by x[k], the same for all 16 rows, and adds up; x[k] was divided by 16^i beforehand, exactly too
+#
+# No shift, no shuffle, and no sum across a register. Scale and zero-point come in once a group g: with W = s (q - z),
+#
+#     y_n = sum over g of s_ng * (sum over k in g of q_nk x_k  -  z_ng * sum over k in g of x_k)
+#
+# torch.compile turns the Python below into that loop: the dimension of 16 becomes the vector, the Python loops become a
+# straight-line body, and sums over the same words become one loop nest. To read what it made (search for "_mm", "Vectorized"):
+#
+#     TORCH_LOGS=output_code python kernels.py --quick 2>&1 | less
+#
+# With many rows of x the multiplications cost more than the bytes. Then W is dequantized, so many rows at a time that they
+# stay in the cache, and a plain matmul reads them there.
+
+FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape, no more
+UNROLL = 32      # positions written out in the loop body
+CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
+# Inductor's own limits would store the long expression half-way, 2.5 times slower; "fast" lets it multiply and add in one go.
+OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20, "realize_acc_reads_threshold": 1 << 20,
+           "cpp.enable_floating_point_contract_flag": "fast"}
+
+
+def _code(words, where):
+    """One code of each cell as int32 (..., 16) from the cell's words, and the power of two it comes out too large by."""
+    (word, at, _, n), *rest = where
+    if not rest and at + n < 32:
+        return words[word] & (((1 << n) - 1) << at), 2.0 ** at
+    return sum(((words[w] >> s) & ((1 << k) - 1)) << low for w, s, low, k in where), 1.0  # a split code; the sign bit
+
+
+def _chosen(x, place, first, last):
+    """x[..., place] for places from first to last: x (..., m), place (..., 16) -> (..., 16); a compare and a blend each."""
+    out = x[..., first, None]
+    for c in range(first + 1, last + 1):
+        out = torch.where(place == c, x[..., c, None], out)
+    return out
+
+
+def _stored(x):
+    """x itself, but computed once: as_strided needs memory to stride over. Else each row block would compute x anew."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def _fused(x, packed):
+    """x (M, K) with few rows M -> (M, N) float32, in one pass over the packed weight."""
+    M, K = x.shape
+    bits = 32 if packed.bits == 32 else stored_bits(packed.bits)
+    (n, m), (cell_words, per) = packed.n_m or (1, 1), CELL[bits]
+    unit = math.lcm(per, CELL[place_bits(m)][1], n) if packed.n_m else per
+    T, NB, n_words, _ = packed.words.shape
+    tile = n_words // cell_words * per  # positions
+    body = unit * math.gcd(max(1, UNROLL // unit), min(tile, packed.span) // unit)  # positions written out
+    groups = max(1, tile // packed.span)
+    nest = (T, NB, groups, tile // groups // body)  # over tiles and row blocks; sums over groups and the bodies of a group
+    x = x.float()
+    if packed.order is not None:
+        x = F.pad(x, (0, 1))[:, packed.order]
+    elif T * tile // n * m > K:
+        x = F.pad(x, (0, T * tile // n * m - K))
+    x = x.view(M, T, 1, *nest[2:], body // n * m)
+    words = packed.words.view(*nest, -1, LANES).unbind(-2)  # each (T, NB, groups, bodies, 16)
+    if bits < 32:
+        G = packed.scale.shape[1]
+        scale, zero = (t.view(NB, T, groups, 1, LANES).transpose(0, 1) if G > 1 else t.view(1, NB, 1, 1, LANES)
+                       for t in (packed.scale, packed.zero))  # (T or 1, NB, groups, 1, 16)
+        codes = [_code(words[c:c + cell_words], where) for c in range(0, len(words), cell_words) for where in pieces(bits)]
+    if packed.n_m:
+        at = pieces(place_bits(m))
+        places = packed.place.view(*nest, -1, LANES).unbind(-2)
+        cell = CELL[place_bits(m)][0]
+        places = [sum(((places[c + w] >> s) & ((1 << k) - 1)) << low for w, s, low, k in where)
+                  for c in range(0, len(places), cell) for where in at]
+        x = _stored(x).unflatten(-1, (-1, m))  # (M, T, 1, groups, bodies, cells, m)
+        values = words if bits == 32 else [code.float() * (1 / factor) - zero.float() for code, factor in codes]
+        inputs = [[_chosen(x[i, ..., p // n, :], places[p], p % n, m - n + p % n) for p in range(body)] for i in range(M)]
+    else:
+        values = [code.float() for code, _ in codes]
+        sums = x.sum(-1)[..., None]  # (M, T, 1, groups, bodies, 1)
+        x = _stored(x * torch.tensor([1 / factor for _, factor in codes], device=x.device))
+        inputs = [[x[i, ..., p, None] for p in range(body)] for i in range(M)]
+    y = []
+    for i in range(M):
+        chains = [0.0] * 4  # four sums side by side: an addition takes four cycles, and one can start in each
+        for p in range(body):
+            chains[p % 4] = chains[p % 4] + values[p] * inputs[i][p]
+        total = (chains[0] + chains[1]) + (chains[2] + chains[3])
+        if not packed.n_m:
+            total = total - zero.float() * sums[i]
+        y.append((total if bits == 32 else total * scale).sum((2, 3)))  # (T, NB, 16)
+    return torch.stack(y).sum(1).view(M, -1)[:, :packed.shape[0]]  # (M, N)
+
+
+def few(packed):
+    """Up to how many rows of x the fused loop is the faster one. N:M selects anew for each row and takes half a minute to compile."""
+    return 1 if packed.n_m else FEW
+
+
+def _rows(packed, first, last):
+    """Row blocks first .. last of a packed weight, as a packed weight."""
+    N = min(packed.shape[0], last * LANES) - first * LANES
+    cut = {name: getattr(packed, name) for name in ("words", "place", "scale", "zero")}
+    cut = {name: t if t is None else t[:, first:last] if name in ("words", "place") else t[first:last] for name, t in cut.items()}
+    return packed._replace(shape=(N, packed.shape[1]), **cut)
+
+
+def _dequantized(packed, dtype):
+    return packed.dequantize().to(dtype)
+
+
+compiled_fused = torch.compile(_fused, fullgraph=True, dynamic=False, options=OPTIONS, recompile_limit=1000)
+compiled_dequantized = torch.compile(_dequantized, fullgraph=True, dynamic=False, recompile_limit=1000)
+
+
+def _fused_matmul(x, packed):
+    """x (M, K), any M, without gradients."""
+    M, NB = len(x), packed.words.shape[1]
+    if M <= few(packed):
+        return compiled_fused(F.pad(x, (0, 0, 0, (FEW if M > 1 else 1) - M)), packed)[:M].to(x.dtype)
+    blocks = max(1, CHUNK // (LANES * packed.shape[1]))
+    return torch.cat([F.linear(x, compiled_dequantized(_rows(packed, i, min(NB, i + blocks)), x.dtype))
+                      for i in range(0, NB, blocks)], dim=1)
+
+
+class _State:
+    """The one switch, and why compilation was given up, if it was."""
+    enabled = False
+    failure = None
+
+
+def use_compile(enabled):
+    """Whether PackedLinear calls the fused matmul. Off at first: compiling takes seconds, a small model never earns them back."""
+    _State.enabled = bool(enabled)
+
+
+def compile_failure():
+    """Why the fused matmul fell back to the eager one on this machine; None if it did not."""
+    return _State.failure
+
+
+def matmul(x, packed, fused=True):
+    """x (..., K) times the packed weight (N, K) transposed -> (..., N), in the dtype of x.
+
+    fused=False is the eager twin. Gradients flow to x; while they are recorded the eager twin computes. Without a C++
+    compiler the fused one warns once and does the same: `compile_failure()` has the reason.
+    """
     if x.shape[-1] != packed.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight takes {packed.shape[1]}")
+    rows = x.reshape(-1, x.shape[-1])
+    if fused and _State.failure is None and len(rows) and not (x.requires_grad and torch.is_grad_enabled()):
+        try:
+            return _fused_matmul(rows, packed).view(*x.shape[:-1], packed.shape[0])
+        except RuntimeError as error:
+            if type(error).__name__ != "InductorError":  # its module takes a second to import
+                raise
+            _State.failure = str(error).strip().splitlines()[0]
+            warnings.warn(f"no fused matmul, the eager one instead: {_State.failure}", RuntimeWarning, stacklevel=2)
     return _Dequantized.apply(x, packed)
 
 
@@ -262,10 +439,16 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self):
-        return self.layout._replace(**{name: getattr(self, name) for name in Packed.TENSORS})
+        at = self.layout
+        return Packed(self.words, self.scale, self.zero, self.order, self.place, at.shape, at.bits, at.span, at.n_m)
 
     def forward(self, x):
-        y = matmul(x, self.packed)
+        if torch.compiler.is_compiling():  # part of a larger graph, such as a block's
+            rows = x.reshape(-1, self.in_features)
+            y = _fused(rows, self.packed) if len(rows) <= few(self.packed) else F.linear(rows, _dequantized(self.packed, x.dtype))
+            y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        else:
+            y = matmul(x, self.packed, _State.enabled)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def spec(self):

@@ -1,9 +1,14 @@
 """kernels.py against plain loops and the float64 product with the dequantized weight."""
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import kernels
 import model
 from compress import Quantized
 from kernels import LANES, Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, to_words, unpack
@@ -36,7 +41,7 @@ def same(a, b):
 def relative_error(y, x, W):
     """Largest error against the float64 product, relative to the largest sum of absolute products: rounding's own unit."""
     exact = x.double() @ W.double().T
-    return float((y.double() - exact).abs().max() / (x.double().abs() @ W.double().abs().T).max())
+    return float((y.double() - exact).abs().max() / (x.double().abs() @ W.double().abs().T).max().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -133,9 +138,94 @@ def test_eager_matmul(bits, shape):
     for M in (1, 3, 128):
         x = torch.randn(M, shape[1], generator=torch.Generator().manual_seed(2))
         p = pack(quantized(*shape, bits, 32))
-        assert relative_error(matmul(x, p), x, p.dequantize()) < 1e-6
-        y = matmul(x.bfloat16(), p)
+        assert relative_error(matmul(x, p, fused=False), x, p.dequantize()) < 1e-6
+        y = matmul(x.bfloat16(), p, fused=False)
         assert y.dtype == torch.bfloat16 and relative_error(y, x, p.dequantize()) < 2e-2
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_fused_loop_equals_the_product(bits):
+    """K1. What is compiled is plain PyTorch: it can be run as it stands, over more shapes than there is time to compile."""
+    for N, K in SHAPES + [(16, 2304), (17, 3000)]:
+        for group_size, act_order in ((None, False), (16, False), (48, True), (128, False)):
+            p = pack(quantized(N, K, bits, group_size, act_order))
+            for M in (1, 2, 4):
+                x = torch.randn(M, K, generator=torch.Generator().manual_seed(M))
+                assert relative_error(kernels._fused(x, p), x, p.dequantize()) < 1e-6, (N, K, group_size, M)
+
+
+@pytest.mark.parametrize("n_m", [(2, 4), (4, 8), (1, 4)])
+def test_fused_sparse_loop_equals_the_product(n_m):
+    for N, K in SHAPES + [(17, 4200)]:
+        mask = keep(N, K, *n_m)
+        packed = [pack_sparse(torch.where(mask, torch.randn(N, K, generator=torch.Generator().manual_seed(1)), 0.0), n_m)]
+        for bits in (2, 3, 4, 8):
+            q = quantized(N, K, bits, 64)
+            packed.append(pack_sparse(q._replace(codes=torch.where(mask, q.codes, q.zero[:, q.group])), n_m))
+        x = torch.randn(2, K, generator=torch.Generator().manual_seed(2))
+        for p in packed:
+            assert relative_error(kernels._fused(x, p), x, p.dequantize()) < 1e-6, (N, K, p.bits)
+
+
+def test_tiles_cut_no_group():
+    for span, groups in ((128, 86), (4096, 1), (64, 9), (4096, 2), (8, 1), (3008, 1), (32, 37)):
+        T = kernels.n_tiles(span, groups, 8)
+        tile = span * groups // T
+        assert span * groups % T == 0 and tile % (span if groups > 1 else 8) == 0
+        assert tile <= max(2048, span) or span * groups == 32 * 37
+
+
+def test_compiled_equals_eager_without_recompiling():
+    """K1 and K2: one graph for a single row, one for a few, one to dequantize; every other number of rows reuses them."""
+    p = pack(quantized(40, 20, 4, 8, act_order=True))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for M in (1, 2, 3, 4, 5, 17, 128):
+        x = torch.randn(M, 20, generator=torch.Generator().manual_seed(M))
+        assert relative_error(matmul(x, p), x, p.dequantize()) < 1e-6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 and not torch._dynamo.utils.counters["graph_break"]
+    y = matmul(x[:1].bfloat16(), p)
+    assert y.dtype == torch.bfloat16 and relative_error(y, x[:1], p.dequantize()) < 2e-2
+    assert kernels.compile_failure() is None
+
+
+def test_few_rows_in_parts_equal_all_rows(monkeypatch):
+    """Dequantizing in chunks of rows, also where the last chunk is smaller."""
+    monkeypatch.setattr(kernels, "CHUNK", 32 * 100)
+    monkeypatch.setattr(kernels, "compiled_dequantized", kernels._dequantized)
+    for p in (pack(quantized(75, 100, 3, 32)), pack_sparse(torch.where(keep(75, 100, 2, 4), 0.5, 0.0), (2, 4))):
+        x = torch.randn(9, 100, generator=torch.Generator().manual_seed(9))
+        assert relative_error(matmul(x, p), x, p.dequantize()) < 1e-6
+
+
+WITHOUT_COMPILER = """
+import warnings, torch, kernels, compress
+q = compress.rtn(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), 4, 32)
+x, layer = torch.ones(1, 64), kernels.PackedLinear(kernels.pack(q))
+eager = layer(x)
+kernels.use_compile(True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    same = all(torch.equal(layer(x), eager) for _ in range(3))
+said = [str(w.message) for w in caught if "no fused matmul" in str(w.message)]
+print(same, len(said), kernels.compile_failure() is not None and kernels.compile_failure() in said[0])
+"""
+
+
+def test_no_compiler_one_warning_same_numbers(tmp_path):
+    """K3, on a machine whose C++ compiler does not exist: CXX and an empty cache simulate it."""
+    env = {**os.environ, "CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True,
+                          cwd=pathlib.Path(kernels.__file__).parent)
+    assert done.stdout.split() == ["True", "1", "True"], done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_loop_on_a_gpu():
+    p = pack(quantized(40, 100, 4, 32))
+    on_gpu = p._replace(**{name: t.cuda() for name in Packed.TENSORS if (t := getattr(p, name)) is not None})
+    x = torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
+    assert relative_error(matmul(x.cuda(), on_gpu).cpu(), x, p.dequantize()) < 1e-6
 
 
 def layers():
