@@ -77,6 +77,13 @@ class Cursor:
     def number(self, form, what):
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form), what))[0]
 
+    def name(self, what):
+        """A string that can stand in a one-line message."""
+        name = self.string(what)
+        if not name.isprintable():
+            raise ValueError(f"{self.path}: {what} {name[:80]!r} is not printable")
+        return name
+
     def string(self, what):
         try:
             return self.take(self.number("Q", what), what).decode()
@@ -118,12 +125,12 @@ def read_header(path):
         n_tensors, n_metadata = c.number("Q", "tensor count"), c.number("Q", "metadata count")
         metadata, infos = {}, {}
         for i in range(n_metadata):
-            key = c.string(f"metadata key {i}")
+            key = c.name(f"metadata key {i}")
             if key in metadata:
                 raise ValueError(f"{path}: metadata {key} is there twice")
             metadata[key] = c.value(c.number("I", key), key)
         for i in range(n_tensors):
-            name, dimensions = c.string(f"tensor name {i}"), c.number("I", f"tensor {i}")
+            name, dimensions = c.name(f"tensor name {i}"), c.number("I", f"tensor {i}")
             if name in infos:
                 raise ValueError(f"{path}: tensor {name} is there twice")
             if not 1 <= dimensions <= 4:

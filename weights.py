@@ -194,6 +194,9 @@ def list_safetensors(path):
         n = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(n))
     header.pop("__metadata__", None)
+    for name in header:
+        if not name.isprintable():  # it may have to stand in a one-line message
+            raise ValueError(f"{path}: tensor name {name[:80]!r} is not printable")
     return {name: gguf.Stored(path, name, e["dtype"], tuple(e["shape"]), 8 + n + e["data_offsets"][0],
                               8 + n + e["data_offsets"][1]) for name, e in header.items()}
 

@@ -425,6 +425,21 @@ def test_missing_and_surplus_tensors_are_listed(tmp_path):
     assert "float16" in refusal(write_folder(tmp_path / "e", "gpt2", tensors), dtype=torch.float16)
 
 
+def test_hostile_safetensors_are_refused_by_name(tmp_path):
+    folder = write_folder(tmp_path / "m", "gpt2")
+    file = folder / "model.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(struct.pack("<Q", 2 ** 40) + good[8:])
+    assert "model.safetensors: the header claims 1099511627776 bytes" in refusal(folder)
+    for cut in (4, 500, len(good) - 1):
+        file.write_bytes(good[:cut])
+        assert "model.safetensors" in refusal(folder)
+    file.write_bytes(good.replace(b'"data_offsets":[12672,', b'"data_offsets":[12668,', 1))
+    assert "model.safetensors: tensor" in refusal(folder)
+    write_safetensors(file, {"a\nb": torch.zeros(1)})
+    assert "'a\\nb' is not printable" in refusal(folder)
+
+
 def test_folders_that_are_not_one(tmp_path):
     with pytest.raises(OSError):
         load_pretrained(tmp_path / "nowhere")
@@ -470,6 +485,7 @@ def test_hostile_gguf_files_are_refused_by_name(tmp_path):
     assert "not UTF-8" in says(gguf_bytes({**metadata, "general.name": b"\xff"}, tensors))
     assert "is there twice" in says(good.replace(b"llama.block_count", b"llama.vocab_sizee").replace(
         b"llama.context_length", b"general.architecture"))
+    assert "not printable" in says(good.replace(b"blk.0.attn_k", b"blk.0\nattn_k"))
     assert "is there twice" in says(good.replace(b"blk.0.attn_k", b"blk.0.attn_v"))
     assert "Q2_K" in says(gguf_bytes(metadata, tensors, kind=10))
     assert "type 77" in says(gguf_bytes(metadata, tensors, kind=77))
