@@ -7,7 +7,8 @@ forms, cases worked by hand, and properties on random shapes.
 import pytest
 import torch
 
-from compress import Quantized, factor, gptq, magnitude, rtn, sparsegpt, sweep, wanda
+from compress import gptq, magnitude, rtn, sparsegpt, wanda
+from sweep import factor, sweep
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 16), (17, 33), (8, 61), (24, 150)]
 
@@ -94,8 +95,7 @@ def test_loss_is_the_quadratic_form():  # Q1
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(61, dtype=torch.float64)
     for settings in (dict(bits=3), dict(bits=3, group_size=8), dict(sparsity=0.5), dict(n_m=(2, 4), bits=4, group_size=8)):
         swept = sweep(W, f, **settings)
-        Q = swept.weight if swept.quantized is None else swept.quantized.dequantize()
-        assert swept.loss == pytest.approx(error(W, Q, damped) / 2, rel=1e-6)
+        assert swept.loss == pytest.approx(error(W, swept.dequantize(), damped) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [None, 8, 24, 100])

@@ -1,0 +1,304 @@
+"""
+The column sweep: the core of GPTQ and of SparseGPT, once, as pure functions (W, H, settings) -> result.
+
+What it does: the grid that codes stand on, the factorization of H, and one pass over the columns that rounds them, zeroes some of
+them, or both. What it leaves out: `compress.py` has the methods by name, the walk over a model and the script.
+
+Sources: Frantar et al. 2023 (GPTQ, arXiv 2210.17323, Algorithm 1), Frantar & Alistarh 2023 (SparseGPT, arXiv 2301.00774, Algorithm 1).
+
+The one idea. A layer computes X Wᵀ. Replacing W by Q costs, per token,
+
+    mean |x (W - Q)ᵀ|² = tr(D H Dᵀ),    D = W - Q,  H = mean of x xᵀ,
+
+so the small matrix H is all there is to know about the data, and every row of W is a problem of its own. The sweep takes the columns
+in order; each is replaced by what it is rounded to (or by zero), and the columns still free make up for the error:
+
+    e_j = (w_j - q_j) / U_jj,    W[:, j:] -= e_j U[j, j:],    UᵀU = H⁻¹, U upper triangular        (both papers, Algorithm 1)
+
+with w_j the column as it stands at its turn. Each step costs e_j² / 2 in the loss tr(D H Dᵀ) / 2, whatever happens later.
+
+How it is done here. The papers factor H, invert it, and factor the inverse. We factor once: H = R Rᵀ with R upper triangular, a Cholesky
+factorization read from the last row up. Then U = R⁻¹, as (R⁻¹)ᵀ R⁻¹ = (R Rᵀ)⁻¹, and H⁻¹ is never formed:
+
+    U_jj = 1 / R_jj                          what an error in column j costs
+    U[b, b] = R[b, b]⁻¹                      b a block of columns: R and U are triangular, so their diagonal blocks are inverse too
+    W_b = W_b + D_done R[done, b] U[b, b]    the block as Algorithm 1 has it once all before it are done; D against the original W.
+                                             (D = E U summed over the steps, so E = D R, and E U[done, b] = -D R[done, b] U[b, b].)
+
+Inside a block the loop is the papers'. One factorization instead of three, and the better conditioned one; the result is the same, and
+tests/test_compress.py compares it with the papers' form in float64. (Chee et al. 2023, QuIP, arXiv 2307.13304, Theorem 6: GPTQ
+without its inverse is rounding with linear feedback.)
+
+Floor: the block updates take in² * out multiplications and additions, the factorization in³ / 3; the loop over the columns calls torch
+four or five times a column, about 8 microseconds where out is 768. `python tests/bench_compress.py` prints all three beside the time.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STEP = 16  # columns done one by one before the rest of their block hears of it: a lazy batch inside the lazy batch
+SHRINK = [1 - i / 20 for i in range(1, 14)]  # what the search multiplies a grid's range with: 0.95, 0.90, ... 0.35
+
+
+class Quantized(NamedTuple):
+    """A weight on a grid: row i, column j stands for scale[i, g] * (codes[i, j] - zero[i, g]) with g = group[j]."""
+    codes: Tensor  # (out, in) uint8 in [0, 2**bits - 1]
+    scale: Tensor  # (out, groups) float32, above zero
+    zero: Tensor   # (out, groups) uint8 in [0, 2**bits - 1]: the code of the weight 0
+    group: Tensor  # (in,) int64: the group of each column
+    bits: int
+
+    def dequantize(self):
+        """(out, in) float32."""
+        if self.scale.shape[1] == 1:
+            return (self.codes.float() - self.zero).mul_(self.scale)
+        return (self.codes.float() - self.zero[:, self.group]).mul_(self.scale[:, self.group])
+
+
+class Factor(NamedTuple):
+    """What the sweep needs to know of H; layers that read the same inputs share it."""
+    R: Tensor             # (in, in) upper: R Rᵀ = H + damp * mean(diag H) * I, rows and columns in `order`
+    order: Tensor | None  # (in,) the columns of W in the order they are swept; None: as they are
+    damp: float           # the share of the mean diagonal that was added in the end
+    retries: int          # how often it had to be raised
+
+
+class Swept(NamedTuple):
+    """What one sweep over the columns leaves behind."""
+    weight: Tensor | None        # (out, in) float32, or None where `quantized` says it
+    keep: Tensor | None          # (out, in) bool; None if nothing was pruned
+    quantized: Quantized | None
+    loss: float | None = None    # sum of (w_j - q_j)² / (2 U_jj²), which is tr(D H_damped Dᵀ) / 2
+
+    def dequantize(self):
+        """(out, in) float32."""
+        return self.weight if self.quantized is None else self.quantized.dequantize()
+
+
+# ---- checks: bad input is named with its numbers before any work is done
+
+def check_weight(W):
+    """W (out, in) as float64 if it came so, else as float32: the precision of all that follows."""
+    if W.dim() != 2 or 0 in W.shape:
+        raise ValueError(f"W must be a matrix (out, in) of at least 1 x 1, got shape {tuple(W.shape)}")
+    W = W.detach().to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+    if not W.sum().isfinite() and not W.isfinite().all():  # the sum is the cheap look; a finite W may overflow it
+        raise ValueError(f"W holds {int((~W.isfinite()).sum())} values that are NaN or infinite, of {W.numel()}")
+    return W
+
+
+def check_hessian(H, n):
+    """H (n, n), in float32 or float64."""
+    if tuple(H.shape) != (n, n):
+        raise ValueError(f"H must be ({n}, {n}) for a weight of {n} inputs, got {tuple(H.shape)}")
+    H = H.detach().to(torch.float64 if H.dtype == torch.float64 else torch.float32)
+    if not H.sum().isfinite() and not H.isfinite().all():
+        raise ValueError(f"H holds {int((~H.isfinite()).sum())} values that are NaN or infinite, of {H.numel()}")
+    size = float(H.abs().max())
+    skew = max(float((H[i:i + 64, i:] - H[i:, i:i + 64].T).abs().max()) for i in range(0, n, 64))  # bands that fit a cache
+    if skew > 1e-4 * size:
+        raise ValueError(f"H must be symmetric, but H and its transpose differ by {skew:.3g} (largest entry {size:.3g})")
+    if float(H.diagonal().min()) < 0:
+        raise ValueError(f"H is a mean of squares, its diagonal cannot be {float(H.diagonal().min()):.3g}")
+    if H[H.diagonal() == 0].any():
+        raise ValueError("H has a zero on its diagonal beside entries that are not: no mean of x xᵀ does")
+    return H
+
+
+def check_bits(bits):
+    if isinstance(bits, bool) or bits not in range(2, 9):
+        raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
+
+
+def check_count(value, name):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_pattern(sparsity, n_m):
+    if (sparsity is None) == (n_m is None):
+        raise ValueError(f"give either sparsity or n_m, got sparsity={sparsity!r} and n_m={n_m!r}")
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
+    if n_m is not None and not (len(n_m) == 2 and all(isinstance(i, int) for i in n_m) and 1 <= n_m[0] <= n_m[1]):
+        raise ValueError(f"n_m must be two integers N, M with 1 <= N <= M (keep N of every M), got {n_m!r}")
+
+
+# ---- grids and masks
+
+def grid(W, bits, symmetric=False, weight=None):
+    """Scale and zero-point of the grid that spans the last dimension of W (..., n), and 0 -> two tensors (...).
+
+    Asymmetric: from min to max. Symmetric: from -|max| to |max| with the zero-point in the middle; the step is 2 |max| / (2**bits - 1),
+    so that even the positive end, half a step beyond the last code, is rounded by no more than half a step.
+    With weight (n,), smaller ranges are tried too, and each grid takes the one with the least sum of weight * (w - q)².
+    """
+    top = 2**bits - 1
+    low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)  # 0 is always on the grid: a pruned weight stays pruned
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+
+    def spanning(low, high):
+        scale = (high / top - low / top).float()  # divided before subtracted: the range itself may overflow
+        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0).to(W.dtype)  # all zero: any step will do
+        return scale, torch.full_like(scale, 2**(bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
+
+    def cost(scale, zero):
+        s, z = scale[..., None], zero[..., None]
+        q = (W / s).round_().clamp_(-z, top - z).mul_(s)
+        return q.sub_(W).square_() @ weight  # (...)
+
+    best = spanning(low, high)
+    if weight is not None:
+        least = cost(*best)
+        for shrink in SHRINK:
+            tried = spanning(shrink * low, shrink * high)
+            now = cost(*tried)
+            best = tuple(torch.where(now < least, new, old) for new, old in zip(tried, best))
+            least = torch.minimum(now, least)
+    return best
+
+
+def smallest(score, k):
+    """(rows, n) bool: True at exactly k smallest entries of each row of score (rows, n); the first ones win a tie."""
+    if k == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    limit = score.kthvalue(k, dim=1, keepdim=True).values  # (rows, 1)
+    below, tied = score < limit, score == limit
+    return below | tied & (tied.cumsum(1) <= k - below.sum(1, keepdim=True))
+
+
+# ---- the factorization
+
+def factor(H, n, damp=0.01, act_order=False, dtype=torch.float32):
+    """For the H (n, n) of n inputs: the upper triangular R (of dtype) with R Rᵀ = H + damp * mean(diag H) * I -> Factor.
+
+    A dead input (zero in all of the data) is left out of the mean and depends on nothing. Where H has not full rank at this damping,
+    the damping is raised tenfold until it has; how often is in the result. `act_order` puts the columns with the largest diagonal first.
+    Raises ValueError if H is so far from positive semidefinite that no damping up to 10 helps.
+    """
+    if not 0 <= damp < float("inf"):
+        raise ValueError(f"damp must be a finite number of at least 0, got {damp}")
+    H = check_hessian(H, n)
+    diagonal = H.diagonal().double()
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    diagonal = diagonal.masked_fill(dead, 1e-12 * mean)
+    order = None
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        H, diagonal = H[order][:, order], diagonal[order]
+    H, diagonal = H.flip(0, 1), diagonal.flip(0)  # its ordinary lower Cholesky factor is our R, read backwards
+    # L_jj² is the share of input j that the inputs before it cannot explain. float32 will do while that stands well above its
+    # rounding error, else float64 has to; below the rounding error of H itself it is noise, and H has not full rank.
+    tries = [(torch.float32, 1e-4), (torch.float64, torch.finfo(H.dtype).eps)][dtype == torch.float64:]
+    for retries in range(10):
+        for precision, noise in tries:
+            damped = H.to(precision, copy=True)
+            damped.diagonal().copy_(diagonal + damp * mean)
+            L, failed = torch.linalg.cholesky_ex(damped)
+            if not failed and bool((L.diagonal().square() > noise * damped.diagonal()).all()):
+                return Factor(L.to(dtype).flip(0, 1), order, damp, retries)
+        if damp >= 10:
+            break
+        damp = max(10 * damp, 1e-6)
+    raise ValueError(f"H is not positive semidefinite: no Cholesky factor even with damp={damp:g} of its mean diagonal {mean:.3g}")
+
+
+# ---- the sweep
+
+def cuts(low, high, *steps):
+    """The spans between low, high and all multiples of the steps in between: cuts(0, 10, 4, 5) -> 0-4, 4-5, 5-8, 8-10."""
+    edges = sorted({low, high, *(i for step in steps for i in range(-(-low // step) * step, high, step))})
+    return list(zip(edges, edges[1:]))
+
+
+def free(W, R, lo, hi):
+    """Columns lo .. hi - 1 as Algorithm 1 has them once all before lo are done -> ((columns, out), their block of U).
+
+    W (in, out) holds W - Q in the rows that are done.
+    """
+    U = torch.linalg.inv(R[lo:hi, lo:hi].double()).to(R.dtype).contiguous()  # (columns, columns)
+    if lo == 0:
+        return W[:hi].clone(), U
+    return torch.addmm(W[lo:hi], (R[:lo, lo:hi] @ U).T, W[:lo]), U  # W_b + U_bbᵀ R_doneᵀ D_done, all of it transposed
+
+
+def columns(A, V, keep, low, high):
+    """Algorithm 1, innermost loop: a few columns, one after another, in units of their grid -> Q; all (columns, out).
+
+    A is changed in place, and ends as each column stood at its turn. V (columns, columns) is U_jk / U_jj above the diagonal.
+    low, high (out,) bound the codes, or are None: no rounding. keep (columns, out) is 0 where a weight must go, or None: all stay.
+    """
+    Q, E = torch.empty_like(A), torch.empty_like(A[0])
+    keep = keep.unbind() if keep is not None else None
+    for j, (w, q, v) in enumerate(zip(A.unbind(), Q.unbind(), V.unbind())):
+        if low is not None:
+            torch.clamp(torch.round(w, out=q), low, high, out=q)  # q_j = quant(w_j)
+            if keep is not None:
+                q.mul_(keep[j])
+        else:
+            torch.mul(w, keep[j], out=q)
+        torch.sub(w, q, out=E)
+        A.addr_(v, E, alpha=-1)  # w_k -= (w_j - q_j) U_jk / U_jj for the columns k > j of these few; v is zero up to j
+    return Q
+
+
+def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, sparsity=None, n_m=None, block_size=128, search=False):
+    """One pass over the columns of W (out, in): round them (bits), zero some of them (keep, sparsity or n_m), or both -> Swept.
+
+    Works on transposed copies, so that a column of W is contiguous. The lazy batches (GPTQ, Step 2) are nested twice: a column's
+    error reaches the few columns around it at once, its block after at most STEP columns, and the others when it is their turn.
+    A grid, and a mask, is chosen on columns that know of every error made before them, wherever the blocks begin.
+    """
+    (out, n), R, order = W.shape, factor.R, factor.order
+    size, M = min(group_size or n, n), n_m[1] if n_m else 1
+    unit = size if size <= block_size else M
+    block = max(block_size // unit, 1) * unit  # blocks hold whole groups or lie within one
+    d = R.diagonal()[:, None]                  # (in, 1) R_jj = 1 / U_jj
+    W = (W if order is None else W[:, order]).T.clone(memory_format=torch.contiguous_format)  # (in, out); W - Q where a column is done
+    Q = torch.empty_like(W, dtype=torch.uint8 if bits else W.dtype)  # codes, or weights
+    pruned = keep is not None or sparsity is not None or n_m is not None
+    if keep is not None:
+        keep = (keep if order is None else keep[:, order]).T.to(W.dtype)
+    elif pruned:
+        keep = torch.ones_like(W)  # 1 = stays
+    scale, zero, low, high, grids, loss = 1.0, 0.0, None, None, [], 0.0
+    for i1, i2 in cuts(0, n, block, size):
+        A, U = free(W, R, i1, i2)              # (columns, out), (columns, columns)
+        V = (U / U.diagonal()[:, None]).triu_(1)
+        if sparsity is not None:  # the block's mask at once, by the loss each weight would cause: (w_j / U_jj)² (SparseGPT, 3.3)
+            score = (A * d[i1:i2]).abs_().T.reshape(1, -1)  # (1, out * columns)
+            keep[i1:i2] = ~smallest(score, round(sparsity * score.numel())).view(out, i2 - i1).T
+        for j1, j2 in cuts(i1, i2, STEP, size, M if n_m else STEP):
+            here, few, later = slice(j1, j2), slice(j1 - i1, j2 - i1), slice(j2 - i1, None)
+            if n_m is not None and j1 % M == 0:  # N:M is chosen as late as possible, just before its M columns (SparseGPT, 3.4)
+                score = (A[j1 - i1:j1 - i1 + M] * d[j1:j1 + M]).abs_().T  # (out, M)
+                keep[j1:j1 + M] = ~smallest(score, max(score.shape[1] - n_m[0], 0)).T
+            if bits is not None and j1 % size == 0:
+                members = A[j1 - i1:j1 - i1 + size] if j1 + size <= i2 else free(W, R, j1, min(j1 + size, n))[0]
+                members = members if keep is None else members * keep[j1:j1 + size]
+                scale, zero = grid(members.T, bits, symmetric, d[j1:j1 + size, 0].square() if search else None)  # (out,)
+                low, high = -zero, 2**bits - 1 - zero
+                grids.append((scale, zero))
+            a = A[few] / scale  # (columns, out)
+            q = columns(a, V[few, few], keep[here] if pruned else None, low, high)
+            E = (a - q).mul_(scale)
+            loss += 0.5 * float((E * d[here]).square_().sum(dtype=torch.float64))
+            A[later].addmm_(V[few, later].T, E, alpha=-1)
+            W[here] -= q * scale
+            Q[here] = q + zero
+    return result(Q.T, keep.T if pruned else None, order, grids, size, bits, loss)
+
+
+def result(Q, keep, order, grids, size, bits, loss):
+    """Put the columns back in their own order -> Swept."""
+    back = slice(None) if order is None else torch.argsort(order)
+    keep = keep[:, back].bool().contiguous() if keep is not None else None
+    if not bits:
+        return Swept(Q[:, back].float().masked_fill(~keep, 0.0), keep, None, loss)  # masked_fill: -0 becomes 0
+    scale, zero = (torch.stack(t, dim=1) for t in zip(*grids))  # (out, groups)
+    group = (torch.arange(Q.shape[1], device=Q.device) // size)[back]
+    return Swept(None, keep, Quantized(Q[:, back].contiguous(), scale.float(), zero.to(torch.uint8), group, bits), loss)
