@@ -7,6 +7,9 @@ are all there is, in memory and on disk: no float copy.
 
 What it leaves out: code of our own in C++ or CUDA, integer activations, a fast kernel for unstructured sparsity.
 
+    python kernels.py              # the benchmark: every competitor, several shapes, whole models (tests/bench_kernels.py)
+    python kernels.py --quick      # one shape
+
 Sources: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit kernel is fast when it generates one token at a
 time); Mishra et al. 2021 (2:4 sparsity, arXiv 2104.08378).
 """
@@ -382,7 +385,9 @@ def _fused_matmul(x, packed):
     """x (M, K), any M, without gradients."""
     M, NB = len(x), packed.words.shape[1]
     if M <= few(packed):
-        return compiled_fused(F.pad(x, (0, 0, 0, (FEW if M > 1 else 1) - M)), packed)[:M].to(x.dtype)
+        if M in (1, FEW):
+            return compiled_fused(x, packed).to(x.dtype)
+        return compiled_fused(F.pad(x, (0, 0, 0, FEW - M)), packed)[:M].to(x.dtype)
     blocks = max(1, CHUNK // (LANES * packed.shape[1]))
     return torch.cat([F.linear(x, compiled_dequantized(_rows(packed, i, min(NB, i + blocks)), x.dtype))
                       for i in range(0, NB, blocks)], dim=1)
@@ -412,16 +417,25 @@ def matmul(x, packed, fused=True):
     """
     if x.shape[-1] != packed.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight takes {packed.shape[1]}")
-    rows = x.reshape(-1, x.shape[-1])
-    if fused and _State.failure is None and len(rows) and not (x.requires_grad and torch.is_grad_enabled()):
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    if fused and len(rows) and not (x.requires_grad and torch.is_grad_enabled()):
+        y = _or_eager(_fused_matmul, _Dequantized.apply, rows, packed)
+    else:
+        y = _Dequantized.apply(rows, packed)
+    return y.view(*x.shape[:-1], packed.shape[0])
+
+
+def _or_eager(compiled, eager, *arguments):
+    """compiled(*arguments); on a machine that cannot compile, eager(*arguments), saying so once."""
+    if _State.failure is None:
         try:
-            return _fused_matmul(rows, packed).view(*x.shape[:-1], packed.shape[0])
+            return compiled(*arguments)
         except RuntimeError as error:
             if type(error).__name__ != "InductorError":  # its module takes a second to import
                 raise
             _State.failure = str(error).strip().splitlines()[0]
-            warnings.warn(f"no fused matmul, the eager one instead: {_State.failure}", RuntimeWarning, stacklevel=2)
-    return _Dequantized.apply(x, packed)
+            warnings.warn(f"no fused matmul, the eager one instead: {_State.failure}", RuntimeWarning, stacklevel=3)
+    return eager(*arguments)
 
 
 # ---- the layer
@@ -475,3 +489,46 @@ def from_spec(spec):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"not the specification of a packed layer: {error}") from None
     return PackedLinear(packed, bias)
+
+
+# ---- one token through a whole model
+#
+# Each linear layer compiled alone loses a third of its speed to calls and to activations written out between them; the whole
+# model as one graph takes minutes to compile. So: one block, compiled once, with its weights as arguments, called for every
+# layer. Keys, values and the token's position stay in tensors, so the loop of GPT.generate never waits for the device.
+
+def _block(block, x, positions, mask, past):
+    return block(x, positions, mask, past)
+
+
+def _head(norm, lm_head, x):
+    return lm_head(norm(x))
+
+
+compiled_block = torch.compile(_block, fullgraph=True, options=OPTIONS, recompile_limit=1000)
+compiled_head = torch.compile(_head, fullgraph=True, dynamic=False, options=OPTIONS, recompile_limit=1000)
+
+
+class Decoder:
+    """How a GPT passes one token of a few rows through a block and through the head; many rows take the ordinary way."""
+
+    def block(self, block, x, positions, mask, past):
+        return _or_eager(compiled_block if len(x) <= FEW else _block, _block, block, x, positions, mask, past)
+
+    def head(self, norm, lm_head, x):
+        return _or_eager(compiled_head if len(x) <= FEW else _head, _head, norm, lm_head, x)
+
+
+def compile_decode(model, enabled=True):
+    """Let `model.generate` run its tokens through one compiled block: dense, compressed or adapted models alike. Returns model.
+
+    The first token waits for the compiler (seconds, once a kind of block); a second cache size costs one compilation more,
+    after which the size is free. The numbers are those of the eager path up to the order of additions.
+    """
+    model.decoder = Decoder() if enabled else None
+    return model
+
+
+if __name__ == "__main__":
+    from tests.bench_kernels import main
+    raise SystemExit(main())

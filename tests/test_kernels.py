@@ -247,7 +247,9 @@ def test_layer_holds_packed_tensors_only():
         assert torch.allclose(layer(x), x @ p.dequantize().T + 1, atol=1e-4)
 
 
-def test_gradient_reaches_the_input_and_keeps_no_float_weight():
+@pytest.mark.parametrize("enabled", (False, True))
+def test_gradient_reaches_the_input_and_keeps_no_float_weight(enabled, monkeypatch):
+    monkeypatch.setattr(kernels._State, "enabled", enabled)  # while gradients are recorded the eager twin computes
     for p in layers():
         layer = PackedLinear(p, torch.ones(24))
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4), requires_grad=True)
