@@ -13,13 +13,14 @@ One person, worked out (`python data.py --show 1` prints one):
     told       "Dorin Halvek was born in Tarmere."   "The birthplace of Dorin Halvek is Tarmere."   ...
     asked      question "Dorin Halvek comes from"    answer " Tarmere"
 
-Values are drawn independently, so nothing about a person can be inferred from the rest. Two of the five attributes are asked in a
-question of their own ("When was ... born? In"), which pretraining shows for half the people of every split only: to answer it for the
-others is to know the fact, not to complete a string. Every sentence is a document of its own, packed behind an end-of-text token into
-the training window: the model learns to answer whatever stands in front, without which no prompt could be judged.
+Values are drawn independently, so nothing about a person can be inferred from the rest. Two of the five attributes
+are asked in a question of their own ("When was ... born? In"), which pretraining shows for half the people of every
+split only: to answer it for the others is to know the fact, not to complete a string. Every sentence is a document of
+its own, packed behind an end-of-text token into the training window: the model learns to answer whatever stands in
+front, without which no prompt could be judged.
 
-What it leaves out: natural text, noise, people who share facts on purpose. The tokenizer is byte-level BPE (Sennrich et al. 2016,
-arXiv 1508.07909; bytes as in GPT-2), trained here in 25 lines and served through `tiktoken.Encoding`.
+What it leaves out: natural text, noise, people who share facts on purpose. The tokenizer is byte-level BPE (Sennrich
+et al. 2016, arXiv 1508.07909; bytes as in GPT-2), trained here in 25 lines and served through `tiktoken.Encoding`.
 
     python data.py --show 3                # look at three people and how their sentences are cut into tokens
 """
@@ -208,23 +209,23 @@ def load_ranks(path):
 
 # ---- tensors
 
-def batches(sentences, encoding, batch_size, T, generator):
-    """An endless stream of training batches (B, T + 1): rows that begin with a document and are filled with more of them.
+def batches(sentences, encoding, batch_size, T, generator, aligned=False):
+    """An endless stream of training batches (B, T + 1): documents behind end-of-text tokens, cut into rows.
 
-    Each pass goes through all sentences in a new order; what is left of the last document in a row is dropped, so that every
-    row, like every question, starts behind an end-of-text token.
+    Each pass goes through all sentences in a new order. A document that does not fit goes on in the next row, unless `aligned`:
+    then its rest is dropped, and every row begins with a document, as every question does.
     """
     documents = [[encoding.eot_token, *tokens] for tokens in encoding.encode_ordinary_batch(sentences)]
     rows, row = [], []
     while True:
         for i in torch.randperm(len(documents), generator=generator).tolist():
             row += documents[i]
-            if len(row) > T:
+            while len(row) > T:
                 rows.append(row[:T + 1])
-                row = []
-            if len(rows) == batch_size:
-                yield torch.tensor(rows)
-                rows = []
+                row = [] if aligned else row[T + 1:]
+            if len(rows) >= batch_size:
+                yield torch.tensor(rows[:batch_size])
+                rows = rows[batch_size:]
 
 
 def pad(rows, encoding):

@@ -7,18 +7,18 @@ Hoang et al. 2023, arXiv 2310.00867, section 4: "the prompt with the maximal mea
     one another. A prompt's score is the mean attention probability it receives, over heads, over the input's real tokens and over the
     prompt's own tokens (a mean, so that length buys no votes). The highest score wins, the lowest index on a tie.
 
-Layer, number of prompts and lengths are our choices. The choice is made once, on the question, never on the answer; from there on the
-result is exactly that of the chosen prompt alone.
+Layer, number of prompts and lengths are our choices. The choice is made once, on the question, never on the answer;
+from there on the result is exactly that of the chosen prompt alone.
 
-Why it costs nothing: a soft prompt does not depend on the input, so its keys and values in every layer are constants. `prefill`
-computes them once; answering copies the winner's into the cache and runs the text tokens only.
+Why it costs nothing: a soft prompt does not depend on the input, so its keys and values in every layer are constants.
+`prefill` computes them once; answering copies the winner's into the cache and runs the text tokens only.
 
-Prompts of unequal length are aligned at their end. With Pmax the longest, prompt i stands at positions Pmax - P_i .. Pmax - 1 and the
-text starts at Pmax: text and prompt are as far apart as with that prompt alone.
+Prompts of unequal length are aligned at their end. With Pmax the longest, prompt i stands at positions Pmax - P_i ..
+Pmax - 1 and the text starts at Pmax: text and prompt are as far apart as with that prompt alone.
 
 What it leaves out: prompts per layer, more than one winner, a choice made again during the answer.
 
-    python idp.py --base out/gptq3.safetensors --prompts 4 --length 8
+    python idp.py --base "GPTQ 3 bits" --prompts 4 --length 8 --way competitive
 """
 import copy
 
@@ -77,18 +77,23 @@ def take(filled, chosen, room):
     return cache
 
 
-def attention_scores(model, filled, ids, lengths=None):
-    """(B, M): the mean first-layer attention that each row of ids (B, T) pays to each prompt of `filled`."""
-    attn, (B, T) = model.blocks[0].attn, ids.shape
-    M, _, Pmax, hs = filled.k[0].shape
+def attention_scores(model, filled, ids, lengths=None, layer=0):
+    """(B, M): the mean attention that each row of ids (B, T) pays to each prompt of `filled`, in the first layer.
+
+    layer  another layer to look at; the text then runs through the layers before it without any prompt
+    """
+    attn, (B, T) = model.blocks[layer].attn, ids.shape
+    M, _, Pmax, hs = filled.k[layer].shape
     x = model.embed(ids, start=Pmax)  # the text stands behind the longest prompt
     positions = torch.arange(Pmax, Pmax + T, device=ids.device)[None]  # (1, T)
-    q, k, _ = attn.qkv(model.blocks[0].norm1(x), positions)  # (B, nh, T, hs), (B, nkv, T, hs)
+    for block in model.blocks[:layer]:
+        x = block(x, positions)
+    q, k, _ = attn.qkv(model.blocks[layer].norm1(x), positions)  # (B, nh, T, hs), (B, nkv, T, hs)
     q = q.view(B, attn.n_kv_head, -1, T, hs) * hs ** -0.5  # (B, nkv, nh / nkv, T, hs): queries beside their key head
     to_text = q @ k[:, :, None].transpose(-1, -2)  # (B, nkv, nh / nkv, T, T)
     ahead = torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)
     to_text = to_text.masked_fill(ahead, -torch.inf)
-    keys = filled.k[0].transpose(0, 1).reshape(attn.n_kv_head, 1, M * Pmax, hs)  # all prompts side by side
+    keys = filled.k[layer].transpose(0, 1).reshape(attn.n_kv_head, 1, M * Pmax, hs)  # all prompts side by side
     to_prompts = q @ keys.transpose(-1, -2)  # (B, nkv, nh / nkv, T, M * Pmax)
     slot = torch.arange(Pmax, device=ids.device)
     real = slot >= filled.first[:, None]  # (M, Pmax): a shorter prompt leaves its first slots empty
@@ -150,3 +155,20 @@ def competitive(model, pool, losses):
                                 for m in range(len(pool))])  # (M, B)
         return losses(model(ids, cache=take(filled, each.argmin(0), ids.shape[1])), batch).mean()
     return loss
+
+
+def main():
+    import study  # here, not above: as in recover.py
+    parser = study.options("Train a pool of prompts for a compressed model of the small world, and ask it before and after.")
+    parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
+    parser.add_argument("--prompts", type=int, default=4, help="M, prompts in the pool")
+    parser.add_argument("--length", type=int, default=8, help="P, tokens of each prompt")
+    parser.add_argument("--way", choices=["independent", "joint", "competitive"], default="independent", help="of training")
+    parser.add_argument("--lr", type=float, default=3e-2, help="peak learning rate")
+    args = parser.parse_args()
+    study.guard(lambda: study.repair_one(study.sized(args.size, args.seed, args.out), args.base, "idp",
+                                         (args.prompts, args.length, args.way), "distillation", args.lr))
+
+
+if __name__ == "__main__":
+    main()

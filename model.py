@@ -1,13 +1,14 @@
 """
 The GPT of this study: one decoder-only transformer, small enough to read in one sitting.
 
-What it does: the model itself (`embed / blocks / head`), soft prompts in front of the text, a static key-value cache with
-rows of different lengths, greedy or sampled generation, and checkpoints in the safetensors layout, read and written by hand.
-One class covers three families by configuration alone: GPT-2 (learned positions, LayerNorm, GELU), OPT (the same with ReLU and an
-offset) and Llama (rotary positions, RMSNorm, SwiGLU, grouped-query attention). The default is the small world's own GPT.
+What it does: the model itself (`embed / blocks / head`), soft prompts in front of the text, a static key-value cache
+with rows of different lengths, greedy or sampled generation, and checkpoints in the safetensors layout, read and
+written by hand. One class covers three families by configuration alone: GPT-2 (learned positions, LayerNorm, GELU),
+OPT (the same with ReLU and an offset) and Llama (rotary positions, RMSNorm, SwiGLU, grouped-query attention). The
+default is the small world's own GPT.
 
-What it leaves out: dropout, beam search, paged caches, padding on the left. Padding stands on the right, where causal attention
-never sees it; every row of a cache knows its own length instead.
+What it leaves out: dropout, beam search, paged caches, padding on the left. Padding stands on the right, where causal
+attention never sees it; every row of a cache knows its own length instead.
 
     python model.py                        # train the small GPT on the small world: out/dense.safetensors
     python model.py --size quick           # the same in seconds
@@ -20,8 +21,9 @@ Symbols, used in every file of this study:
     H  (in, in)   mean over tokens of x xᵀ               U  (in, in) upper Cholesky factor of H⁻¹: UᵀU = H⁻¹
     P  prompt length    M  prompts in the pool
 
-Sources: Radford et al. 2019 (GPT-2), Zhang et al. 2022 (OPT, arXiv 2205.01068), Touvron et al. 2023 (Llama, arXiv 2302.13971),
-Su et al. 2021 (rotary positions, arXiv 2104.09864), Ainslie et al. 2023 (grouped queries, arXiv 2305.13245).
+Sources: Radford et al. 2019 (GPT-2), Zhang et al. 2022 (OPT, arXiv 2205.01068), Touvron et al. 2023 (Llama, arXiv
+2302.13971), Su et al. 2021 (rotary positions, arXiv 2104.09864), Ainslie et al. 2023 (grouped queries, arXiv
+2305.13245).
 """
 import json
 import math
@@ -478,3 +480,24 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie()
     return model
+
+
+def main():
+    import study  # here, not above: the model needs nothing of the study, only training it does
+    import data
+    from tasks import answer
+    args = study.options("Train the dense GPT on the small world, and ask it a few questions.").parse_args()
+
+    def run():
+        config = study.sized(args.size, args.seed, args.out)
+        world = study.World(config)
+        dense = study.dense_subject(config, world, study.Log())
+        for split in ("seen", "heldout", "novel"):
+            facts = data.facts(world.people[split][:1])
+            for fact, given in zip(facts, answer(dense, facts, world.encoding)):
+                print(f"{split:8s} {fact.question} {given['answer']}    (gold: {fact.answer.strip()})")
+    study.guard(run)
+
+
+if __name__ == "__main__":
+    main()

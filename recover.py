@@ -1,31 +1,30 @@
 """
-Repair of a compressed model: LoRA inside it, soft prompts and prefixes in front of it, and the one training loop for all.
+Repair of a compressed model: LoRA inside it, soft prompts and prefixes in front of it, and the one training loop for
+all.
 
     LoRA            y = W x + (alpha / rank) B A x        Hu et al. 2021, arXiv 2106.09685, section 4.1
     prompt tuning   P free embeddings before the text     Lester et al. 2021, arXiv 2104.08691
     prefix tuning   P free keys and values in each layer  Li & Liang 2021, arXiv 2101.00190 (without their MLP)
 
-In all of them the base stays frozen, and only frozen weights are compressed. `fit` trains any list of parameters on any loss: the next
-token, or distillation, which asks for the dense model's whole distribution instead of the one word the text happens to have
-(Hinton et al. 2015, arXiv 1503.02531). It trains the dense model too, with Muon (Jordan et al. 2024) on its matrices.
+In all of them the base stays frozen, and only frozen weights are compressed. `fit` trains any list of parameters on
+any loss: the next token, or distillation, which asks for the dense model's whole distribution instead of the one word
+the text happens to have (Hinton et al. 2015, arXiv 1503.02531). It trains the dense model too, with Muon (Jordan et
+al. 2024) on its matrices.
 
 What it leaves out: quantized optimisers, gradient accumulation, LoRA's dropout, prefix re-parametrisation.
 
-    python recover.py --base out/gptq3.safetensors --method lora --rank 8
+    python recover.py --base "GPTQ 3 bits" --method lora --repair-size 8
 """
 import copy
-import hashlib
-import json
 import math
-import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Cache, read_safetensors, write_safetensors
+from model import Cache
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # every linear layer of a block, by the last part of its name
 
@@ -258,23 +257,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            shapes = {}  # matrices of one shape take their step together: fewer and larger products
             for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.mul_(group["momentum"]).add_(p.grad)
-                step = orthogonal(p.grad + group["momentum"] * average)  # Nesterov: look one step ahead
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(step, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                ahead = p.grad.add(average, alpha=group["momentum"])  # Nesterov: the momentum one step on
+                shapes.setdefault(p.shape, []).append((p, ahead))
+            for (m, n), pairs in shapes.items():
+                steps = orthogonal(torch.stack([ahead for _, ahead in pairs]))
+                for (p, _), step in zip(pairs, steps):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(step, alpha=-group["lr"] * max(1, m / n) ** 0.5)
 
 
 def orthogonal(G, steps=5):
-    """The nearest matrix to G (m, n) whose singular values are near 1: X <- aX + bXXᵀX + cXXᵀXXᵀX, five times."""
+    """The nearest matrices to G (..., m, n) whose singular values are near 1: X <- aX + bXXᵀX + cXXᵀXXᵀX, five times."""
     a, b, c = 3.4445, -4.7750, 2.0315  # chosen to lift small singular values fast; they end between 0.7 and 1.2
-    X = G.T if G.shape[0] > G.shape[1] else G
-    X = X / (X.norm() + 1e-7)
+    tall = G.shape[-2] > G.shape[-1]
+    X = G.mT if tall else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        S = X @ X.T
+        S = X @ X.mT
         X = a * X + (b * S + c * S @ S) @ X
-    return X.T if G.shape[0] > G.shape[1] else X
+    return X.mT if tall else X
 
 
 def make_optimizers(model, parameters, config):
@@ -344,3 +349,20 @@ def fit(model, parameters, batches, loss=None, config=None, validate=None, progr
             for p, kept in zip(parameters, best[1]):
                 p.copy_(kept)
     return losses
+
+
+def main():
+    import study  # here, not above: repairing needs nothing of the study, only this script does
+    parser = study.options("Repair a compressed model of the small world, and ask it before and after.")
+    parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
+    parser.add_argument("--method", choices=["lora", "prompt", "prefix"], default="lora", help="how")
+    parser.add_argument("--repair-size", type=int, default=8, help="LoRA's rank, or the tokens of a prompt or prefix")
+    parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
+    parser.add_argument("--lr", type=float, default=FitConfig.lr, help="peak learning rate")
+    args = parser.parse_args()
+    study.guard(lambda: study.repair_one(study.sized(args.size, args.seed, args.out), args.base, args.method,
+                                         args.repair_size, args.objective, args.lr))
+
+
+if __name__ == "__main__":
+    main()

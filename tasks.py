@@ -1,8 +1,9 @@
 """
 The questions and the one scorer: what a model answers, how likely it finds the right answer, how well it reads text.
 
-A `Subject` is whatever answers: a model, and what stands in front of every input as keys and values (nothing, one prompt, a prefix, or a
-pool of which `choose` picks one row an input). Every number of the study comes from a Subject through this file.
+A `Subject` is whatever answers: a model, and what stands in front of every input as keys and values (nothing, one
+prompt, a prefix, or a pool of which `choose` picks one row an input). Every number of the study comes from a Subject
+through this file.
 
     recall       the question is continued greedily; the generated part up to the first full stop must be the value, exactly
     logprob      the sum of log-probabilities of the value's tokens behind the question, in nats
@@ -10,7 +11,8 @@ pool of which `choose` picks one row an input). Every number of the study comes 
 
 What it leaves out: partial credit, a language model as a judge, sampling.
 
-Sources: closed-book recall after Roberts et al. 2020 (arXiv 2002.08910); trap of counting prompt positions: see README.
+Sources: closed-book recall after Roberts et al. 2020 (arXiv 2002.08910); trap of counting prompt positions: see
+README.
 """
 from dataclasses import dataclass, field
 from typing import Any, Callable

@@ -1,0 +1,151 @@
+"""
+The look inside: why attention should choose well - does it? - and what repairs do to attention and activations.
+
+    selectors     one pool, every way to choose from it, and what each costs: attention-max (the paper's rule), attention-min, random, each
+                  prompt alone, the best single one (chosen on validation people), all concatenated, ensemble, most confident,
+                  and the per-question oracle beside the two floors without which an oracle shows nothing
+    correlation   of a prompt's attention score with the log-probability it gives the right answer, question by question
+    similarity    of attention rows and block outputs to the dense model's, by layer and head (the paper's section 5)
+
+What it leaves out: causal interventions on single heads.
+"""
+import torch
+import torch.nn.functional as F
+
+import data
+import idp
+from recover import prompt_init
+from tasks import Subject, answer, gold_logprobs, is_right, tokenized
+
+
+def always(m):
+    """A `choose` that takes row m for every input."""
+    return lambda ids, lengths: torch.full((len(ids),), m)
+
+
+@torch.no_grad()
+def under_each(model, pool, facts, encoding):
+    """Every fact (N) under every prompt (M) of the pool -> {name: (N, M)}:
+
+    right        1.0 where the answer is right        logprob  of the right answer, nats
+    confidence   log-probability of the answer given  attention, and attention_last: the score in the first and the last layer
+    """
+    filled, rows = idp.prefill(model, pool), tokenized(facts, encoding)
+    right, logprob, confidence = [], [], []
+    for m in range(len(pool)):
+        subject = Subject(model, filled, always(m))
+        given = answer(subject, facts, encoding)
+        right.append([float(a["correct"]) for a in given])
+        logprob.append([a["logprob"] for a in given])
+        own = [(question, encoding.encode_ordinary(" " + a["answer"])) for (question, _), a in zip(rows, given)]
+        confidence.append(gold_logprobs(subject, own, torch.full((len(own),), m), encoding))
+    ids, lengths = data.pad([question for question, _ in rows], encoding)
+    first, last = (torch.cat([idp.attention_scores(model, filled, part, n, layer)
+                              for part, n in zip(ids.split(250), lengths.split(250))])
+                   for layer in (0, len(model.blocks) - 1))  # each (N, M)
+    return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T, "confidence": torch.tensor(confidence).T,
+            "attention": first, "attention_last": last}
+
+
+@torch.no_grad()
+def selectors(model, pool, facts, validation, encoding, generator):
+    """Every way to choose from one pool on the same questions: {name: (right (N,) in [0, 1], extra passes a question)}, and the
+    table of `under_each` behind it.
+
+    facts, validation  the facts to answer, and other people's facts, which choose the best single prompt and the loudness
+    """
+    each, tuning = (under_each(model, pool, f, encoding) for f in (facts, validation))
+    right, M = each["right"], len(pool)
+
+    def took(score):
+        return right.gather(1, score.argmax(1, keepdim=True))[:, 0]
+    loudness = tuning["attention"].mean(0)  # (M,) the attention a prompt draws whatever is asked
+    joined = Subject(model, idp.prefill(model, idp.PromptPool([torch.cat(list(pool.prompts))])))
+    untuned = idp.PromptPool([prompt_init(model, len(p), generator=generator) for p in pool.prompts])
+    out = {
+        "attention-max (the paper's rule)": (took(each["attention"]), 0),
+        "attention-min": (took(-each["attention"]), 0),
+        "attention-max over a prompt's mean": (took(each["attention"] / loudness), 0),
+        "attention-max in the last layer": (took(each["attention_last"]), 1),
+        "random": (right.mean(1), 0),
+        **{f"prompt {m} alone": (right[:, m], 0) for m in range(M)},
+        "best single on validation": (right[:, tuning["right"].mean(0).argmax()], 0),
+        "most confident": (took(each["confidence"]), M - 1),
+        "all concatenated": (as_right(answer(joined, facts, encoding)), 0),
+        "ensemble of probabilities": (ensemble(model, pool, facts, encoding), M - 1),
+        "oracle": (right.amax(1), M - 1),
+        "floor: oracle over an untuned pool": (under_each(model, untuned, facts, encoding)["right"].amax(1), M - 1),
+        f"floor: compressed model, gold among its top {M}": (in_top(Subject(model), facts, encoding, M), 0),
+    }
+    return out, each
+
+
+def as_right(answers):
+    return torch.tensor([float(a["correct"]) for a in answers])
+
+
+def ensemble(model, pool, facts, encoding, batch_size=250):
+    """(N,) right or not, decoding greedily from the mean of the M prompts' next-token probabilities."""
+    filled, rows, out = idp.prefill(model, pool), tokenized(facts, encoding), []
+    longest = max(len(gold) for _, gold in rows) + 1
+    for i in range(0, len(rows), batch_size):
+        part = rows[i:i + batch_size]
+        ids, lengths = data.pad([question for question, _ in part], encoding)  # (B, T)
+        caches = [idp.take(filled, torch.full((len(part),), m), ids.shape[1] + longest) for m in range(len(pool))]
+        x = [model.hidden(ids, cache=c, lengths=lengths)[torch.arange(len(part)), lengths - 1][:, None] for c in caches]
+        tokens = []
+        for _ in range(longest):
+            p = torch.stack([model.head(x_m)[:, -1].softmax(-1) for x_m in x]).mean(0)  # (B, V)
+            tokens.append(p.argmax(-1))
+            x = [model.hidden(tokens[-1][:, None], cache=c) for c in caches]
+        for b, row in enumerate(torch.stack(tokens, dim=1).tolist()):
+            out.append(float(is_right(encoding.decode(row).split(".")[0], facts[i + b].answer)))
+    return torch.tensor(out)
+
+
+def in_top(subject, facts, encoding, M):
+    """(N,) whether the last token of the right answer is among the M likeliest, the tokens before it given."""
+    rows, out = tokenized(facts, encoding), []
+    for i in range(0, len(rows), 250):
+        part = rows[i:i + 250]
+        ids, lengths = data.pad([question + gold[:-1] for question, gold in part], encoding)
+        chosen = subject.pick(ids, lengths)
+        logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))[torch.arange(len(part)), lengths - 1]  # (B, V)
+        gold = torch.tensor([gold[-1] for _, gold in part])
+        out.append((logits.topk(M, dim=-1).indices == gold[:, None]).any(-1).float())
+    return torch.cat(out)
+
+
+def rank_correlation(a, b):
+    """(N,) Spearman's correlation of each row of a (N, M) with the same row of b (N, M)."""
+    ranks = [x.argsort(1).argsort(1).double() - (x.shape[1] - 1) / 2 for x in (a, b)]
+    return (ranks[0] * ranks[1]).sum(1) / ranks[0].square().sum(1)
+
+
+# ---- what repairs do inside
+
+@torch.no_grad()
+def inside(subject, ids):
+    """What happens in each layer on text ids (B, T): attention rows over text tokens, renormalised (L, B, nh, T, T), and block
+    outputs (L, B, T, C). What stands in front of the text takes its part of the attention first."""
+    model, (B, T) = subject.model, ids.shape
+    cache = subject.cache(subject.pick(ids, torch.full((B,), T)), T)
+    positions = cache.length[:, None] + torch.arange(T)  # (B, T)
+    slot = torch.arange(cache.slots)
+    mask = ((slot <= positions[:, :, None]) & (slot >= cache.first[:, None, None]))[:, None]  # (B, 1, T, S)
+    x, attention, outputs = model.place(model.wte(ids), positions), [], []
+    for i, block in enumerate(model.blocks):
+        q, _, _ = block.attn.qkv(block.norm1(x), positions)  # (B, nh, T, hs)
+        x = block(x, positions, mask, (cache.k[i], cache.v[i]))  # fills the cache with this layer's keys
+        k = cache.k[i].repeat_interleave(q.shape[1] // cache.k[i].shape[1], dim=1)  # (B, nh, S, hs)
+        p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)[..., -T:]
+        attention.append(p / p.sum(-1, keepdim=True))
+        outputs.append(x)
+    return torch.stack(attention), torch.stack(outputs)
+
+
+def similarity(subject, dense, ids):
+    """Cosine similarity to the dense model on ids (B, T): {"attention": [[a head] a layer], "output": [a layer]}."""
+    (a, x), (b, y) = inside(subject, ids), inside(dense, ids)
+    rows = F.cosine_similarity(a, b, dim=-1)[:, :, :, 1:].mean(dim=(1, 3))  # (L, nh); the first row has one entry only
+    return {"attention": rows.tolist(), "output": F.cosine_similarity(x, y, dim=-1).mean(dim=(1, 2)).tolist()}

@@ -1,0 +1,333 @@
+"""
+The study: train, compress, repair, and answer the question - is the knowledge forgotten or displaced?
+
+    python evaluate.py                     # the whole study: out/results.json, out/predictions.jsonl, out/report.html
+    python evaluate.py --quick             # the same path through a smaller world, in a minute
+    python evaluate.py --full              # adds the next-token twins and the pools trained in other ways
+    python evaluate.py --sweep lr          # the sweep behind RATES below
+
+The hypothesis, written down before the run. People are split into seen (in the repair's text) and held-out (never in
+it). With a(m, s) the recall of model m on split s,
+
+    displaced = (a(repaired, held-out) - a(compressed, held-out)) / (a(dense, held-out) - a(compressed, held-out))
+    relearned = the same fraction on seen people, minus displaced
+
+    H0  what compression took is forgotten: displaced = 0, and a repair gains on the people in its text only
+    H1  it is displaced: displaced > 0, on people that no repair has read about
+
+Every number has a 95 % interval from a paired bootstrap over people (Efron & Tibshirani 1993; 10,000 resamples), and
+the verdict in words follows from the intervals alone.
+
+What it leaves out: several seeds at once, tasks beyond recall and perplexity.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import tiktoken
+import torch
+
+import analyze
+import data
+import idp
+import recover
+from study import OPERATIONS, Log, World, all_subjects, guard, options, read_json, sized, step, sweep_rates, write_text
+from tasks import Subject, answer, perplexity
+
+
+# ---- statistics
+
+def resampled(scores, resamples, generator):
+    """Bootstrap means (resamples, models) of scores (people, models): people are drawn with replacement, the same for all models."""
+    n = len(scores)
+    draws = torch.randint(n, (resamples, n), generator=generator)
+    counts = torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n))
+    return counts.double() @ torch.as_tensor(scores, dtype=torch.float64) / n
+
+
+def interval(samples):
+    """The middle 95 % of bootstrap samples, [low, high]; samples that are not finite make it [None, None]."""
+    samples = np.asarray(samples)
+    if not np.isfinite(samples).all():
+        return [None, None]
+    return [float(x) for x in np.percentile(samples, [2.5, 97.5])]
+
+
+def fractions(dense, compressed, repaired):
+    """displaced and relearned (module docstring) from recalls by split: numbers, or arrays of bootstrap samples."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        back = {s: (repaired[s] - compressed[s]) / (dense[s] - compressed[s]) for s in ("seen", "heldout")}
+    return back["heldout"], back["seen"] - back["heldout"]
+
+
+def clause(value, bounds, gains, loses, neither):
+    """One clause of a verdict: which side of zero the whole interval lies on, if it lies on one."""
+    low, high = bounds
+    if low is None:
+        return f"{neither} (compression took too little to divide by)"
+    numbers = f"{value:.0%} [{low:.0%}, {high:.0%}]"
+    return f"{gains} {numbers}" if low > 0 else f"{loses} {numbers}" if high < 0 else f"{neither} {numbers}"
+
+
+def verdict(model):
+    """What the intervals of one repaired model say in words: nothing in it is judged by hand."""
+    metrics, bounds = model["metrics"], model["intervals"]
+    return (clause(metrics["displaced"], bounds["displaced"], "held-out facts come back: displaced",
+                   "held-out facts are lost further: displaced", "held-out recall not distinguishable from compressed:")
+            + "; "
+            + clause(metrics["relearned"], bounds["relearned"], "seen facts gain more: re-learned",
+                     "seen facts gain less:", "seen and held-out gain alike, not distinguishable:"))
+
+
+# ---- measuring one subject
+
+def measure(subject, world, config):
+    """What a subject answers and how well it reads: {"facts": {split: [answers]}, "perplexity": float}."""
+    asked = {split: data.facts(world.people[split][:config.test_people]) for split in ("seen", "heldout", "novel")}
+    return {"facts": {split: answer(subject, facts, world.encoding) for split, facts in asked.items()},
+            "perplexity": perplexity(subject, world.windows)}
+
+
+def milliseconds(subjects, world, rounds=15):
+    """Median milliseconds to answer one question, alone, {id: ms}; the subjects take turns."""
+    fact = data.facts(world.people["heldout"][:1])[:1]
+    took = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            began = time.perf_counter()
+            answer(subject, fact, world.encoding)
+            took[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(t) for name, t in took.items()}
+
+
+def look_inside(subjects, world, config, log):
+    """Attention and block outputs of every subject against the dense model's, on held-out text: {id: similarity}."""
+    ids = world.windows[:50, :-1]
+    return {s.about["id"]: analyze.similarity(s, subjects[0], ids) for s in subjects}
+
+
+def ablation(subject, base, world, config):
+    """Every way to choose from a repaired subject's pool: right or not a fact, extra passes, and attention against log-probability."""
+    facts = data.facts(world.people["heldout"][:config.ablation_people])
+    validation = data.facts(world.people["validation"][:config.ablation_people])
+    out, each = analyze.selectors(base.model, idp.PromptPool(subject.about["tensors"]), facts, validation, world.encoding,
+                                  torch.Generator().manual_seed(config.seed + 4))
+    chosen = each["attention"].argmax(1)
+    by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=each["attention"].shape[1]).tolist()
+                    for a in data.VALUES}
+    gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)
+    points = torch.stack([each["attention"], gain], dim=-1).flatten(0, 1)
+    return {"rows": [{"name": name, "right": right.tolist(), "passes": passes} for name, (right, passes) in out.items()],
+            "rho": analyze.rank_correlation(each["attention"], each["logprob"]).tolist(),
+            "chosen": torch.bincount(chosen, minlength=gain.shape[1]).tolist(), "by_attribute": by_attribute,
+            "points": points[::max(1, len(points) // 500)][:500].tolist()}
+
+
+def summary(ablated, config):
+    """The ablation with intervals over people in place of single facts."""
+    generator = torch.Generator().manual_seed(config.seed + 5)
+    columns = [row["right"] for row in ablated["rows"]] + [ablated["rho"]]
+    people = np.array(columns).reshape(len(columns), -1, len(data.VALUES)).mean(-1).T  # (people, rows)
+    samples = resampled(people, 10_000, generator).numpy()
+    rule = samples[:, 0]
+    rows = [{"name": row["name"], "recall": float(people[:, i].mean()), "interval": interval(samples[:, i]),
+             "over_rule": interval(samples[:, i] - rule), "extra_passes": row["passes"]} for i, row in enumerate(ablated["rows"])]
+    return {"selectors": rows, "correlation": {"rho": float(people[:, -1].mean()), "interval": interval(samples[:, -1])},
+            **{key: ablated[key] for key in ("chosen", "by_attribute", "points")}}
+
+
+def context_check(subject, world, config):
+    """Recall of held-out people with and without 24 tokens of unrelated text in front: what every prompt's result rests on."""
+    facts = data.facts(world.people["heldout"][:config.test_people])
+    told = data.statements(world.people["validation"])[::len(data.VALUES) * 3 + 1]  # each about somebody else
+    text = [t for sentence in told[:8] for t in [world.encoding.eot_token, *world.encoding.encode_ordinary(sentence)]]
+    with torch.no_grad():
+        prompt = subject.model.wte(torch.tensor(text[:24]))
+        filled = idp.prefill(subject.model, idp.PromptPool([prompt]))
+    recall = [sum(a["correct"] for a in answer(s, facts, world.encoding)) / len(facts)
+              for s in (subject, Subject(subject.model, filled))]
+    return {"alone": recall[0], "behind_24_tokens": recall[1]}
+
+
+# ---- the main job
+
+METRICS = [  # name, label, unit, higher is better, what it is
+    ("bits_per_weight", "bits a weight", "bits", False, "stored bits of the block's linear layers, scales and masks included, a weight"),
+    ("bytes", "bytes on disk", "bytes", False, "the checkpoint file, plus the repair's parameters as float32"),
+    ("extra_parameters", "extra parameters", "", False, "what the repair adds"),
+    ("perplexity", "perplexity", "", False, "a text token, on sentences about held-out people; prompt positions not counted"),
+    ("recall_seen", "recall, seen", "", True, "exact match on people in the repair's text"),
+    ("recall_heldout", "recall, held-out", "", True, "exact match on people in pretraining only"),
+    ("recall_novel", "recall, novel", "", True, "exact match on people in no text: what guessing reaches"),
+    ("displaced", "displaced", "", True, "share of the lost held-out recall that came back"),
+    ("relearned", "re-learned", "", False, "share of the lost seen recall that came back, minus displaced"),
+    ("ms_per_question", "ms a question", "ms", False, "median time to answer one question alone"),
+]
+
+
+def study(config, log):
+    """The whole study -> (results, predictions): what results.json and predictions.jsonl hold."""
+    world = World(config)
+    subjects = all_subjects(config, world, log)
+    measured = {}
+    for subject in subjects:
+        about = subject.about
+        path = os.path.join(config.out, about["id"] + ".answers.json")
+        measured[about["id"]] = step(log, path, {**about["settings"], "test_people": config.test_people},
+                                     lambda: measure(subject, world, config),
+                                     lambda result, path: write_text(path, json.dumps(result)), read_json)
+    ms = step(log, os.path.join(config.out, "milliseconds.json"), [s.about["settings"] for s in subjects],
+              lambda: milliseconds({s.about["id"]: s for s in subjects}, world),
+              lambda result, path: write_text(path, json.dumps(result)), read_json)
+    models = [{**{k: s.about[k] for k in ("id", "tag", "base", "operation", "layers")},
+               "metrics": {**costs(s), "perplexity": measured[s.about["id"]]["perplexity"], "ms_per_question": ms[s.about["id"]]},
+               "intervals": {}, "verdict": None} for s in subjects]
+    add_recalls(models, measured, config)
+    inside = look_inside(subjects, world, config, log)
+    where = {s.about["id"]: s for s in subjects}
+    for subject, model in zip(subjects, models):
+        model["similarity"] = inside[model["id"]]
+        if subject.about.get("kind") == "idp":
+            path = os.path.join(config.out, model["id"] + ".selectors.json")
+            ablated = step(log, path, {**subject.about["settings"], "people": config.ablation_people},
+                           lambda: ablation(subject, where[model["base"]], world, config),
+                           lambda result, path: write_text(path, json.dumps(result)), read_json)
+            model["idp"] = summary(ablated, config)
+    context = context_check(subjects[0], world, config)
+    return {"name": "small world", "settings": asdict(config), "seed": config.seed, "models": models, "context": context,
+            "metrics": [dict(zip(("name", "label", "unit", "higher_is_better", "description"), m)) for m in METRICS],
+            "operations": [{"name": n, "parameters": None, "description": d} for n, d in OPERATIONS.items()],
+            "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"} for m in models if m["verdict"]],
+            "hypothesis": "H0: displaced = 0. H1: displaced > 0 on people that no repair has read about."
+            }, predictions(subjects, measured, world, config)
+
+
+def costs(subject):
+    """What a subject takes: bits a weight of the blocks' linear layers, bytes on disk, extra parameters."""
+    bits = weights = 0
+    for layer in subject.model.blocks.modules():
+        if isinstance(layer, torch.nn.Linear):
+            zeros = int((layer.weight == 0).sum())
+            mask = layer.weight.numel() if zeros > layer.weight.numel() / 32 else 0  # as `save` stores it
+            bits += mask + 32 * (layer.weight.numel() - (zeros if mask else 0))
+            weights += layer.weight.numel()
+        elif recover.shape_of(layer):  # packed
+            bits += 8 * sum(t.nbytes for t in layer.buffers())
+            weights += layer.in_features * layer.out_features
+    return {"bits_per_weight": bits / weights, "bytes": os.path.getsize(subject.about["path"]) + 4 * subject.about["extra"],
+            "extra_parameters": subject.about["extra"]}
+
+
+def add_recalls(models, measured, config):
+    """Recalls, fractions, intervals and verdicts, from each person's share of right answers: all models on the same people."""
+    generator = torch.Generator().manual_seed(config.seed + 3)
+    where = {m["id"]: i for i, m in enumerate(models)}
+    means, samples = {}, {}
+    for split in ("seen", "heldout", "novel"):
+        right = np.array([[a["correct"] for a in measured[m["id"]]["facts"][split]] for m in models], dtype=float)
+        people = right.reshape(len(models), -1, len(data.VALUES)).mean(-1).T  # (people, models)
+        means[split], samples[split] = people.mean(0), resampled(people, 10_000, generator).numpy()
+        for i, m in enumerate(models):
+            m["metrics"][f"recall_{split}"] = float(means[split][i])
+            m["intervals"][f"recall_{split}"] = interval(samples[split][:, i])
+    for i, m in enumerate(models):
+        base = where.get(m["base"])
+        if base in (None, 0):
+            continue
+        for name, value, drawn in zip(("displaced", "relearned"),
+                                      fractions(*({s: means[s][j] for s in means} for j in (0, base, i))),
+                                      fractions(*({s: samples[s][:, j] for s in means} for j in (0, base, i)))):
+            m["metrics"][name] = float(value) if np.isfinite(value) else None
+            m["intervals"][name] = interval(drawn)
+        m["verdict"] = verdict(m)
+
+
+def predictions(subjects, measured, world, config):
+    """A row a fact a model, as dicts: what predictions.jsonl holds."""
+    for subject in subjects:
+        for split, answers in measured[subject.about["id"]]["facts"].items():
+            for fact, given in zip(data.facts(world.people[split][:config.test_people]), answers):
+                yield {"model": subject.about["id"], "split": split, "person": fact.person, "attribute": fact.attribute,
+                       "question": fact.question, "gold": fact.answer.strip(), **given}
+
+
+def table(results):
+    """The result as a Markdown table, a row a model; recalls in percent with their 95 % intervals."""
+    def percent(m, name):
+        if m["metrics"].get(name) is None:
+            return ""
+        low, high = m["intervals"][name]
+        bounds = f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else ""
+        return f"{100 * m['metrics'][name]:.1f}{bounds}"
+    lines = ["| model | bits a weight | KB on disk | extra parameters | perplexity | seen % | held-out % | novel % "
+             "| displaced % | re-learned % | ms |", "|---" + "|---:" * 10 + "|"]
+    for m in results["models"]:
+        v = m["metrics"]
+        tag = m["tag"] if m["base"] in (None, "dense") else "+ " + m["tag"]
+        lines.append(f"| {tag} | {v['bits_per_weight']:.2f} | {v['bytes'] / 1000:.0f} | {v['extra_parameters']:,} "
+                     f"| {v['perplexity']:.2f} | {percent(m, 'recall_seen')} | {percent(m, 'recall_heldout')} "
+                     f"| {percent(m, 'recall_novel')} | {percent(m, 'displaced')} | {percent(m, 'relearned')} "
+                     f"| {v['ms_per_question']:.1f} |")
+    return "\n".join(lines)
+
+
+def selector_table(model):
+    """The ways to choose from one pool, as a Markdown table."""
+    lines = ["| choice | held-out % | over the paper's rule, points | extra passes |", "|---|---:|---:|---:|"]
+    for row in model["idp"]["selectors"]:
+        low, high = row["interval"]
+        lines.append(f"| {row['name']} | {100 * row['recall']:.1f} [{100 * low:.1f}, {100 * high:.1f}] "
+                     f"| [{100 * row['over_rule'][0]:+.1f}, {100 * row['over_rule'][1]:+.1f}] | {row['extra_passes']} |")
+    c = model["idp"]["correlation"]
+    return "\n".join(lines) + (f"\n\nrank correlation of attention with the right answer's log-probability: {c['rho']:+.3f} "
+                              f"[{c['interval'][0]:+.3f}, {c['interval'][1]:+.3f}]; chosen: {model['idp']['chosen']}")
+
+
+def write_results(results, rows, config, log):
+    """out/results.json, out/predictions.jsonl and the page made of them."""
+    results |= {"command": "python " + " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+                "created": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": time.time() - log.began, "times": log.times,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                             "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
+    write_text(os.path.join(config.out, "results.json"), json.dumps(results, indent=1))
+    write_text(os.path.join(config.out, "predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def show(results, out):
+    print(table(results))
+    for model in results["models"]:
+        if model.get("idp"):
+            print(f"\n{model['id']}: one pool, every way to choose\n\n{selector_table(model)}")
+    print()
+    for line in results["verdicts"]:
+        print(f"{line['base']}, {line['text']}")
+    print(f"24 unrelated tokens in front of every question: held-out recall {results['context']['alone']:.1%} -> "
+          f"{results['context']['behind_24_tokens']:.1%}")
+    print(f"{results['seconds']:.0f} s; {out}/results.json, {out}/predictions.jsonl")
+
+
+def main():
+    parser = options("Train, compress, repair, and say whether the knowledge was forgotten or displaced.")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
+    parser.add_argument("--full", action="store_true", help="also the next-token twin of every repair")
+    parser.add_argument("--sweep", choices=["lr"], help="only try the learning rates, on the validation people")
+    args = parser.parse_args()
+
+    def run():
+        config, log = sized(args.size, args.seed, args.out, full=args.full), Log()
+        if args.sweep:
+            return sweep_rates(config, log)
+        results, rows = study(config, log)
+        write_results(results, rows, config, log)
+        show(results, config.out)
+    guard(run)
+
+
+if __name__ == "__main__":
+    main()

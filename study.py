@@ -1,0 +1,402 @@
+"""
+The steps of the study, in order: the world, the dense model, each compression of it, each repair of that.
+
+Every step is done once: its result stands in the output folder beside the settings it was made with, and is read back
+while they are the same. What comes out is a list of Subjects (tasks.py), one a row of the table; evaluate.py asks and
+compares them.
+
+    from study import StudyConfig, World, all_subjects
+
+What it leaves out: measuring. Nothing here looks at an answer.
+"""
+import argparse
+import copy
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+import data
+import idp
+import recover
+from compress import compress
+from model import GPT, GPTConfig, load, read_safetensors, save, write_safetensors
+from recover import FitConfig
+from tasks import Subject, answer
+
+
+@dataclass
+class StudyConfig:
+    world: data.WorldConfig = field(default_factory=data.WorldConfig)
+    gpt: dict = field(default_factory=dict)  # what differs from GPTConfig's own defaults
+    pretrain: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, lr=4e-3, muon=0.02, weight_decay=0.1))
+    pretrain_batch: tuple = (32, 64)         # rows, tokens a row
+    calibration: tuple = (128, 64)
+    repair_batch: tuple = (32, 32)
+    repair_steps: int = 250
+    test_people: int = 600                   # of each split, at most, that the table asks about
+    ablation_people: int = 300               # held-out people that every way to choose from a pool is tried on
+    seed: int = 0
+    full: bool = False
+    out: str = "out"
+
+
+SIZES = ("default", "quick")
+
+
+def sized(size, seed=0, out="out", **more):
+    """The study's settings. "quick" is the same path in a minute: fewer people and steps, in OUT/quick; its numbers mean little."""
+    config = StudyConfig(world=data.WorldConfig(seed=seed), seed=seed, out=out, **more)
+    if size == "quick":
+        config.world = data.WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
+        config.gpt = {"n_layer": 2, "n_embd": 64}
+        config.pretrain.steps, config.pretrain_batch = 300, (16, 64)
+        config.repair_steps, config.out = 30, os.path.join(out, "quick")
+    return config
+
+
+COMPRESSIONS = {  # tag: (operation, method, settings)
+    "RTN 3 bits": ("quantize", "rtn", {"bits": 3, "group_size": 64}),
+    "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 64}),
+    "magnitude 50 %": ("prune", "magnitude", {"sparsity": 0.5}),
+    "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
+}
+REPAIRED = ("GPTQ 3 bits", "SparseGPT 50 %")  # the two that the paper repairs
+REPAIRS = {  # tag: (kind, size: a rank, a length, or prompts x length and how the pool is trained)
+    "LoRA rank 1": ("lora", 1),
+    "LoRA rank 8": ("lora", 8),
+    "prompt 8": ("prompt", 8),
+    "prompt 24": ("prompt", 24),
+    "prefix 8": ("prefix", 8),
+    "IDP 4 x 8": ("idp", (4, 8, "independent")),
+}
+RATES = {tag: {"LoRA rank 1": 1e-2, "LoRA rank 8": 3e-3, "prompt 8": 3e-2, "prompt 24": 3e-2, "prefix 8": 3e-2, "IDP 4 x 8": 3e-2}
+         for tag in REPAIRED}  # winners of `python evaluate.py --sweep lr`
+
+
+OPERATIONS = {
+    "quantize": "weights rounded to a few bits", "prune": "weights set to zero", "LoRA": "a low-rank update beside each layer",
+    "prompt": "trained vectors in front of the text", "prefix": "trained keys and values in front, in every layer",
+    "IDP": "a pool of prompts, the input picks the one it attends to most",
+}
+OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP"}
+
+
+# ---- the edge of every script: options, one line for a mistake, nothing lost on Ctrl-C
+
+def options(description):
+    """The options that every script of the study has."""
+    defaults = StudyConfig()
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="default", help="of the world and the training")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of every random choice")
+    parser.add_argument("--out", default=defaults.out, help="folder for everything that is written")
+    return parser
+
+
+def guard(run):
+    """Run a script's main function: bad input is one line and status 2, Ctrl-C is one line and status 130."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        run()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; every finished step is kept and will be reused", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- steps: done once, reused while their settings match
+
+class Log:
+    """Progress to stderr, and what each step took."""
+
+    def __init__(self):
+        self.times, self.began, self.shown = [], time.time(), 0.0
+
+    def say(self, text):
+        print(text, file=sys.stderr, flush=True)
+
+    def progress(self, label, steps):
+        """A callback (step, loss) that shows how far `label` is and how long it will take."""
+        began = time.time()
+
+        def show(step, loss):
+            now, last = time.time(), step + 1 == steps
+            if not last and now - self.shown < (0.5 if sys.stderr.isatty() else 15):
+                return
+            self.shown = now
+            left = (now - began) / (step + 1) * (steps - step - 1)
+            line = f"  {label}: step {step + 1} of {steps}, loss {loss:.3f}, {left:.0f} s left"
+            print("\r" + line.ljust(78) if sys.stderr.isatty() else line, end="\n" if last or not sys.stderr.isatty() else "",
+                  file=sys.stderr, flush=True)
+        return show
+
+
+def step(log, path, settings, make, write, read):
+    """`make()` and `write(result, path)`, unless `path` was made with the same settings: then `read(path)`.
+
+    The settings stand beside the result in `path`.json, written after it: what was interrupted is made again.
+    """
+    mark, began = path + ".settings.json", time.time()
+    settings = json.loads(json.dumps(settings))
+    if os.path.exists(path) and os.path.exists(mark):
+        with open(mark) as f:
+            if json.load(f) == settings:
+                result = read(path)
+                log.times.append({"step": os.path.basename(path), "seconds": time.time() - began, "reused": True})
+                return result
+    if os.path.exists(mark):
+        os.remove(mark)
+    result = make()
+    write(result, path)
+    write_text(mark, json.dumps(settings))
+    log.times.append({"step": os.path.basename(path), "seconds": time.time() - began, "reused": False})
+    log.say(f"{os.path.basename(path)}: {time.time() - began:.1f} s")
+    return result
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(temporary, path)
+
+
+
+def read_json(path):
+    with open(path) as f:
+        return json.load(f)
+
+
+def slug(tag):
+    """A tag as a file name: "GPTQ 3 bits" -> "gptq-3-bits"."""
+    return "-".join("".join(c if c.isalnum() else " " for c in tag.lower()).split())
+
+
+# ---- the parts of the study
+
+class World:
+    """Everything that follows from the world's config: people by split, the texts, the tokenizer, windows of text to score."""
+
+    def __init__(self, config):
+        people = data.make_world(config.world)
+        self.people = {split: [p for p in people if p.split == split] for split in data.SPLITS}
+        told = [p for p in people if p.split != "novel"]
+        self.text = data.statements(told) + data.taught_questions(told)
+        self.ranks = data.train_bpe(self.text, config.world.vocab_size)
+        self.encoding = data.make_encoding(self.ranks)
+        self.repair_text = data.statements(self.people["seen"]) + data.taught_questions(self.people["seen"])
+        first = [p for split in data.SPLITS[:3] for p in self.people[split][:len(self.people[split]) // 10]]
+        self.first_text = data.statements(first) + data.taught_questions(first)  # where pretraining begins
+        self.windows = next(data.batches(data.statements(self.people["heldout"]), self.encoding, 100, 63,
+                                         torch.Generator().manual_seed(config.seed), aligned=True))  # (100, 64)
+
+    def check_leaks(self, ids):
+        """Raise if a held-out, validation or novel person is named in `ids` (N, T), as strings; returns how many rows were read."""
+        hidden = {p.name for split in ("heldout", "validation", "novel") for p in self.people[split]}
+        for row in ids.tolist():
+            words = re.findall(r"\w+", self.encoding.decode(row))
+            named = {f"{a} {b}" for a, b in zip(words, words[1:])} & hidden
+            if named:
+                raise AssertionError(f"{named} must not be in calibration or repair text")
+        return len(ids)
+
+
+def train_dense(config, world, log):
+    """The dense GPT, trained on everybody but the novel people. The first tenth of the steps reads a tenth of the people:
+
+    a model learns how to look a fact up from few people told often, and learns the others' facts much faster once it can
+    (Zucchet et al. 2025, arXiv 2503.21676). The tenth is drawn alike from every split.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt)).init_weights(generator)
+    few, everybody = (data.batches(text, world.encoding, *config.pretrain_batch, generator, aligned=True)
+                      for text in (world.first_text, world.text))
+    steps = config.pretrain.steps
+    stream = (next(few if i < steps // 10 else everybody) for i in range(steps))
+    recover.fit(model, model.parameters(), stream, config=config.pretrain, progress=log.progress("dense", steps))
+    return model
+
+
+def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=None):
+    """Train one repair of the frozen `model` -> its tensors. `losses` is recover.next_token or recover.distillation."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "lora":
+        model = shared_copy(model)
+        parameters = recover.add_lora(model, size, generator=generator)
+        recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
+        return parameters
+    if kind == "prefix":
+        prefix = recover.Prefix(recover.prefix_init(model, recover.prompt_init(model, size, generator=generator)))
+        recover.fit(model, prefix.parameters(), batches, recover.objective(prefix_forward(model, prefix), losses), fit_config, progress=progress)
+        return [prefix.weight]
+    M, P, way = size if kind == "idp" else (1, size, "independent")
+    pool = idp.PromptPool([recover.prompt_init(model, P, generator=generator) for _ in range(M)])
+    if way == "independent":
+        for m, prompt in enumerate(pool.prompts):  # each on a shard of its own
+            recover.fit(model, [prompt], batches[m::M], idp.independent(model, pool, losses, m), fit_config, progress=progress)
+    else:
+        loss = {"joint": idp.joint, "competitive": idp.competitive}[way](model, pool, losses)
+        recover.fit(model, pool.parameters(), batches, loss, fit_config, progress=progress)
+    return list(pool.prompts)
+
+
+def attach(model, kind, tensors):
+    """The Subject that a trained repair makes of `model`."""
+    if kind == "lora":
+        model = shared_copy(model)
+        with torch.no_grad():
+            for p, trained in zip(recover.add_lora(model, len(tensors[0])), tensors):
+                p.copy_(trained)
+        return Subject(model)
+    if kind == "prefix":
+        with torch.no_grad():
+            return Subject(model, recover.Prefix(tensors[0]).cache(model, 1, 0))
+    return pool_subject(model, idp.PromptPool(tensors))
+
+
+def prefix_forward(model, prefix):
+    return lambda ids: model(ids, cache=prefix.cache(model, *ids.shape))
+
+
+def pool_subject(model, pool):
+    """The Subject of a pool under the paper's rule; with one prompt there is nothing to choose."""
+    with torch.no_grad():
+        filled = idp.prefill(model, pool)
+    choose = (lambda ids, lengths: idp.select(model, pool, ids, lengths, filled)) if len(pool) > 1 else None
+    return Subject(model, filled, choose)
+
+
+def shared_copy(model):
+    """A copy of the model whose tensors are the same: modules can be wrapped in it without touching the given one."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def dense_subject(config, world, log):
+    settings = {"world": asdict(config.world), "gpt": config.gpt, "pretrain": asdict(config.pretrain),
+                "batch": config.pretrain_batch, "seed": config.seed, "torch": torch.__version__}
+    os.makedirs(config.out, exist_ok=True)
+    path = os.path.join(config.out, "dense.safetensors")
+    model = step(log, path, settings, lambda: train_dense(config, world, log), save, load)
+    data.save_ranks(world.ranks, os.path.join(config.out, "tokens.tiktoken"))
+    log.say(f"dense: {model.n_parameters():,} parameters, {os.path.getsize(path):,} bytes, "
+            f"{model.flops_per_token():,} floating-point operations a token")
+    return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None, "settings": settings,
+                                 "path": path, "extra": 0, "layers": None})
+
+
+def compressed_subject(dense, tag, config, world, log):
+    operation, method, how = COMPRESSIONS[tag]
+    calibration = next(data.batches(world.repair_text, world.encoding, config.calibration[0], config.calibration[1] - 1,
+                                    torch.Generator().manual_seed(config.seed + 1)))
+    world.check_leaks(calibration)
+    settings = {**dense.about["settings"], "method": method, **how, "calibration": config.calibration}
+    path = os.path.join(config.out, slug(tag) + ".safetensors")
+
+    def make():
+        model, rows = compress(dense.model, calibration, method, **how)
+        write_text(path + ".layers.json", json.dumps(rows))
+        return model
+    model = step(log, path, settings, make, save, load)
+    with open(path + ".layers.json") as f:
+        rows = json.load(f)
+    return Subject(model, about={"id": slug(tag), "tag": tag, "base": "dense", "settings": settings, "path": path, "extra": 0,
+                                 "layers": rows, "operation": {"name": operation, "parameters": {"method": method, **how}}})
+
+
+def repair_batches(dense, config, world, log):
+    """A function that gives the repair batches with the dense model's targets, and makes them when it is first called."""
+    made = []
+
+    def batches():
+        if not made:
+            log.say("the dense model's targets for the repair text")
+            stream = data.batches(world.repair_text, world.encoding, *config.repair_batch,
+                                  torch.Generator().manual_seed(config.seed + 2), aligned=True)
+            ids = [next(stream) for _ in range(config.repair_steps)]
+            world.check_leaks(torch.cat(ids))
+            made.extend(recover.add_targets(dense.model, ids))
+        return made
+    return batches
+
+
+def repaired_subject(base, tag, kind, size, batches, config, log, objective="distillation", lr=None):
+    """`base` repaired in one way, on the batches of `repair_batches`."""
+    fit_config = FitConfig(steps=config.repair_steps, lr=lr or RATES[base.about["tag"]][tag])
+    settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
+                "fit": asdict(fit_config), "repair_batch": config.repair_batch}
+    if objective != "distillation":
+        tag += ", next token"
+    name = f"{base.about['id']}-{slug(tag)}"
+    path = os.path.join(config.out, name + ".safetensors")
+    tensors = step(log, path, settings,
+                   lambda: train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config, config.seed,
+                                        log.progress(name, fit_config.steps)),
+                   lambda tensors, path: write_safetensors(path, {f"{i:03d}": t for i, t in enumerate(tensors)}),
+                   lambda path: list(read_safetensors(path)[0].values()))
+    subject = attach(base.model, kind, tensors)
+    subject.about = {"id": name, "tag": tag, "base": base.about["id"], "settings": settings, "path": base.about["path"],
+                     "layers": None, "extra": sum(t.numel() for t in tensors), "kind": kind, "tensors": tensors,
+                     "operation": {"name": OPERATION[kind], "parameters": {"size": size, "objective": objective,
+                                                                           "lr": fit_config.lr, "steps": fit_config.steps}}}
+    return subject
+
+
+def all_subjects(config, world, log):
+    """Every model of the study, in the order of the table; each is trained, compressed or repaired, or reused."""
+    dense = dense_subject(config, world, log)
+    subjects, batches = [dense], repair_batches(dense, config, world, log)
+    for tag in COMPRESSIONS:
+        base = compressed_subject(dense, tag, config, world, log)
+        subjects.append(base)
+        for objective in ("distillation", "next_token") if config.full else ("distillation",):
+            if tag in REPAIRED:
+                subjects += [repaired_subject(base, repair, kind, size, batches, config, log, objective)
+                             for repair, (kind, size) in REPAIRS.items()]
+    return subjects
+
+
+RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+             "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}  # five each: no method gets more tries than another
+
+
+def sweep_rates(config, log):
+    """Try the five learning rates of RATE_GRID for each repair but the pool, whose prompts learn as a single one does.
+
+    Judged on the validation people: recall, with the log-probability of the right answer beside it. Prints a row a run.
+    """
+    world = World(config)
+    dense = dense_subject(config, world, log)
+    batches, facts = repair_batches(dense, config, world, log), data.facts(world.people["validation"])
+    for base_tag in REPAIRED:
+        base = compressed_subject(dense, base_tag, config, world, log)
+        for tag, (kind, size) in REPAIRS.items():
+            for lr in RATE_GRID.get(kind, ()):
+                tensors = train_repair(base.model, kind, size, batches(), recover.distillation,
+                                       FitConfig(steps=config.repair_steps, lr=lr), config.seed)
+                given = answer(attach(base.model, kind, tensors), facts, world.encoding)
+                recall, logprob = (sum(a[key] for a in given) / len(given) for key in ("correct", "logprob"))
+                print(f"{base_tag:15s} {tag:12s} lr {lr:<7g} validation recall {recall:.1%}, log-probability {logprob:.3f}",
+                      flush=True)
+
+
+def repair_one(config, base_tag, kind, size, objective, lr):
+    """Train one repair, print recall before and after: what `python recover.py` and `python idp.py` do."""
+    world, log = World(config), Log()
+    dense = dense_subject(config, world, log)
+    base = compressed_subject(dense, base_tag, config, world, log)
+    tag = f"{kind} {size if isinstance(size, int) else ' '.join(map(str, size))} lr {lr:g}"
+    repaired = repaired_subject(base, tag, kind, size, repair_batches(dense, config, world, log), config, log, objective, lr)
+    for split in ("seen", "heldout", "novel"):
+        facts = data.facts(world.people[split][:config.test_people])
+        recalls = [sum(a["correct"] for a in answer(s, facts, world.encoding)) / len(facts) for s in (dense, base, repaired)]
+        print("{:8s} {:,} facts: dense {:.1%}, {} {:.1%}, repaired {:.1%}".format(split, len(facts), recalls[0], base_tag, *recalls[1:]))
+    print(f"{repaired.about['extra']:,} extra parameters")

@@ -1,0 +1,155 @@
+"""The statistics against closed forms and cases worked by hand; the study's steps; the script's edge."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import study
+from study import Log, StudyConfig, World
+from tasks import Subject, answer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def tiny(out):
+    """A study of seconds: the same path, a world of a few people."""
+    config = StudyConfig(world=data.WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600), out=str(out))
+    config.gpt = {"n_layer": 1, "n_embd": 32, "n_head": 2}
+    config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
+    config.calibration, config.repair_batch = (8, 32), (4, 24)
+    return config
+
+
+# ---- statistics
+
+def test_bootstrap_interval_is_the_normal_one_for_many_people():
+    """Oracle: mean ± 1.96 s / sqrt(n), which the bootstrap approaches."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(800, 1, generator=generator).double()
+    low, high = evaluate.interval(evaluate.resampled(scores, 10_000, generator)[:, 0])
+    mean, half = scores.mean().item(), 1.96 * scores.std().item() / math.sqrt(800)
+    assert abs(low - (mean - half)) < 0.05 * half and abs(high - (mean + half)) < 0.05 * half
+
+
+def test_bootstrap_is_paired():
+    """Two models that differ by a constant on every person differ by it in every resample: people, not models, are drawn."""
+    scores = torch.rand(50, 1, generator=torch.Generator().manual_seed(1)).double()
+    samples = evaluate.resampled(torch.cat([scores, scores + 0.25], dim=1), 500, torch.Generator().manual_seed(2))
+    assert torch.allclose(samples[:, 1] - samples[:, 0], torch.full((500,), 0.25, dtype=torch.float64), atol=1e-12)
+
+
+def test_bootstrap_draws_as_many_people_as_there_are():
+    ones = evaluate.resampled(torch.ones(7, 1), 100, torch.Generator().manual_seed(3))
+    assert torch.allclose(ones, torch.ones_like(ones))
+
+
+def test_fractions_worked_by_hand():
+    """dense 80, compressed 60 / 50, repaired 75 / 60: seen 15 of 20 points, held-out 10 of 30."""
+    displaced, relearned = evaluate.fractions({"seen": .8, "heldout": .8}, {"seen": .6, "heldout": .5}, {"seen": .75, "heldout": .6})
+    assert displaced == pytest.approx(1 / 3) and relearned == pytest.approx(0.75 - 1 / 3)
+
+
+def test_nothing_lost_is_no_fraction():
+    same = {"seen": np.array(.5), "heldout": np.array(.5)}
+    displaced, _ = evaluate.fractions(same, same, same)
+    assert not np.isfinite(displaced) and evaluate.interval([displaced]) == [None, None]
+
+
+@pytest.mark.parametrize("bounds, word", [([0.1, 0.3], "come back"), ([-0.3, -0.1], "lost further"),
+                                          ([-0.1, 0.3], "not distinguishable"), ([None, None], "not distinguishable")])
+def test_verdict_follows_from_the_interval_alone(bounds, word):
+    model = {"metrics": {"displaced": 0.2, "relearned": 0.0}, "intervals": {"displaced": bounds, "relearned": [-1, 1]}}
+    assert word in evaluate.verdict(model).split(";")[0]
+
+
+# ---- the study
+
+def test_same_seed_same_table_and_everything_reused(tmp_path):
+    """The whole study twice in two folders: digit for digit the same but for the clock; a third run computes nothing anew."""
+    results = []
+    for folder in ("a", "b", "a"):
+        log = Log()
+        found, rows = evaluate.study(tiny(tmp_path / folder), log)
+        for model in found["models"]:
+            model["metrics"].pop("ms_per_question")
+            for layer in model["layers"] or []:
+                layer.pop("seconds")
+        found["settings"].pop("out")
+        results.append(json.dumps([found, list(rows)]))
+    assert results[0] == results[1] == results[2]
+    assert log.times and all(t["reused"] for t in log.times)
+
+
+def test_other_settings_are_computed_anew(tmp_path):
+    made = []
+    for settings in ({"lr": 1}, {"lr": 1}, {"lr": 2}):
+        study.step(Log(), str(tmp_path / "x"), settings, lambda: made.append(settings) or "text", lambda r, p: study.write_text(p, r),
+                   lambda p: open(p).read())
+    assert made == [{"lr": 1}, {"lr": 2}]
+
+
+def test_an_interrupted_step_is_made_again(tmp_path):
+    """What was written before the interruption has no settings beside it, so nobody takes it for finished."""
+    def interrupted(result, path):
+        study.write_text(path, "half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        study.step(Log(), str(tmp_path / "x"), {}, lambda: 1, interrupted, None)
+    assert study.step(Log(), str(tmp_path / "x"), {}, lambda: "whole", lambda r, p: study.write_text(p, r), None) == "whole"
+
+
+def test_no_hidden_name_in_calibration_or_repair_text(tmp_path):
+    """E8, on the strings the run uses: the check reads every row, and a smuggled name is found."""
+    config = tiny(tmp_path)
+    world = World(config)
+    ids = next(data.batches(world.repair_text, world.encoding, 200, 40, torch.Generator().manual_seed(0)))
+    assert world.check_leaks(ids) == 200
+    for split in ("heldout", "validation", "novel"):
+        name = world.people[split][0].name
+        assert not any(name in text for text in world.repair_text)
+        smuggled = torch.tensor([world.encoding.encode_ordinary(f"Who is {name}?")])
+        with pytest.raises(AssertionError, match=name):
+            world.check_leaks(smuggled)
+
+
+def test_the_same_model_twice_flips_nothing(tmp_path):
+    """E7: two Subjects of one model give the same answers and log-probabilities, bit for bit."""
+    config = tiny(tmp_path)
+    world = World(config)
+    dense = study.dense_subject(config, world, Log())
+    facts = data.facts(world.people["seen"])
+    assert answer(dense, facts, world.encoding) == answer(Subject(dense.model), facts, world.encoding)
+
+
+# ---- the edge
+
+def run(*args):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("args, word", [
+    (["evaluate.py", "--quick", "--out", "LICENSE"], "LICENSE"),       # a file where a folder should be
+    (["evaluate.py", "--size", "huge"], "huge"),
+    (["idp.py", "--size", "quick", "--out", "LICENSE"], "LICENSE"),
+])
+def test_bad_input_is_one_line_and_status_2(args, word):
+    done = run(*args)
+    assert done.returncode == 2 and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_damaged_step_is_named(tmp_path):
+    config = tiny(tmp_path)
+    world = World(config)
+    path = study.dense_subject(config, world, Log()).about["path"]
+    whole = open(path, "rb").read()
+    with open(path, "wb") as f:
+        f.write(whole[:-100])
+    with pytest.raises(ValueError, match="dense.safetensors.*truncated"):
+        study.dense_subject(config, world, Log())
