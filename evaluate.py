@@ -37,6 +37,7 @@ import analyze
 import data
 import idp
 import recover
+import report
 from study import OPERATIONS, Log, World, all_subjects, guard, options, read_json, sized, step, sweep_rates, write_text
 from tasks import Subject, answer, perplexity
 
@@ -69,20 +70,18 @@ def fractions(dense, compressed, repaired):
 def clause(value, bounds, gains, loses, neither):
     """One clause of a verdict: which side of zero the whole interval lies on, if it lies on one."""
     low, high = bounds
-    if low is None:
-        return f"{neither} (compression took too little to divide by)"
-    numbers = f"{value:.0%} [{low:.0%}, {high:.0%}]"
-    return f"{gains} {numbers}" if low > 0 else f"{loses} {numbers}" if high < 0 else f"{neither} {numbers}"
+    return f"{gains if low > 0 else loses if high < 0 else neither} {value:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def verdict(model):
     """What the intervals of one repaired model say in words: nothing in it is judged by hand."""
-    metrics, bounds = model["metrics"], model["intervals"]
-    return (clause(metrics["displaced"], bounds["displaced"], "held-out facts come back: displaced",
-                   "held-out facts are lost further: displaced", "held-out recall not distinguishable from compressed:")
-            + "; "
-            + clause(metrics["relearned"], bounds["relearned"], "seen facts gain more: re-learned",
-                     "seen facts gain less:", "seen and held-out gain alike, not distinguishable:"))
+    value, bounds = model["metrics"], model["intervals"]
+    if None in bounds["displaced"] + bounds["relearned"]:
+        return "compression took too little recall to divide by"
+    return (clause(value["displaced"], bounds["displaced"], "held-out facts come back, displaced",
+                   "held-out facts are lost further, displaced", "held-out recall not distinguishable from unrepaired, displaced")
+            + "; " + clause(value["relearned"], bounds["relearned"], "seen facts gain more, re-learned",
+                            "seen facts gain less, re-learned", "seen facts gain as much, re-learned"))
 
 
 # ---- measuring one subject
@@ -162,11 +161,11 @@ METRICS = [  # name, label, unit, higher is better, what it is
     ("bytes", "bytes on disk", "bytes", False, "the checkpoint file, plus the repair's parameters as float32"),
     ("extra_parameters", "extra parameters", "", False, "what the repair adds"),
     ("perplexity", "perplexity", "", False, "a text token, on sentences about held-out people; prompt positions not counted"),
-    ("recall_seen", "recall, seen", "", True, "exact match on people in the repair's text"),
-    ("recall_heldout", "recall, held-out", "", True, "exact match on people in pretraining only"),
-    ("recall_novel", "recall, novel", "", True, "exact match on people in no text: what guessing reaches"),
-    ("displaced", "displaced", "", True, "share of the lost held-out recall that came back"),
-    ("relearned", "re-learned", "", False, "share of the lost seen recall that came back, minus displaced"),
+    ("recall_seen", "recall, seen", "share", True, "exact match on people in the repair's text"),
+    ("recall_heldout", "recall, held-out", "share", True, "exact match on people in pretraining only"),
+    ("recall_novel", "recall, novel", "share", True, "exact match on people in no text: what guessing reaches"),
+    ("displaced", "displaced", "share", True, "share of the lost held-out recall that came back"),
+    ("relearned", "re-learned", "share", False, "share of the lost seen recall that came back, minus displaced"),
     ("ms_per_question", "ms a question", "ms", False, "median time to answer one question alone"),
 ]
 
@@ -297,6 +296,7 @@ def write_results(results, rows, config, log):
                              "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
     write_text(os.path.join(config.out, "results.json"), json.dumps(results, indent=1))
     write_text(os.path.join(config.out, "predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    report.write_report(os.path.join(config.out, "results.json"), os.path.join(config.out, "report.html"))
 
 
 def show(results, out):
@@ -309,7 +309,7 @@ def show(results, out):
         print(f"{line['base']}, {line['text']}")
     print(f"24 unrelated tokens in front of every question: held-out recall {results['context']['alone']:.1%} -> "
           f"{results['context']['behind_24_tokens']:.1%}")
-    print(f"{results['seconds']:.0f} s; {out}/results.json, {out}/predictions.jsonl")
+    print(f"{results['seconds']:.0f} s; {out}/results.json, {out}/predictions.jsonl; to explore: {out}/report.html")
 
 
 def main():

@@ -392,18 +392,18 @@ def read_safetensors(path):
         raise ValueError(f"{path}: the header is not an object of tensors")
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
-        dtype, shape = DTYPES.get(entry.get("dtype")), entry.get("shape")
+        dtype, shape = DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
         if dtype is None:
-            raise ValueError(f"{path}: tensor {name}: unknown dtype {entry.get('dtype')!r}")
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"{path}: tensor {name}: shape {shape!r} is not a list of sizes")
+            raise ValueError(f"{path}: tensor {name!r}: unknown dtype {entry.get('dtype')!r}")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+            raise ValueError(f"{path}: tensor {name!r}: shape {shape!r} is not a list of sizes")
         start, stop = entry["data_offsets"]
         if start < end:
-            raise ValueError(f"{path}: tensor {name}: its bytes overlap another tensor's")
+            raise ValueError(f"{path}: tensor {name!r}: its bytes overlap another tensor's")
         if stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: tensor {name}: {stop - start} bytes for shape {shape} of {entry['dtype']}")
+            raise ValueError(f"{path}: tensor {name!r}: {stop - start} bytes for shape {shape} of {entry['dtype']}")
         if 8 + n + stop > size:
-            raise ValueError(f"{path}: tensor {name} ends {8 + n + stop - size} bytes after the file does: truncated")
+            raise ValueError(f"{path}: tensor {name!r} ends {8 + n + stop - size} bytes after the file does: truncated")
         end = stop
         raw = data[8 + n + start:8 + n + stop]
         if (8 + n + start) % dtype.itemsize:
@@ -416,7 +416,7 @@ def _offsets(path, name, entry):
     """The sort key of a header entry, once it is known to have one."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise ValueError(f"{path}: tensor {name}: data_offsets {offsets!r} are not two positions")
+        raise ValueError(f"{path}: tensor {name!r}: data_offsets {offsets!r} are not two positions")
     return offsets
 
 

@@ -63,7 +63,7 @@ def test_nothing_lost_is_no_fraction():
 
 
 @pytest.mark.parametrize("bounds, word", [([0.1, 0.3], "come back"), ([-0.3, -0.1], "lost further"),
-                                          ([-0.1, 0.3], "not distinguishable"), ([None, None], "not distinguishable")])
+                                          ([-0.1, 0.3], "not distinguishable"), ([None, None], "too little")])
 def test_verdict_follows_from_the_interval_alone(bounds, word):
     model = {"metrics": {"displaced": 0.2, "relearned": 0.0}, "intervals": {"displaced": bounds, "relearned": [-1, 1]}}
     assert word in evaluate.verdict(model).split(";")[0]
