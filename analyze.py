@@ -2,8 +2,8 @@
 The look inside: why attention should choose well - does it? - and what repairs do to attention and activations.
 
     selectors     one pool, every way to choose from it, and what each costs: attention-max (the paper's rule), attention-min, random, each
-                  prompt alone, the best single one (chosen on validation people), all concatenated, ensemble, most confident,
-                  and the per-question oracle beside the two floors without which an oracle shows nothing
+                  prompt alone, the best single one (chosen on validation people), all concatenated, ensemble, most
+                  confident, and the per-question oracle beside the two floors without which an oracle shows nothing
     correlation   of a prompt's attention score with the log-probability it gives the right answer, question by question
     similarity    of attention rows and block outputs to the dense model's, by layer and head (the paper's section 5)
 
@@ -49,8 +49,8 @@ def under_each(model, pool, facts, encoding):
 
 @torch.no_grad()
 def selectors(model, pool, facts, validation, encoding, generator):
-    """Every way to choose from one pool on the same questions: {name: (right (N,) in [0, 1], extra passes a question)}, and the
-    table of `under_each` behind it.
+    """Every way to choose from one pool on the same questions: {name: (right (N,) in [0, 1], extra passes a
+    question)}, and the table of `under_each` behind it.
 
     facts, validation  the facts to answer, and other people's facts, which choose the best single prompt and the loudness
     """
@@ -126,7 +126,8 @@ def rank_correlation(a, b):
 
 @torch.no_grad()
 def inside(subject, ids):
-    """What happens in each layer on text ids (B, T): attention rows over text tokens, renormalised (L, B, nh, T, T), and block
+    """What happens in each layer on text ids (B, T): attention rows over text tokens, renormalised (L, B, nh, T, T),
+    and block
     outputs (L, B, T, C). What stands in front of the text takes its part of the attention first."""
     model, (B, T) = subject.model, ids.shape
     cache = subject.cache(subject.pick(ids, torch.full((B,), T)), T)

@@ -212,8 +212,8 @@ def load_ranks(path):
 def batches(sentences, encoding, batch_size, T, generator, aligned=False):
     """An endless stream of training batches (B, T + 1): documents behind end-of-text tokens, cut into rows.
 
-    Each pass goes through all sentences in a new order. A document that does not fit goes on in the next row, unless `aligned`:
-    then its rest is dropped, and every row begins with a document, as every question does.
+    Each pass goes through all sentences in a new order. A document that does not fit goes on in the next row, unless
+    `aligned`: then its rest is dropped, and every row begins with a document, as every question does.
     """
     documents = [[encoding.eot_token, *tokens] for tokens in encoding.encode_ordinary_batch(sentences)]
     rows, row = [], []

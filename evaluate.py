@@ -45,7 +45,9 @@ from tasks import Subject, answer, perplexity
 # ---- statistics
 
 def resampled(scores, resamples, generator):
-    """Bootstrap means (resamples, models) of scores (people, models): people are drawn with replacement, the same for all models."""
+    """Bootstrap means (resamples, models) of scores (people, models): people are drawn with replacement, the same for
+    all models.
+    """
     n = len(scores)
     draws = torch.randint(n, (resamples, n), generator=generator)
     counts = torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n))
@@ -112,7 +114,9 @@ def look_inside(subjects, world, config, log):
 
 
 def ablation(subject, base, world, config):
-    """Every way to choose from a repaired subject's pool: right or not a fact, extra passes, and attention against log-probability."""
+    """Every way to choose from a repaired subject's pool: right or not a fact, extra passes, and attention against
+    log-probability.
+    """
     facts = data.facts(world.people["heldout"][:config.ablation_people])
     validation = data.facts(world.people["validation"][:config.ablation_people])
     out, each = analyze.selectors(base.model, idp.PromptPool(subject.about["tensors"]), facts, validation, world.encoding,
@@ -142,7 +146,9 @@ def summary(ablated, config):
 
 
 def context_check(subject, world, config):
-    """Recall of held-out people with and without 24 tokens of unrelated text in front: what every prompt's result rests on."""
+    """Recall of held-out people with and without 24 tokens of unrelated text in front: what every prompt's result
+    rests on.
+    """
     facts = data.facts(world.people["heldout"][:config.test_people])
     told = data.statements(world.people["validation"])[::len(data.VALUES) * 3 + 1]  # each about somebody else
     text = [t for sentence in told[:8] for t in [world.encoding.eot_token, *world.encoding.encode_ordinary(sentence)]]
@@ -224,7 +230,9 @@ def costs(subject):
 
 
 def add_recalls(models, measured, config):
-    """Recalls, fractions, intervals and verdicts, from each person's share of right answers: all models on the same people."""
+    """Recalls, fractions, intervals and verdicts, from each person's share of right answers: all models on the same
+    people.
+    """
     generator = torch.Generator().manual_seed(config.seed + 3)
     where = {m["id"]: i for i, m in enumerate(models)}
     means, samples = {}, {}

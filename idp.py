@@ -3,9 +3,10 @@ Inference-time dynamic prompting (IDP): a pool of soft prompts, and for each inp
 
 Hoang et al. 2023, arXiv 2310.00867, section 4: "the prompt with the maximal mean attention wins". Exactly, here:
 
-    In the first layer the input's queries attend to the keys of every prompt and, causally, to the input itself; prompts do not see
-    one another. A prompt's score is the mean attention probability it receives, over heads, over the input's real tokens and over the
-    prompt's own tokens (a mean, so that length buys no votes). The highest score wins, the lowest index on a tie.
+    In the first layer the input's queries attend to the keys of every prompt and, causally, to the input itself;
+    prompts do not see one another. A prompt's score is the mean attention probability it receives, over heads, over
+    the input's real tokens and over the prompt's own tokens (a mean, so that length buys no votes). The highest score
+    wins, the lowest index on a tie.
 
 Layer, number of prompts and lengths are our choices. The choice is made once, on the question, never on the answer;
 from there on the result is exactly that of the chosen prompt alone.
@@ -131,8 +132,9 @@ def independent(model, pool, losses, m):
 def joint(model, pool, losses, look=8, balance=0.1):
     """Each row trains the prompt that it selects, by its first `look` tokens, as at inference.
 
-    A prompt that is never selected never learns: `balance` weighs the load term of Switch Transformers (Fedus et al. 2021,
-    arXiv 2101.03961, equation 4), M * sum of (share of rows that chose m) * (mean share of the score that m gets).
+    A prompt that is never selected never learns: `balance` weighs the load term of Switch Transformers (Fedus et al.
+    2021, arXiv 2101.03961, equation 4), M * sum of (share of rows that chose m) * (mean share of the score that m
+    gets).
     """
     def loss(batch):
         ids, filled = inputs(batch), prefill(model, pool)

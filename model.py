@@ -217,7 +217,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """GPT-2's initialisation: N(0, 0.02²) at its width of 768, so 0.55² / C; the two projections back into the residual
+        """GPT-2's initialisation: N(0, 0.02²) at its width of 768, so 0.55² / C; the two projections back into the
+        residual
         stream smaller by (2L)^-½."""
         std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
@@ -289,7 +290,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, lengths=None, prompt=None, cache=None, stop=None, temperature=0.0,
                  generator=None):
-        """Continue each row of ids (B, T) by max_new_tokens: (B, T + max_new_tokens), new tokens right behind the row's own.
+        """Continue each row of ids (B, T) by max_new_tokens: (B, T + max_new_tokens), new tokens right behind the
+        row's own.
 
         lengths      (B,) real tokens a row (right padding); default all T
         prompt       soft prompt(s) as in forward;  cache  a filled Cache to start from (a prompt's, a prefix's)
@@ -442,7 +444,9 @@ def save(model, path):
 
 
 def load(path):
-    """Read what `save` wrote. Raises ValueError for a damaged or foreign file, OSError for a missing one; runs no pickle."""
+    """Read what `save` wrote. Raises ValueError for a damaged or foreign file, OSError for a missing one; runs no
+    pickle.
+    """
     tensors, metadata = read_safetensors(path)
     try:
         config = GPTConfig(**json.loads(metadata["config"]))

@@ -88,9 +88,10 @@ def lora_layers(model):
 def merge_lora(model, keep_zeros=False):
     """Add each update to the weight it stands beside and drop the wrapper, in place. Without LoRA it does nothing.
 
-    A quantized layer is refused: rounded to its grid again, most of a small update is lost. So is a pruned one, whose zeros the
-    update would fill - unless `keep_zeros` is set: then the update is masked. Nothing is changed when anything is refused.
-    Returns {layer name: share of the update's squared norm that the mask threw away}, 0.0 for dense layers.
+    A quantized layer is refused: rounded to its grid again, most of a small update is lost. So is a pruned one, whose
+    zeros the update would fill - unless `keep_zeros` is set: then the update is masked. Nothing is changed when
+    anything is refused. Returns {layer name: share of the update's squared norm that the mask threw away}, 0.0 for
+    dense layers.
     """
     names = {id(m): name for name, m in model.named_modules()}
     layers = lora_layers(model)
@@ -132,14 +133,18 @@ class SoftPrompt(nn.Module):
 
 
 class Prefix(nn.Module):
-    """Free keys and values of P positions for every layer, (L, 2, nkv, P, hs): `model(ids, cache=prefix.cache(model, B, T))`."""
+    """Free keys and values of P positions for every layer, (L, 2, nkv, P, hs): `model(ids, cache=prefix.cache(model,
+    B, T))`.
+    """
 
     def __init__(self, init):
         super().__init__()
         self.weight = nn.Parameter(init.detach().clone())
 
     def cache(self, model, batch, slots):
-        """A Cache of `batch` rows with the prefix in front and room for `slots` tokens behind it; gradients reach the prefix."""
+        """A Cache of `batch` rows with the prefix in front and room for `slots` tokens behind it; gradients reach the
+        prefix.
+        """
         P = self.weight.shape[3]
         cache = Cache(model.config, batch, 0, self.weight.device)
         rest = self.weight.new_zeros(batch, model.config.n_kv_head, slots, model.config.head_size)
@@ -153,7 +158,8 @@ class Prefix(nn.Module):
 
 @torch.no_grad()
 def prompt_init(model, length, how="vocabulary", ids=None, generator=None):
-    """The first value (P, C) of a soft prompt: embeddings of random tokens, of given `ids`, or of noise as loud as embeddings.
+    """The first value (P, C) of a soft prompt: embeddings of random tokens, of given `ids`, or of noise as loud as
+    embeddings.
 
     how  "vocabulary", "text" (then `ids`, repeated or cut to `length`) or "random"
     """
@@ -184,7 +190,9 @@ def prefix_init(model, prompt):
 # ---- losses: logits (B, T, V) and the batch they came from -> (B, T), one loss a token
 
 def inputs(batch):
-    """The ids (B, T) a model reads of a batch: ids (B, T + 1) alone, or with a teacher's targets as `add_targets` makes them."""
+    """The ids (B, T) a model reads of a batch: ids (B, T + 1) alone, or with a teacher's targets as `add_targets`
+    makes them.
+    """
     return (batch[0] if isinstance(batch, tuple) else batch)[:, :-1]
 
 
@@ -217,7 +225,9 @@ def distillation(logits, batch):
 
 
 def objective(forward, losses=next_token):
-    """What `fit` trains on: batch -> scalar, the mean of `losses` (next_token or distillation) of `forward(ids)`'s logits."""
+    """What `fit` trains on: batch -> scalar, the mean of `losses` (next_token or distillation) of `forward(ids)`'s
+    logits.
+    """
     return lambda batch: losses(forward(inputs(batch)), batch).mean()
 
 
@@ -271,7 +281,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(G, steps=5):
-    """The nearest matrices to G (..., m, n) whose singular values are near 1: X <- aX + bXXᵀX + cXXᵀXXᵀX, five times."""
+    """The nearest matrices to G (..., m, n) whose singular values are near 1: X <- aX + bXXᵀX + cXXᵀXXᵀX, five times.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315  # chosen to lift small singular values fast; they end between 0.7 and 1.2
     tall = G.shape[-2] > G.shape[-1]
     X = G.mT if tall else G

@@ -49,7 +49,9 @@ SIZES = ("default", "quick")
 
 
 def sized(size, seed=0, out="out", **more):
-    """The study's settings. "quick" is the same path in a minute: fewer people and steps, in OUT/quick; its numbers mean little."""
+    """The study's settings. "quick" is the same path in a minute: fewer people and steps, in OUT/quick; its numbers
+    mean little.
+    """
     config = StudyConfig(world=data.WorldConfig(seed=seed), seed=seed, out=out, **more)
     if size == "quick":
         config.world = data.WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
@@ -74,12 +76,19 @@ REPAIRS = {  # tag: (kind, size: a rank, a length, or prompts x length and how t
     "prefix 8": ("prefix", 8),
     "IDP 4 x 8": ("idp", (4, 8, "independent")),
 }
-RATES = {tag: {"LoRA rank 1": 1e-2, "LoRA rank 8": 3e-3, "prompt 8": 3e-2, "prompt 24": 3e-2, "prefix 8": 3e-2, "IDP 4 x 8": 3e-2}
-         for tag in REPAIRED}  # winners of `python evaluate.py --sweep lr`
+POOLS = {  # the other two ways to train a pool: with --full
+    "IDP 4 x 8 joint": ("idp", (4, 8, "joint")),
+    "IDP 4 x 8 competitive": ("idp", (4, 8, "competitive")),
+}
+RATES = {  # winners of `python evaluate.py --sweep lr`; the prompts of a pool learn as a single one does
+    "GPTQ 3 bits": {"LoRA rank 1": 1e-2, "LoRA rank 8": 3e-3, "prompt 8": 3e-2, "prompt 24": 3e-2, "prefix 8": 3e-2},
+    "SparseGPT 50 %": {"LoRA rank 1": 1e-2, "LoRA rank 8": 3e-3, "prompt 8": 3e-2, "prompt 24": 3e-2, "prefix 8": 3e-2},
+}
 
 
 OPERATIONS = {
-    "quantize": "weights rounded to a few bits", "prune": "weights set to zero", "LoRA": "a low-rank update beside each layer",
+    "quantize": "weights rounded to a few bits", "prune": "weights set to zero",
+    "LoRA": "a low-rank update beside each layer",
     "prompt": "trained vectors in front of the text", "prefix": "trained keys and values in front, in every layer",
     "IDP": "a pool of prompts, the input picks the one it attends to most",
 }
@@ -133,8 +142,9 @@ class Log:
             self.shown = now
             left = (now - began) / (step + 1) * (steps - step - 1)
             line = f"  {label}: step {step + 1} of {steps}, loss {loss:.3f}, {left:.0f} s left"
-            print("\r" + line.ljust(78) if sys.stderr.isatty() else line, end="\n" if last or not sys.stderr.isatty() else "",
-                  file=sys.stderr, flush=True)
+            screen = sys.stderr.isatty()
+            print("\r" + line.ljust(78) if screen else line, end="\n" if last or not screen else "", file=sys.stderr,
+                  flush=True)
         return show
 
 
@@ -183,7 +193,9 @@ def slug(tag):
 # ---- the parts of the study
 
 class World:
-    """Everything that follows from the world's config: people by split, the texts, the tokenizer, windows of text to score."""
+    """Everything that follows from the world's config: people by split, the texts, the tokenizer, windows of text to
+    score.
+    """
 
     def __init__(self, config):
         people = data.make_world(config.world)
@@ -199,7 +211,9 @@ class World:
                                          torch.Generator().manual_seed(config.seed), aligned=True))  # (100, 64)
 
     def check_leaks(self, ids):
-        """Raise if a held-out, validation or novel person is named in `ids` (N, T), as strings; returns how many rows were read."""
+        """Raise if a held-out, validation or novel person is named in `ids` (N, T), as strings; returns how many rows
+        were read.
+        """
         hidden = {p.name for split in ("heldout", "validation", "novel") for p in self.people[split]}
         for row in ids.tolist():
             words = re.findall(r"\w+", self.encoding.decode(row))
@@ -210,10 +224,11 @@ class World:
 
 
 def train_dense(config, world, log):
-    """The dense GPT, trained on everybody but the novel people. The first tenth of the steps reads a tenth of the people:
+    """The dense GPT, trained on everybody but the novel people. The first tenth of the steps reads a tenth of the
+    people:
 
-    a model learns how to look a fact up from few people told often, and learns the others' facts much faster once it can
-    (Zucchet et al. 2025, arXiv 2503.21676). The tenth is drawn alike from every split.
+    a model learns how to look a fact up from few people told often, and learns the others' facts much faster once it
+    can (Zucchet et al. 2025, arXiv 2503.21676). The tenth is drawn alike from every split.
     """
     generator = torch.Generator().manual_seed(config.seed)
     model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt)).init_weights(generator)
@@ -235,13 +250,15 @@ def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=
         return parameters
     if kind == "prefix":
         prefix = recover.Prefix(recover.prefix_init(model, recover.prompt_init(model, size, generator=generator)))
-        recover.fit(model, prefix.parameters(), batches, recover.objective(prefix_forward(model, prefix), losses), fit_config, progress=progress)
+        loss = recover.objective(lambda ids: model(ids, cache=prefix.cache(model, *ids.shape)), losses)
+        recover.fit(model, prefix.parameters(), batches, loss, fit_config, progress=progress)
         return [prefix.weight]
     M, P, way = size if kind == "idp" else (1, size, "independent")
     pool = idp.PromptPool([recover.prompt_init(model, P, generator=generator) for _ in range(M)])
     if way == "independent":
         for m, prompt in enumerate(pool.prompts):  # each on a shard of its own
-            recover.fit(model, [prompt], batches[m::M], idp.independent(model, pool, losses, m), fit_config, progress=progress)
+            loss = idp.independent(model, pool, losses, m)
+            recover.fit(model, [prompt], batches[m::M], loss, fit_config, progress=progress)
     else:
         loss = {"joint": idp.joint, "competitive": idp.competitive}[way](model, pool, losses)
         recover.fit(model, pool.parameters(), batches, loss, fit_config, progress=progress)
@@ -260,10 +277,6 @@ def attach(model, kind, tensors):
         with torch.no_grad():
             return Subject(model, recover.Prefix(tensors[0]).cache(model, 1, 0))
     return pool_subject(model, idp.PromptPool(tensors))
-
-
-def prefix_forward(model, prefix):
-    return lambda ids: model(ids, cache=prefix.cache(model, *ids.shape))
 
 
 def pool_subject(model, pool):
@@ -308,12 +321,14 @@ def compressed_subject(dense, tag, config, world, log):
     model = step(log, path, settings, make, save, load)
     with open(path + ".layers.json") as f:
         rows = json.load(f)
-    return Subject(model, about={"id": slug(tag), "tag": tag, "base": "dense", "settings": settings, "path": path, "extra": 0,
-                                 "layers": rows, "operation": {"name": operation, "parameters": {"method": method, **how}}})
+    return Subject(model, about={"id": slug(tag), "tag": tag, "base": "dense", "settings": settings, "path": path,
+                                 "extra": 0, "layers": rows,
+                                 "operation": {"name": operation, "parameters": {"method": method, **how}}})
 
 
 def repair_batches(dense, config, world, log):
-    """A function that gives the repair batches with the dense model's targets, and makes them when it is first called."""
+    """A function that gives the repair batches with the dense model's targets, and makes them when it is first called.
+    """
     made = []
 
     def batches():
@@ -330,7 +345,7 @@ def repair_batches(dense, config, world, log):
 
 def repaired_subject(base, tag, kind, size, batches, config, log, objective="distillation", lr=None):
     """`base` repaired in one way, on the batches of `repair_batches`."""
-    fit_config = FitConfig(steps=config.repair_steps, lr=lr or RATES[base.about["tag"]][tag])
+    fit_config = FitConfig(steps=config.repair_steps, lr=lr or RATES[base.about["tag"]]["prompt 8" if kind == "idp" else tag])
     settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
                 "fit": asdict(fit_config), "repair_batch": config.repair_batch}
     if objective != "distillation":
@@ -338,15 +353,15 @@ def repaired_subject(base, tag, kind, size, batches, config, log, objective="dis
     name = f"{base.about['id']}-{slug(tag)}"
     path = os.path.join(config.out, name + ".safetensors")
     tensors = step(log, path, settings,
-                   lambda: train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config, config.seed,
-                                        log.progress(name, fit_config.steps)),
+                   lambda: train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config,
+                                        config.seed, log.progress(name, fit_config.steps)),
                    lambda tensors, path: write_safetensors(path, {f"{i:03d}": t for i, t in enumerate(tensors)}),
                    lambda path: list(read_safetensors(path)[0].values()))
     subject = attach(base.model, kind, tensors)
+    how = {"size": size, "objective": objective, "lr": fit_config.lr, "steps": fit_config.steps}
     subject.about = {"id": name, "tag": tag, "base": base.about["id"], "settings": settings, "path": base.about["path"],
                      "layers": None, "extra": sum(t.numel() for t in tensors), "kind": kind, "tensors": tensors,
-                     "operation": {"name": OPERATION[kind], "parameters": {"size": size, "objective": objective,
-                                                                           "lr": fit_config.lr, "steps": fit_config.steps}}}
+                     "operation": {"name": OPERATION[kind], "parameters": how}}
     return subject
 
 
@@ -357,10 +372,12 @@ def all_subjects(config, world, log):
     for tag in COMPRESSIONS:
         base = compressed_subject(dense, tag, config, world, log)
         subjects.append(base)
-        for objective in ("distillation", "next_token") if config.full else ("distillation",):
-            if tag in REPAIRED:
-                subjects += [repaired_subject(base, repair, kind, size, batches, config, log, objective)
-                             for repair, (kind, size) in REPAIRS.items()]
+        if tag not in REPAIRED:
+            continue
+        wanted = [(repair, *how, "distillation") for repair, how in (REPAIRS | POOLS if config.full else REPAIRS).items()]
+        wanted += [(repair, *how, "next_token") for repair, how in REPAIRS.items()] if config.full else []
+        subjects += [repaired_subject(base, repair, kind, size, batches, config, log, objective)
+                     for repair, kind, size, objective in wanted]
     return subjects
 
 
@@ -384,8 +401,8 @@ def sweep_rates(config, log):
                                        FitConfig(steps=config.repair_steps, lr=lr), config.seed)
                 given = answer(attach(base.model, kind, tensors), facts, world.encoding)
                 recall, logprob = (sum(a[key] for a in given) / len(given) for key in ("correct", "logprob"))
-                print(f"{base_tag:15s} {tag:12s} lr {lr:<7g} validation recall {recall:.1%}, log-probability {logprob:.3f}",
-                      flush=True)
+                print(f"{base_tag:15s} {tag:12s} lr {lr:<7g} validation recall {recall:.1%}, "
+                      f"log-probability {logprob:.3f}", flush=True)
 
 
 def repair_one(config, base_tag, kind, size, objective, lr):
@@ -394,9 +411,11 @@ def repair_one(config, base_tag, kind, size, objective, lr):
     dense = dense_subject(config, world, log)
     base = compressed_subject(dense, base_tag, config, world, log)
     tag = f"{kind} {size if isinstance(size, int) else ' '.join(map(str, size))} lr {lr:g}"
-    repaired = repaired_subject(base, tag, kind, size, repair_batches(dense, config, world, log), config, log, objective, lr)
+    batches = repair_batches(dense, config, world, log)
+    repaired = repaired_subject(base, tag, kind, size, batches, config, log, objective, lr)
     for split in ("seen", "heldout", "novel"):
         facts = data.facts(world.people[split][:config.test_people])
-        recalls = [sum(a["correct"] for a in answer(s, facts, world.encoding)) / len(facts) for s in (dense, base, repaired)]
-        print("{:8s} {:,} facts: dense {:.1%}, {} {:.1%}, repaired {:.1%}".format(split, len(facts), recalls[0], base_tag, *recalls[1:]))
+        right = [sum(a["correct"] for a in answer(s, facts, world.encoding)) for s in (dense, base, repaired)]
+        print(f"{split:8s} {len(facts):,} facts: " + ", ".join(f"{name} {n / len(facts):.1%}" for name, n in
+                                                               zip(("dense", base_tag, "repaired"), right)))
     print(f"{repaired.about['extra']:,} extra parameters")

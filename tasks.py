@@ -89,7 +89,9 @@ def is_right(text, gold):
 
 
 def gold_logprobs(subject, rows, chosen, encoding):
-    """The log-probability (nats) of each row's gold answer behind its question, under the rows `chosen` on the question alone."""
+    """The log-probability (nats) of each row's gold answer behind its question, under the rows `chosen` on the
+    question alone.
+    """
     whole, _ = pad([question + gold for question, gold in rows], encoding)  # (B, T + answer)
     logits = subject.model(whole[:, :-1], cache=subject.cache(chosen, whole.shape[1]))
     log_p = F.log_softmax(logits.float(), dim=-1)  # (B, T + answer - 1, V)
@@ -100,7 +102,9 @@ def gold_logprobs(subject, rows, chosen, encoding):
 
 @torch.no_grad()
 def perplexity(subject, windows, batch_size=250):
-    """exp(mean loss in nats) a text token over windows (N, T + 1), the first CONTEXT tokens of each read but not scored."""
+    """exp(mean loss in nats) a text token over windows (N, T + 1), the first CONTEXT tokens of each read but not
+    scored.
+    """
     total = 0.0
     for part in windows.split(batch_size):
         ids = part[:, :-1]

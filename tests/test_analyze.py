@@ -92,7 +92,9 @@ def test_a_model_is_like_itself_and_only_itself(scene):
 
 
 def test_inside_attention_is_the_softmax_row_by_row(scene):
-    """One head of the first layer, one row at a time, with a prompt in front: softmax over prompt and text, text part renormalised."""
+    """One head of the first layer, one row at a time, with a prompt in front: softmax over prompt and text, text part
+    renormalised.
+    """
     model, pool, _, _ = scene
     subject = pool_subject(model, idp.PromptPool([pool.prompts[2]]))
     ids = torch.randint(600, (1, 6), generator=torch.Generator().manual_seed(3))

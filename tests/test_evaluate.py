@@ -39,7 +39,9 @@ def test_bootstrap_interval_is_the_normal_one_for_many_people():
 
 
 def test_bootstrap_is_paired():
-    """Two models that differ by a constant on every person differ by it in every resample: people, not models, are drawn."""
+    """Two models that differ by a constant on every person differ by it in every resample: people, not models, are
+    drawn.
+    """
     scores = torch.rand(50, 1, generator=torch.Generator().manual_seed(1)).double()
     samples = evaluate.resampled(torch.cat([scores, scores + 0.25], dim=1), 500, torch.Generator().manual_seed(2))
     assert torch.allclose(samples[:, 1] - samples[:, 0], torch.full((500,), 0.25, dtype=torch.float64), atol=1e-12)
@@ -72,7 +74,9 @@ def test_verdict_follows_from_the_interval_alone(bounds, word):
 # ---- the study
 
 def test_same_seed_same_table_and_everything_reused(tmp_path):
-    """The whole study twice in two folders: digit for digit the same but for the clock; a third run computes nothing anew."""
+    """The whole study twice in two folders: digit for digit the same but for the clock; a third run computes nothing
+    anew.
+    """
     results = []
     for folder in ("a", "b", "a"):
         log = Log()
