@@ -444,9 +444,9 @@ def one(**changes):
     (one(data_offsets=[-8, 0]), bytes(8), "a.*data_offsets"), (one(data_offsets="08"), bytes(8), "a.*data_offsets"),
     (one(), bytes(7), "a.*1 bytes after"), (one(data_offsets=[1 << 62, (1 << 62) + 8]), bytes(8), "a.*after"),
     ({**one(), "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, bytes(12), "b.*overlap"),
-    *known((one(dtype=["F32"]), bytes(8), "a.*dtype"), (one(dtype={}), bytes(8), "a.*dtype"),
-           (one(shape=[10 ** 30, 0], data_offsets=[0, 0]), b"", "a.*shape"),
-           (one(shape=[2 ** 40, 2 ** 40, 0], data_offsets=[0, 0]), b"", "a.*shape")),
+    (one(dtype=["F32"]), bytes(8), "a.*dtype"), (one(dtype={}), bytes(8), "a.*dtype"),
+    (one(shape=[10 ** 30, 0], data_offsets=[0, 0]), b"", "a.*shape"),
+    *known((one(shape=[2 ** 40, 2 ** 40, 0], data_offsets=[0, 0]), b"", "a.*shape")),
 ])
 def test_a_hostile_header_is_a_value_error(tmp_path, header, body, names):
     path = tmp_path / "hostile.safetensors"
