@@ -1,9 +1,9 @@
 """
 The look inside: why attention should choose well - does it? - and what repairs do to attention and activations.
 
-    selectors     one pool, every way to choose from it, and what each costs: attention-max (the paper's rule), attention-min, random, each
-                  prompt alone, the best single one (chosen on validation people), all concatenated, ensemble, most
-                  confident, and the per-question oracle beside the two floors without which an oracle shows nothing
+    selectors     one pool, every way to choose from it, and what each costs: attention-max (the paper's rule),
+                  attention-min, random, each prompt alone, the best single one (chosen on validation people),
+                  all concatenated, ensemble, most confident, and the per-question oracle beside the two floors without which an oracle shows nothing
     correlation   of a prompt's attention score with the log-probability it gives the right answer, question by question
     similarity    of attention rows and block outputs to the dense model's, by layer and head (the paper's section 5)
 
@@ -28,7 +28,7 @@ def under_each(model, pool, facts, encoding):
     """Every fact (N) under every prompt (M) of the pool -> {name: (N, M)}:
 
     right        1.0 where the answer is right        logprob  of the right answer, nats
-    confidence   log-probability of the answer given  attention, and attention_last: the score in the first and the last layer
+    confidence   log-probability of the answer given  attention, attention_last: the score in the first, the last layer
     """
     filled, rows = idp.prefill(model, pool), tokenized(facts, encoding)
     right, logprob, confidence = [], [], []
@@ -43,8 +43,8 @@ def under_each(model, pool, facts, encoding):
     first, last = (torch.cat([idp.attention_scores(model, filled, part, n, layer)
                               for part, n in zip(ids.split(250), lengths.split(250))])
                    for layer in (0, len(model.blocks) - 1))  # each (N, M)
-    return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T, "confidence": torch.tensor(confidence).T,
-            "attention": first, "attention_last": last}
+    return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T,
+            "confidence": torch.tensor(confidence).T, "attention": first, "attention_last": last}
 
 
 @torch.no_grad()
@@ -52,7 +52,8 @@ def selectors(model, pool, facts, validation, encoding, generator):
     """Every way to choose from one pool on the same questions: {name: (right (N,) in [0, 1], extra passes a
     question)}, and the table of `under_each` behind it.
 
-    facts, validation  the facts to answer, and other people's facts, which choose the best single prompt and the loudness
+    facts       to answer
+    validation  other people's facts, which choose the best single prompt and tell how loud each prompt is
     """
     each, tuning = (under_each(model, pool, f, encoding) for f in (facts, validation))
     right, M = each["right"], len(pool)
@@ -110,7 +111,8 @@ def in_top(subject, facts, encoding, M):
         part = rows[i:i + 250]
         ids, lengths = data.pad([question + gold[:-1] for question, gold in part], encoding)
         chosen = subject.pick(ids, lengths)
-        logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))[torch.arange(len(part)), lengths - 1]  # (B, V)
+        logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))  # (B, T, V)
+        logits = logits[torch.arange(len(part)), lengths - 1]  # (B, V)
         gold = torch.tensor([gold[-1] for _, gold in part])
         out.append((logits.topk(M, dim=-1).indices == gold[:, None]).any(-1).float())
     return torch.cat(out)

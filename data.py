@@ -74,9 +74,9 @@ LAST = words("vek", "sen", "rick")      # 72 last names
 VALUES = {
     "city": words("mere", "burg"),      # 48
     "year": [str(year) for year in range(1900, 2000)],
-    "profession": "baker barber brewer broker butcher carpenter cook dancer dentist diver doctor driver farmer fisher gardener "
-                  "hunter judge lawyer mason miller miner nurse painter pilot plumber poet porter printer sailor singer "
-                  "smith tailor teacher waiter weaver writer".split(),  # 36
+    "profession": "baker barber brewer broker butcher carpenter cook dancer dentist diver doctor driver farmer fisher "
+                  "gardener hunter judge lawyer mason miller miner nurse painter pilot plumber poet porter printer "
+                  "sailor singer smith tailor teacher waiter weaver writer".split(),  # 36
     "employer": words("corp", "tex"),   # 48
     "university": words("ford"),        # 24
 }
@@ -249,7 +249,8 @@ def main():
     text = statements(told) + taught_questions(told)
     encoding = make_encoding(train_bpe(text, config.vocab_size))
     print(f"{len(people):,} people, {len(facts(people)):,} facts, {len(text):,} sentences, "
-          f"{sum(map(len, encoding.encode_ordinary_batch(text))) + len(text):,} tokens of a vocabulary of {encoding.n_vocab}")
+          f"{sum(map(len, encoding.encode_ordinary_batch(text))) + len(text):,} tokens, "
+          f"a vocabulary of {encoding.n_vocab}")
     for split in SPLITS:
         for person in [p for p in people if p.split == split][:args.show]:
             print(f"\n{person.name} ({split}{', questions taught' if person.taught and split != 'novel' else ''})")

@@ -81,7 +81,8 @@ def verdict(model):
     if None in bounds["displaced"] + bounds["relearned"]:
         return "compression took too little recall to divide by"
     return (clause(value["displaced"], bounds["displaced"], "held-out facts come back, displaced",
-                   "held-out facts are lost further, displaced", "held-out recall not distinguishable from unrepaired, displaced")
+                   "held-out facts are lost further, displaced",
+                   "held-out recall not distinguishable from unrepaired, displaced")
             + "; " + clause(value["relearned"], bounds["relearned"], "seen facts gain more, re-learned",
                             "seen facts gain less, re-learned", "seen facts gain as much, re-learned"))
 
@@ -119,14 +120,14 @@ def ablation(subject, base, world, config):
     """
     facts = data.facts(world.people["heldout"][:config.ablation_people])
     validation = data.facts(world.people["validation"][:config.ablation_people])
-    out, each = analyze.selectors(base.model, idp.PromptPool(subject.about["tensors"]), facts, validation, world.encoding,
-                                  torch.Generator().manual_seed(config.seed + 4))
+    pool, generator = idp.PromptPool(subject.about["tensors"]), torch.Generator().manual_seed(config.seed + 4)
+    out, each = analyze.selectors(base.model, pool, facts, validation, world.encoding, generator)
     chosen = each["attention"].argmax(1)
-    by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=each["attention"].shape[1]).tolist()
+    by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
                     for a in data.VALUES}
     gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)
     points = torch.stack([each["attention"], gain], dim=-1).flatten(0, 1)
-    return {"rows": [{"name": name, "right": right.tolist(), "passes": passes} for name, (right, passes) in out.items()],
+    return {"rows": [{"name": name, "right": right.tolist(), "passes": n} for name, (right, n) in out.items()],
             "rho": analyze.rank_correlation(each["attention"], each["logprob"]).tolist(),
             "chosen": torch.bincount(chosen, minlength=gain.shape[1]).tolist(), "by_attribute": by_attribute,
             "points": points[::max(1, len(points) // 500)][:500].tolist()}
@@ -140,8 +141,10 @@ def summary(ablated, config):
     samples = resampled(people, 10_000, generator).numpy()
     rule = samples[:, 0]
     rows = [{"name": row["name"], "recall": float(people[:, i].mean()), "interval": interval(samples[:, i]),
-             "over_rule": interval(samples[:, i] - rule), "extra_passes": row["passes"]} for i, row in enumerate(ablated["rows"])]
-    return {"selectors": rows, "correlation": {"rho": float(people[:, -1].mean()), "interval": interval(samples[:, -1])},
+             "over_rule": interval(samples[:, i] - rule), "extra_passes": row["passes"]}
+            for i, row in enumerate(ablated["rows"])]
+    return {"selectors": rows,
+            "correlation": {"rho": float(people[:, -1].mean()), "interval": interval(samples[:, -1])},
             **{key: ablated[key] for key in ("chosen", "by_attribute", "points")}}
 
 
@@ -163,10 +166,10 @@ def context_check(subject, world, config):
 # ---- the main job
 
 METRICS = [  # name, label, unit, higher is better, what it is
-    ("bits_per_weight", "bits a weight", "bits", False, "stored bits of the block's linear layers, scales and masks included, a weight"),
+    ("bits_per_weight", "bits a weight", "bits", False, "of the blocks' linear layers, scales and masks included"),
     ("bytes", "bytes on disk", "bytes", False, "the checkpoint file, plus the repair's parameters as float32"),
     ("extra_parameters", "extra parameters", "", False, "what the repair adds"),
-    ("perplexity", "perplexity", "", False, "a text token, on sentences about held-out people; prompt positions not counted"),
+    ("perplexity", "perplexity", "", False, "a text token, on sentences about held-out people; prompts not counted"),
     ("recall_seen", "recall, seen", "share", True, "exact match on people in the repair's text"),
     ("recall_heldout", "recall, held-out", "share", True, "exact match on people in pretraining only"),
     ("recall_novel", "recall, novel", "share", True, "exact match on people in no text: what guessing reaches"),
@@ -191,7 +194,8 @@ def study(config, log):
               lambda: milliseconds({s.about["id"]: s for s in subjects}, world),
               lambda result, path: write_text(path, json.dumps(result)), read_json)
     models = [{**{k: s.about[k] for k in ("id", "tag", "base", "operation", "layers")},
-               "metrics": {**costs(s), "perplexity": measured[s.about["id"]]["perplexity"], "ms_per_question": ms[s.about["id"]]},
+               "metrics": {**costs(s), "perplexity": measured[s.about["id"]]["perplexity"],
+                           "ms_per_question": ms[s.about["id"]]},
                "intervals": {}, "verdict": None} for s in subjects]
     add_recalls(models, measured, config)
     inside = look_inside(subjects, world, config, log)
@@ -205,7 +209,8 @@ def study(config, log):
                            lambda result, path: write_text(path, json.dumps(result)), read_json)
             model["idp"] = summary(ablated, config)
     context = context_check(subjects[0], world, config)
-    return {"name": "small world", "settings": asdict(config), "seed": config.seed, "models": models, "context": context,
+    return {"name": "small world", "settings": asdict(config), "seed": config.seed, "models": models,
+            "context": context,
             "metrics": [dict(zip(("name", "label", "unit", "higher_is_better", "description"), m)) for m in METRICS],
             "operations": [{"name": n, "parameters": None, "description": d} for n, d in OPERATIONS.items()],
             "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"} for m in models if m["verdict"]],
@@ -225,7 +230,8 @@ def costs(subject):
         elif recover.shape_of(layer):  # packed
             bits += 8 * sum(t.nbytes for t in layer.buffers())
             weights += layer.in_features * layer.out_features
-    return {"bits_per_weight": bits / weights, "bytes": os.path.getsize(subject.about["path"]) + 4 * subject.about["extra"],
+    return {"bits_per_weight": bits / weights,
+            "bytes": os.path.getsize(subject.about["path"]) + 4 * subject.about["extra"],
             "extra_parameters": subject.about["extra"]}
 
 
@@ -289,11 +295,13 @@ def selector_table(model):
     lines = ["| choice | held-out % | over the paper's rule, points | extra passes |", "|---|---:|---:|---:|"]
     for row in model["idp"]["selectors"]:
         low, high = row["interval"]
+        over = "[{:+.1f}, {:+.1f}]".format(*(100 * x for x in row["over_rule"]))
         lines.append(f"| {row['name']} | {100 * row['recall']:.1f} [{100 * low:.1f}, {100 * high:.1f}] "
-                     f"| [{100 * row['over_rule'][0]:+.1f}, {100 * row['over_rule'][1]:+.1f}] | {row['extra_passes']} |")
+                     f"| {over} | {row['extra_passes']} |")
     c = model["idp"]["correlation"]
-    return "\n".join(lines) + (f"\n\nrank correlation of attention with the right answer's log-probability: {c['rho']:+.3f} "
-                              f"[{c['interval'][0]:+.3f}, {c['interval'][1]:+.3f}]; chosen: {model['idp']['chosen']}")
+    bounds = "[{:+.3f}, {:+.3f}]".format(*c["interval"])
+    return "\n".join(lines) + (f"\n\nrank correlation of attention with the right answer's log-probability: "
+                              f"{c['rho']:+.3f} {bounds}; chosen: {model['idp']['chosen']}")
 
 
 def write_results(results, rows, config, log):

@@ -100,7 +100,7 @@ def attention_scores(model, filled, ids, lengths=None, layer=0):
     real = slot >= filled.first[:, None]  # (M, Pmax): a shorter prompt leaves its first slots empty
     to_prompts = to_prompts.masked_fill(~real.flatten(), -torch.inf)
     p = torch.cat([to_prompts, to_text], dim=-1).softmax(-1)[..., :M * Pmax]
-    p = p.mean(dim=(1, 2)).view(B, T, M, Pmax).sum(-1) / real.sum(-1)  # (B, T, M): over heads, over a prompt's own tokens
+    p = p.mean(dim=(1, 2)).view(B, T, M, Pmax).sum(-1) / real.sum(-1)  # (B, T, M): mean over heads and own tokens
     lengths = torch.full((B,), T, device=ids.device) if lengths is None else lengths
     text = torch.arange(T, device=ids.device) < lengths[:, None]  # (B, T): real tokens
     return (p * text[..., None]).sum(1) / lengths[:, None]  # (B, M)
@@ -161,11 +161,12 @@ def competitive(model, pool, losses):
 
 def main():
     import study  # here, not above: as in recover.py
-    parser = study.options("Train a pool of prompts for a compressed model of the small world, and ask it before and after.")
+    parser = study.options("Train a pool of prompts for a compressed model of the small world, and ask before and after.")
     parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
     parser.add_argument("--prompts", type=int, default=4, help="M, prompts in the pool")
     parser.add_argument("--length", type=int, default=8, help="P, tokens of each prompt")
-    parser.add_argument("--way", choices=["independent", "joint", "competitive"], default="independent", help="of training")
+    parser.add_argument("--way", choices=["independent", "joint", "competitive"], default="independent",
+                        help="of training the pool")
     parser.add_argument("--lr", type=float, default=3e-2, help="peak learning rate")
     args = parser.parse_args()
     study.guard(lambda: study.repair_one(study.sized(args.size, args.seed, args.out), args.base, "idp",

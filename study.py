@@ -345,7 +345,8 @@ def repair_batches(dense, config, world, log):
 
 def repaired_subject(base, tag, kind, size, batches, config, log, objective="distillation", lr=None):
     """`base` repaired in one way, on the batches of `repair_batches`."""
-    fit_config = FitConfig(steps=config.repair_steps, lr=lr or RATES[base.about["tag"]]["prompt 8" if kind == "idp" else tag])
+    lr = lr or RATES[base.about["tag"]]["prompt 8" if kind == "idp" else tag]
+    fit_config = FitConfig(steps=config.repair_steps, lr=lr)
     settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
                 "fit": asdict(fit_config), "repair_batch": config.repair_batch}
     if objective != "distillation":
@@ -374,8 +375,10 @@ def all_subjects(config, world, log):
         subjects.append(base)
         if tag not in REPAIRED:
             continue
-        wanted = [(repair, *how, "distillation") for repair, how in (REPAIRS | POOLS if config.full else REPAIRS).items()]
-        wanted += [(repair, *how, "next_token") for repair, how in REPAIRS.items()] if config.full else []
+        wanted = [(repair, *how, "distillation") for repair, how in REPAIRS.items()]
+        if config.full:
+            wanted += [(repair, *how, "distillation") for repair, how in POOLS.items()]
+            wanted += [(repair, *how, "next_token") for repair, how in REPAIRS.items()]
         subjects += [repaired_subject(base, repair, kind, size, batches, config, log, objective)
                      for repair, kind, size, objective in wanted]
     return subjects
