@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import data
 import idp
 from recover import prompt_init
-from tasks import Subject, answer, gold_logprobs, is_right, tokenized
+from tasks import Subject, answer, gold_logprobs, is_right, tokenized, until_stop
 
 
 def always(m):
@@ -100,7 +100,8 @@ def ensemble(model, pool, facts, encoding, batch_size=250):
             tokens.append(p.argmax(-1))
             x = [model.hidden(tokens[-1][:, None], cache=c) for c in caches]
         for b, row in enumerate(torch.stack(tokens, dim=1).tolist()):
-            out.append(float(is_right(encoding.decode(row).split(".")[0], facts[i + b].answer)))
+            text, ended = until_stop(row, encoding)
+            out.append(float(ended and is_right(text, facts[i + b].answer)))
     return torch.tensor(out)
 
 

@@ -147,7 +147,7 @@ def facts(people):
 # ---- the tokenizer
 
 # Words with their leading space, numbers two digits at a time, the rest: merges never cross these borders. Written
-# without \p{..} classes, so that Python's `re` (for training) and tiktoken's engine (for encoding) read it alike.
+# without \p{..} classes, which Python's `re` (for training) does not know and tiktoken's engine (for encoding) does.
 PATTERN = r" ?[^\W\d_]+| ?\d{1,2}| ?(?:[^\s\w]|_)+|\s+"
 
 
@@ -186,10 +186,14 @@ def make_encoding(ranks):
 def save_ranks(ranks, path):
     """Write tiktoken's own file format: a line a token, base64 of its bytes and its rank."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as f:
-        for token, rank in ranks.items():
-            f.write(base64.b64encode(token) + b" %d\n" % rank)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            for token, rank in ranks.items():
+                f.write(base64.b64encode(token) + b" %d\n" % rank)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def load_ranks(path):
@@ -202,8 +206,10 @@ def load_ranks(path):
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
                 raise ValueError(f"{path}: line {number} is not a base64 token and its rank") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+    if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"{path}: {len(ranks)} tokens whose ranks are not 0 to {len(ranks) - 1}")
+    if not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError(f"{path}: {len(ranks)} tokens, and not every single byte among them")
     return ranks
 
 
@@ -215,6 +221,8 @@ def batches(sentences, encoding, batch_size, T, generator, aligned=False):
     Each pass goes through all sentences in a new order. A document that does not fit goes on in the next row, unless
     `aligned`: then its rest is dropped, and every row begins with a document, as every question does.
     """
+    if not sentences:
+        raise ValueError("there are no sentences to make batches of")
     documents = [[encoding.eot_token, *tokens] for tokens in encoding.encode_ordinary_batch(sentences)]
     rows, row = [], []
     while True:

@@ -52,14 +52,7 @@ def prefill(model, pool):
 
     Gradients reach the prompts when they are wanted: then nothing here is a constant, and it runs once a training step.
     """
-    none = torch.empty(1, 0, dtype=torch.long, device=pool.prompts[0].device)
-    rows = []
-    for prompt in pool.prompts:
-        cache = model.new_cache(1, pool.longest)
-        start = pool.longest - len(prompt)
-        cache.length, cache.first, cache.used = cache.length + start, cache.first + start, start
-        model.hidden(none, prompt, cache)
-        rows.append(cache)
+    rows = [prefill_one(model, prompt, pool.longest) for prompt in pool.prompts]
     pooled = model.new_cache(len(pool), 0)
     pooled.k = [torch.cat([row.k[i] for row in rows]) for i in range(len(model.blocks))]  # each (M, nkv, Pmax, hs)
     pooled.v = [torch.cat([row.v[i] for row in rows]) for i in range(len(model.blocks))]
@@ -68,14 +61,28 @@ def prefill(model, pool):
     return pooled
 
 
+def prefill_one(model, prompt, slots):
+    """A Cache of one row with the prompt (P, C) at the end of its `slots`; the slots before it are never attended to."""
+    cache, start = model.new_cache(1, slots), slots - len(prompt)
+    cache.length, cache.first, cache.used = cache.length + start, cache.first + start, start
+    model.hidden(torch.empty(1, 0, dtype=torch.long, device=prompt.device), prompt, cache)
+    return cache
+
+
 def take(filled, chosen, room):
     """A Cache with, in row b, the keys and values of row chosen[b] of `filled`, and `room` free slots behind them."""
+    check_room(filled, room)
     cache = copy.copy(filled)
     cache.k = [F.pad(k[chosen], (0, 0, 0, room)) for k in filled.k]  # each (B, nkv, Pmax + room, hs)
     cache.v = [F.pad(v[chosen], (0, 0, 0, room)) for v in filled.v]
     cache.length, cache.first = filled.length[chosen], filled.first[chosen]
     cache.slots = filled.slots + room
     return cache
+
+
+def check_room(filled, room):
+    if filled.slots + room > filled.context:
+        raise ValueError(f"a prompt of {filled.slots} and {room} text tokens do not fit the context of {filled.context}")
 
 
 def attention_scores(model, filled, ids, lengths=None, layer=0):
@@ -85,6 +92,7 @@ def attention_scores(model, filled, ids, lengths=None, layer=0):
     """
     attn, (B, T) = model.blocks[layer].attn, ids.shape
     M, _, Pmax, hs = filled.k[layer].shape
+    check_room(filled, T)
     x = model.embed(ids, start=Pmax)  # the text stands behind the longest prompt
     positions = torch.arange(Pmax, Pmax + T, device=ids.device)[None]  # (1, T)
     for block in model.blocks[:layer]:
@@ -126,7 +134,10 @@ def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
 
 def independent(model, pool, losses, m):
     """Prompt m alone; called for each m on a shard of the data of its own, the pool is M prompts that never met."""
-    return objective(lambda ids: model(ids, prompt=pool.prompts[m]), losses)
+    def forward(ids):
+        filled = prefill_one(model, pool.prompts[m], pool.longest)
+        return model(ids, cache=take(filled, torch.zeros(len(ids), dtype=torch.long, device=ids.device), ids.shape[1]))
+    return objective(forward, losses)
 
 
 def joint(model, pool, losses, look=8, balance=0.1):

@@ -65,6 +65,16 @@ class GPTConfig:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"n_embd={self.n_embd} must divide by n_head={self.n_head}, and that by "
                              f"n_kv_head={self.n_kv_head}")
+        for name in ("norm_eps", "rope_theta"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
+        if not isinstance(self.position_offset, int) or self.position_offset < 0 or self.context > 2**24:
+            raise ValueError(f"position_offset must be at least 0 and context at most {2**24}, "
+                             f"got {self.position_offset!r} and {self.context}")
+        if self.rope_scaling is not None:
+            s, keys = self.rope_scaling, ("factor", "low_freq_factor", "high_freq_factor", "original_context")
+            if not isinstance(s, dict) or not all(isinstance(s.get(k), (int, float)) and s[k] > 0 for k in keys):
+                raise ValueError(f"rope_scaling must hold positive numbers for {', '.join(keys)}, got {s!r}")
         for name, known in (("position", ("rotary", "learned")), ("norm", ("rmsnorm", "layernorm")),
                             ("activation", ("gelu", "relu", "swiglu"))):
             if getattr(self, name) not in known:
@@ -84,6 +94,7 @@ class Cache:
     length  (B,) the next free slot of each row: rows may differ
     first   (B,) the first slot that counts; those before it are never attended to (prompts aligned at their end)
     slots   S, how many there are
+    context the positions the model has: S can grow to it
     used    the largest `length` as a plain int, so that checking for room never waits for the device
     """
 
@@ -95,7 +106,7 @@ class Cache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.first = torch.zeros(batch, dtype=torch.long, device=device)
-        self.slots, self.used = slots, 0
+        self.slots, self.used, self.context = slots, 0, config.context
 
 
 def rope_table(config):
@@ -303,6 +314,8 @@ class GPT(nn.Module):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         lengths = torch.full((B,), T, device=ids.device) if lengths is None else lengths
+        if not 1 <= int(lengths.min()) <= int(lengths.max()) <= T:
+            raise ValueError(f"lengths must be in [1, {T}], got {lengths.tolist()}")
         cache = cache or self.new_cache(B, P + T + max_new_tokens)
         if cache.used + P + T + max_new_tokens > cache.slots:
             raise ValueError(f"{cache.used} cached + {P} prompt + {T} text + {max_new_tokens} new tokens do not fit "
@@ -339,7 +352,7 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Floating-point operations of one token's forward pass with T tokens attended to: 2 a weight, 4TC a layer."""
         c, T = self.config, T or self.config.context
-        linear = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
+        linear = sum(m.in_features * m.out_features for m in self.blocks.modules() if hasattr(m, "in_features"))
         return 2 * (linear + c.vocab_size * c.n_embd) + 4 * T * c.n_embd * c.n_layer
 
 
@@ -410,7 +423,11 @@ def read_safetensors(path):
         raw = data[8 + n + start:8 + n + stop]
         if (8 + n + start) % dtype.itemsize:
             raw = raw.copy()  # a view needs aligned bytes
-        tensors[name] = (torch.from_numpy(raw).view(dtype) if len(raw) else torch.empty(0, dtype=dtype)).reshape(shape)
+        flat = torch.from_numpy(raw).view(dtype) if len(raw) else torch.empty(0, dtype=dtype)
+        try:
+            tensors[name] = flat.reshape(shape)
+        except RuntimeError:  # no bytes, but sizes whose product overflows
+            raise ValueError(f"{path}: tensor {name!r}: shape {shape} is larger than any tensor") from None
     return tensors, metadata
 
 
@@ -428,10 +445,14 @@ def save(model, path):
     The metadata holds the config and how to rebuild each module that is no longer an nn.Linear (its `spec()`). A pruned
     weight is stored as one bit a weight and the values that remain; a tied head is not stored twice.
     """
+    if any(name.endswith(".base") for name, _ in model.named_modules()):
+        raise ValueError("a model with LoRA is not one checkpoint: save the adapter alone, or merge it first")
     specs = {name: m.spec() for name, m in model.named_modules() if hasattr(m, "spec")}
+    own_head = isinstance(model.lm_head, nn.Linear) and model.lm_head.weight is not model.wte.weight
+    config = {**asdict(model.config), "tied": model.config.tied and not own_head}
     tensors = {}
     for name, t in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tied and t.data_ptr() == model.wte.weight.data_ptr():
+        if name == "lm_head.weight" and config["tied"]:
             continue
         kept = t != 0
         if t.dim() == 2 and t.dtype == torch.float32 and (~kept).sum() > t.numel() / 32:  # the bitmap's own price
@@ -439,8 +460,7 @@ def save(model, path):
             tensors[name + ".values"] = t[kept]
         else:
             tensors[name] = t
-    write_safetensors(path, tensors, {"format": "pt", "config": json.dumps(asdict(model.config)),
-                                      "modules": json.dumps(specs)})
+    write_safetensors(path, tensors, {"format": "pt", "config": json.dumps(config), "modules": json.dumps(specs)})
 
 
 def load(path):
@@ -451,7 +471,9 @@ def load(path):
     try:
         config = GPTConfig(**json.loads(metadata["config"]))
         specs = json.loads(metadata["modules"])
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(specs, dict):
+            raise ValueError("modules is not an object")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no usable model configuration in the file ({error})") from None
     return assemble(config, tensors, specs, path)
 
@@ -463,14 +485,20 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
     for name, spec in (specs or {}).items():
         from kernels import from_spec  # here, not above: a dense model needs no kernels
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, from_spec(spec))
+        try:
+            model.get_submodule(name)
+            setattr(model.get_submodule(parent), child, from_spec(spec))
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: module {name!r}: {error}") from None
     expected = {name: t for name, t in model.state_dict().items()}
     tensors = {name: t.clone() for name, t in tensors.items()}  # out of the mapped file
     for name in [n[:-len(".bitmap")] for n in tensors if n.endswith(".bitmap")]:
         bitmap, values = tensors.pop(name + ".bitmap"), tensors.pop(name + ".values", torch.empty(0))
         shape = expected[name].shape if name in expected else (0,)
+        if bitmap.dtype != torch.uint8:
+            raise ValueError(f"{path}: {name}: a bitmap of {bitmap.dtype}")
         kept = torch.from_numpy(np.unpackbits(bitmap.numpy())[:math.prod(shape)]).bool()
-        if kept.numel() != math.prod(shape) or int(kept.sum()) != values.numel():
+        if values.dtype != torch.float32 or kept.numel() != math.prod(shape) or int(kept.sum()) != values.numel():
             raise ValueError(f"{path}: {name}: its bitmap and its values disagree")
         tensors[name] = torch.zeros(math.prod(shape)).masked_scatter_(kept, values).view(shape)
     if config.tied and "lm_head.weight" in expected and "wte.weight" in tensors:
@@ -480,7 +508,10 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
         raise ValueError(f"{path}: missing tensors {missing[:4]}, surplus tensors {surplus[:4]}")
     for name, t in tensors.items():
         if t.shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, the model needs {tuple(expected[name].shape)}")
+            raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, "
+                             f"the model needs {tuple(expected[name].shape)}")
+        if t.dtype != expected[name].dtype and not (t.is_floating_point() and expected[name].is_floating_point()):
+            raise ValueError(f"{path}: {name} is of {t.dtype}, the model needs {expected[name].dtype}")
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie()
     return model

@@ -41,7 +41,8 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(n_out, rank))
 
     def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x, self.A), self.B) * self.scale
+        update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
+        return self.base(x) + update.to(x.dtype)
 
     def update(self):
         """The dense (out, in) update this layer adds to its base."""
@@ -60,8 +61,8 @@ def add_lora(model, rank, alpha=None, targets=LINEARS, generator=None):
     rank  of the update, at least 1;  alpha  scales it by alpha / rank (default: alpha = rank, a scale of 1)
     Raises ValueError for a rank below 1, for targets that name no layer, and for a model that has LoRA already.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    if rank < 1 or (alpha is not None and alpha <= 0):
+        raise ValueError(f"rank must be at least 1 and alpha above 0, got {rank} and {alpha}")
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA already: merge_lora or remove_lora first")
     found = [(parent, name) for parent in model.blocks.modules() for name, child in parent.named_children()
@@ -97,8 +98,8 @@ def merge_lora(model, keep_zeros=False):
     layers = lora_layers(model)
     for _, _, layer in layers:
         if not isinstance(layer.base, nn.Linear):
-            raise ValueError(f"{names[id(layer)]} is stored in few bits: merging would round the update away; "
-                             "keep LoRA beside it")
+            raise ValueError(f"{names[id(layer)]} is stored in few bits or without its zeros: merging would lose "
+                             "most of the update; keep LoRA beside it")
         if not keep_zeros and (layer.base.weight == 0).float().mean() > 1e-3:
             raise ValueError(f"{names[id(layer)]} is pruned: merging would fill its zeros; pass keep_zeros=True to "
                              "merge under the mask and lose the rest")
@@ -146,6 +147,8 @@ class Prefix(nn.Module):
         prefix.
         """
         P = self.weight.shape[3]
+        if P + slots > model.config.context:
+            raise ValueError(f"a prefix of {P} and {slots} text tokens do not fit the context of {model.config.context}")
         cache = Cache(model.config, batch, 0, self.weight.device)
         rest = self.weight.new_zeros(batch, model.config.n_kv_head, slots, model.config.head_size)
         for i, (k, v) in enumerate(self.weight):  # each (nkv, P, hs)
@@ -245,6 +248,13 @@ class FitConfig:
     muon: float = 0.0           # learning rate of Muon; above 0 it takes the matrices of the blocks from AdamW
     every: int = 50             # steps between two looks at the validation loss
 
+    def __post_init__(self):
+        if self.steps < 1 or self.every < 1 or not 0 < self.lr < math.inf:
+            raise ValueError(f"steps and every must be at least 1 and lr above 0, "
+                             f"got {self.steps}, {self.every} and {self.lr}")
+        if self.schedule not in ("cosine", "linear"):
+            raise ValueError(f"schedule must be cosine or linear, got {self.schedule!r}")
+
     def rate(self, step):
         """The factor on the learning rate at `step`: warm-up, then the schedule."""
         warm = max(1, round(self.warmup * self.steps))
@@ -300,7 +310,8 @@ def make_optimizers(model, parameters, config):
     rest = [p for p in parameters if id(p) not in blocks]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)]
+    groups = [g for g in groups if g["params"]]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)] if groups else []
     if hidden:
         optimizers.append(Muon(hidden, config.muon, config.weight_decay))
     return optimizers
@@ -317,28 +328,35 @@ def fit(model, parameters, batches, loss=None, config=None, validate=None, progr
     A loss that is not finite ends the training with a warning, at the last good state.
     """
     config, loss, parameters = config or FitConfig(), loss or objective(model), list(parameters)
-    if config.steps < 1 or config.lr <= 0:
-        raise ValueError(f"steps must be at least 1 and lr above 0, got {config.steps} and {config.lr}")
     frozen = {p: p.requires_grad for p in model.parameters()}
     for p in frozen:
         p.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
+        p.grad = None
     optimizers = make_optimizers(model, parameters, config)
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     best, losses, stream = (math.inf, None), [], iter(batches)
+    good = [p.detach().clone() for p in parameters]  # the parameters that the last finite loss was computed with
     try:
         for step in range(config.steps):
             batch = next(stream, None)
             if batch is None:  # the list is through: once more
                 stream = iter(batches)
-                batch = next(stream)
+                batch = next(stream, None)
+            if batch is None:
+                raise ValueError("there are no batches to train on")
             value = loss(batch)
-            if not torch.isfinite(value):
-                warnings.warn(f"the loss became {value.item()} at step {step}: training ends at the last good state")
+            if value.isfinite():
+                value.backward()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            if not value.isfinite() or not norm.isfinite():
+                warnings.warn(f"the loss is {value.item()}, or its gradient not finite, at step {step}: "
+                              "training ends at the last good state")
+                restore(parameters, good)
                 break
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            for p, kept in zip(parameters, good):
+                kept.copy_(p.detach())
             for o, lrs in zip(optimizers, peaks):
                 for group, lr in zip(o.param_groups, lrs):
                     group["lr"] = lr * config.rate(step)
@@ -356,10 +374,15 @@ def fit(model, parameters, batches, loss=None, config=None, validate=None, progr
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
     if best[1] is not None:
-        with torch.no_grad():
-            for p, kept in zip(parameters, best[1]):
-                p.copy_(kept)
+        restore(parameters, best[1])
     return losses
+
+
+@torch.no_grad()
+def restore(parameters, values):
+    for p, value in zip(parameters, values):
+        p.copy_(value)
+        p.grad = None
 
 
 def main():

@@ -77,10 +77,17 @@ def answer(subject, facts, encoding, batch_size=250):
         logprobs = gold_logprobs(subject, part, chosen, encoding)
         for b, (question, _) in enumerate(part):
             tokens = given[b, len(question):len(question) + longest].tolist()
-            text = encoding.decode([t for t in tokens if t != encoding.eot_token]).split(".")[0]
-            out.append({"answer": text.strip(), "correct": is_right(text, facts[i + b].answer),
+            text, ended = until_stop(tokens, encoding)
+            out.append({"answer": text.strip(), "correct": ended and is_right(text, facts[i + b].answer),
                         "logprob": logprobs[b], "chosen": int(chosen[b])})
     return out
+
+
+def until_stop(tokens, encoding):
+    """The generated text up to its first full stop or end-of-text, and whether there was one."""
+    ended = encoding.eot_token in tokens
+    text = encoding.decode(tokens[:tokens.index(encoding.eot_token)] if ended else tokens)
+    return text.split(".")[0], ended or "." in text
 
 
 def is_right(text, gold):
@@ -105,10 +112,13 @@ def perplexity(subject, windows, batch_size=250):
     """exp(mean loss in nats) a text token over windows (N, T + 1), the first CONTEXT tokens of each read but not
     scored.
     """
+    if windows.shape[1] < CONTEXT + 2:
+        raise ValueError(f"a window needs at least {CONTEXT + 2} tokens, {CONTEXT} of them only read, "
+                         f"got {windows.shape[1]}")
     total = 0.0
     for part in windows.split(batch_size):
         ids = part[:, :-1]
-        chosen = subject.pick(ids[:, :CONTEXT], torch.full((len(part),), CONTEXT))
+        chosen = subject.pick(ids[:, :CONTEXT], torch.full((len(part),), CONTEXT, device=ids.device))
         logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))[:, CONTEXT:]
         total += F.cross_entropy(logits.flatten(0, 1).float(), part[:, CONTEXT + 1:].flatten(), reduction="sum").item()
     return float(torch.tensor(total / windows[:, CONTEXT + 1:].numel()).exp())

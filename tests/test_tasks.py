@@ -11,7 +11,6 @@ from model import GPT, GPTConfig
 from tasks import CONTEXT, Subject, answer, is_right, perplexity, tokenized
 from test_model import naive
 
-KNOWN = pytest.mark.xfail(strict=True, reason="not refused yet")
 CONFIG = data.WorldConfig(seen=6, heldout=4, validation=2, novel=3, vocab_size=400, seed=1)
 PEOPLE = data.make_world(CONFIG)
 TOLD = [p for p in PEOPLE if p.split != "novel"]
@@ -93,7 +92,6 @@ def test_the_right_answer_counts_and_nothing_else_does():
     assert scored(lambda q: " Tarmere.", FACTS[:1])[0]["answer"] == "Tarmere"
 
 
-@KNOWN
 def test_an_answer_that_goes_on_is_wrong_wherever_it_is_cut():
     """E3: " X y" is not " X", even where the last token there is room for is the space between them."""
     gold = {fact.question: fact.answer for fact in FACTS}
@@ -288,13 +286,12 @@ def test_perplexity_of_an_even_model_is_the_vocabulary():
     assert perplexity(Subject(Parrot(str)), WINDOWS) == pytest.approx(ENCODING.n_vocab, rel=1e-5)
 
 
-@KNOWN
 def test_windows_with_nothing_to_score_are_refused(trained):
     with pytest.raises(ValueError, match=str(CONTEXT)):
         perplexity(Subject(trained), WINDOWS[:, :CONTEXT + 1])
 
 
-@pytest.mark.parametrize("prompted", [False, pytest.param(True, marks=KNOWN)])
+@pytest.mark.parametrize("prompted", [False, True])
 def test_a_question_that_does_not_fit_is_an_error(prompted):
     """P4: never cut."""
     model = small(context=20)
