@@ -215,6 +215,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.decoder = None  # kernels.compile_decode sets it: the compiled way of one token through a block and the head
         self.tie()
 
     def tie(self):
@@ -254,6 +255,8 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Logits (B, T, V) of the last block's output x (B, T, C): final norm, then the output matrix."""
+        if self.decoder and x.shape[1] == 1 and not torch.is_grad_enabled():
+            return self.decoder.head(self.norm, self.lm_head, x)
         return self.lm_head(self.norm(x))
 
     def hidden(self, ids, prompt=None, cache=None, lengths=None):
@@ -277,8 +280,10 @@ class GPT(nn.Module):
             mask = (slot <= positions[:, :, None]) & (slot >= cache.first[:, None, None])  # (B, P + T, S)
             mask = mask[:, None]  # (B, 1, P + T, S)
         x = self.place(x, positions)
+        step = self.decoder if cache is not None and P + T == 1 and not torch.is_grad_enabled() else None
         for i, block in enumerate(self.blocks):
-            x = block(x, positions, mask, (cache.k[i], cache.v[i]) if cache is not None else None)
+            past = (cache.k[i], cache.v[i]) if cache is not None else None
+            x = step.block(block, x, positions, mask, past) if step else block(x, positions, mask, past)
         if cache is not None:
             cache.length = cache.length + P + (T if lengths is None else lengths)
             cache.used += P + T

@@ -290,3 +290,31 @@ def test_a_compressed_model_survives_the_disk(tmp_path):
     model.save(gpt, tmp_path / "small")
     ids = torch.arange(12)[None]
     assert torch.equal(model.load(tmp_path / "small")(ids), gpt(ids))
+
+
+def small_packed_model():
+    gpt = model.GPT(model.GPTConfig(vocab_size=32, context=24, n_layer=3, n_head=2, n_kv_head=1, n_embd=16, n_hidden=32))
+    gpt.init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
+    for block in gpt.blocks:
+        q = quantized(16, 16, 4, 8)
+        block.attn.q = PackedLinear(pack(q._replace(scale=q.scale / 10)))
+        block.mlp.down = PackedLinear(pack_sparse(torch.where(keep(16, 32, 2, 4), block.mlp.down.weight, 0.0), (2, 4)))
+    gpt.lm_head = PackedLinear(pack(quantized(32, 16, 8, 16)))
+    return gpt
+
+
+def test_compiled_decode_writes_the_same_tokens():
+    """One compiled block serves every layer, every prompt and cache size; a wide batch takes the ordinary way."""
+    gpt = small_packed_model()
+    prompt = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 32, (6, 5), generator=torch.Generator().manual_seed(2))
+    calls = [(ids[:1], 6, None), (ids[:1], 9, None), (ids[1:2, :3], 4, prompt), (ids[2:3], 11, None), (ids, 3, None)]
+    expected = [gpt.generate(i, n, prompt=p) for i, n, p in calls]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    kernels.compile_decode(gpt)
+    for (i, n, p), want in zip(calls, expected):
+        assert torch.equal(gpt.generate(i, n, prompt=p), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # head, block, block of any cache size
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert kernels.compile_decode(gpt, False).decoder is None
