@@ -96,7 +96,7 @@ def measure(subject, world, config):
             "perplexity": perplexity(subject, world.windows)}
 
 
-def milliseconds(subjects, world, rounds=15):
+def milliseconds(subjects, world, rounds):
     """Median milliseconds to answer one question, alone, {id: ms}; the subjects take turns."""
     fact = data.facts(world.people["heldout"][:1])[:1]
     took = {name: [] for name in subjects}
@@ -191,7 +191,7 @@ def study(config, log):
                                      lambda: measure(subject, world, config),
                                      lambda result, path: write_text(path, json.dumps(result)), read_json)
     ms = step(log, os.path.join(config.out, "milliseconds.json"), [s.about["settings"] for s in subjects],
-              lambda: milliseconds({s.about["id"]: s for s in subjects}, world),
+              lambda: milliseconds({s.about["id"]: s for s in subjects}, world, config.timing_rounds),
               lambda result, path: write_text(path, json.dumps(result)), read_json)
     models = [{**{k: s.about[k] for k in ("id", "tag", "base", "operation", "layers")},
                "metrics": {**costs(s), "perplexity": measured[s.about["id"]]["perplexity"],

@@ -39,6 +39,7 @@ class StudyConfig:
     repair_batch: tuple = (32, 32)
     repair_steps: int = 250
     test_people: int = 600                   # of each split, at most, that the table asks about
+    timing_rounds: int = 15                  # times that each model answers one question, taking turns
     ablation_people: int = 300               # held-out people that every way to choose from a pool is tried on
     seed: int = 0
     full: bool = False
