@@ -25,8 +25,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn as nn
 
-from sweep import (Quantized, Swept, check_bits, check_count, check_hessian, check_pattern, check_weight, factor, grid, smallest,
-                   sweep)
+from sweep import (Quantized, Swept, better_rows, check_bits, check_count, check_hessian, check_pattern, check_weight, factor,
+                   grid, smallest, sweep)
 
 # ---- one weight: quantization
 
@@ -56,14 +56,22 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     damp        share of the mean diagonal of H added to it, raised if H needs more (see `factor`)
     block_size  columns in a lazy batch: a matter of speed, the result does not depend on it
     mask        (out, in) bool, True = keep; the others come out as exact zeros and their loss is compensated like any other
-    search      try narrower grids, each weighed by the loss its errors cause, w² / U_jj²; without it a grid spans all its weights
+    search      a second sweep, on grids as narrow as makes the loss of their own columns, (w_j - q_j)² / U_jj², least; each row
+                stays with the sweep that lost less. Without it a grid spans all of its weights
     """
     W = check_weight(W)
     check_settings(bits, group_size, block_size)
     if mask is not None and (mask.shape != W.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool of shape {tuple(W.shape)}, got {mask.dtype} of {tuple(mask.shape)}")
     how = factor(H, W.shape[1], damp, act_order, W.dtype)
-    return sweep(W, how, bits, group_size, symmetric, mask, block_size=block_size, search=search).quantized
+    return quantized_sweep(W, how, bits, group_size, symmetric, mask, block_size, search).quantized
+
+
+def quantized_sweep(W, how, bits, group_size, symmetric, keep, block_size, search):
+    swept = sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size)
+    if search:
+        swept = better_rows(swept, sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size, search=True))
+    return swept
 
 
 # ---- one weight: pruning
@@ -221,7 +229,7 @@ def compress_weight(W, H, how, s):
     W = check_weight(W)
     if s.method == "gptq":
         keep = W != 0 if (W == 0).any() else None
-        return sweep(W, how, s.bits, s.group_size, s.symmetric, keep, block_size=s.block_size, search=s.search)
+        return quantized_sweep(W, how, s.bits, s.group_size, s.symmetric, keep, s.block_size, s.search)
     if s.method == "sparsegpt":
         return sweep(W, how, s.bits, s.group_size, sparsity=s.sparsity, n_m=s.n_m, block_size=s.block_size)
     keep = None

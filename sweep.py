@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 STEP = 16  # columns done one by one before the rest of their block hears of it: a lazy batch inside the lazy batch
-SHRINK = [1 - i / 20 for i in range(1, 14)]  # what the search multiplies a grid's range with: 0.95, 0.90, ... 0.35
+SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # what the search multiplies a grid's range with
 
 
 class Quantized(NamedTuple):
@@ -69,7 +69,7 @@ class Swept(NamedTuple):
     weight: Tensor | None        # (out, in) float32, or None where `quantized` says it
     keep: Tensor | None          # (out, in) bool; None if nothing was pruned
     quantized: Quantized | None
-    loss: float | None = None    # sum of (w_j - q_j)² / (2 U_jj²), which is tr(D H_damped Dᵀ) / 2
+    loss: Tensor | None = None   # (out,) sum over j of (w_j - q_j)² / (2 U_jj²), row i of which is (D H_damped Dᵀ)_ii / 2
 
     def dequantize(self):
         """(out, in) float32."""
@@ -163,11 +163,14 @@ def grid(W, bits, symmetric=False, weight=None):
 
 def smallest(score, k):
     """(rows, n) bool: True at exactly k smallest entries of each row of score (rows, n); the first ones win a tie."""
-    if k == 0:
+    if k < 1:
         return torch.zeros_like(score, dtype=torch.bool)
     limit = score.kthvalue(k, dim=1, keepdim=True).values  # (rows, 1)
-    below, tied = score < limit, score == limit
-    return below | tied & (tied.cumsum(1) <= k - below.sum(1, keepdim=True))
+    chosen = score <= limit
+    if int(chosen.sum()) > k * score.shape[0]:  # more are tied for the last place than have room
+        below = score < limit
+        chosen = below | chosen & ((chosen & ~below).cumsum(1) <= k - below.sum(1, keepdim=True))
+    return chosen
 
 
 # ---- the factorization
@@ -215,26 +218,35 @@ def cuts(low, high, *steps):
     return list(zip(edges, edges[1:]))
 
 
-def free(W, R, lo, hi):
-    """Columns lo .. hi - 1 as Algorithm 1 has them once all before lo are done -> ((columns, out), their block of U).
+def free(W, R, lo, hi, U=None):
+    """Columns lo .. hi - 1 as Algorithm 1 has them once all before lo are done: (columns, out).
 
-    W (in, out) holds W - Q in the rows that are done.
+    W (in, out) holds W - Q in the rows that are done; U is these columns' block of U.
     """
-    U = torch.linalg.inv(R[lo:hi, lo:hi].double()).to(R.dtype).contiguous()  # (columns, columns)
     if lo == 0:
-        return W[:hi].clone(), U
-    return torch.addmm(W[lo:hi], (R[:lo, lo:hi] @ U).T, W[:lo]), U  # W_b + U_bbᵀ R_doneᵀ D_done, all of it transposed
+        return W[:hi].clone()
+    U = inverse(R[lo:hi, lo:hi]) if U is None else U
+    return torch.addmm(W[lo:hi], (R[:lo, lo:hi] @ U).T, W[:lo])  # W_b + U_bbᵀ R_doneᵀ D_done, all of it transposed
 
 
-def columns(A, V, keep, low, high):
+def inverse(R):
+    """Of one diagonal block, upper triangular; in float64, as a block is small."""
+    return torch.linalg.inv(R.double()).to(R.dtype).contiguous()
+
+
+def columns(A, V, d, low, high, keep, n_m):
     """Algorithm 1, innermost loop: a few columns, one after another, in units of their grid -> Q; all (columns, out).
 
     A is changed in place, and ends as each column stood at its turn. V (columns, columns) is U_jk / U_jj above the diagonal.
     low, high (out,) bound the codes, or are None: no rounding. keep (columns, out) is 0 where a weight must go, or None: all stay.
+    For n_m, keep is written here: N:M is chosen as late as possible, just before its M columns (SparseGPT, Section 3.4).
     """
     Q, E = torch.empty_like(A), torch.empty_like(A[0])
-    keep = keep.unbind() if keep is not None else None
+    N, M = n_m or (0, 0)
     for j, (w, q, v) in enumerate(zip(A.unbind(), Q.unbind(), V.unbind())):
+        if n_m and j % M == 0:
+            score = (A[j:j + M] * d[j:j + M]).abs_().T  # (out, M) w / U_jj
+            torch.logical_not(smallest(score, score.shape[1] - N).T, out=keep[j:j + M])
         if low is not None:
             torch.clamp(torch.round(w, out=q), low, high, out=q)  # q_j = quant(w_j)
             if keep is not None:
@@ -257,40 +269,46 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
     size, M = min(group_size or n, n), n_m[1] if n_m else 1
     unit = size if size <= block_size else M
     block = max(block_size // unit, 1) * unit  # blocks hold whole groups or lie within one
+    step = max(STEP // M, 1) * M
     d = R.diagonal()[:, None]                  # (in, 1) R_jj = 1 / U_jj
     W = (W if order is None else W[:, order]).T.clone(memory_format=torch.contiguous_format)  # (in, out); W - Q where a column is done
     Q = torch.empty_like(W, dtype=torch.uint8 if bits else W.dtype)  # codes, or weights
-    pruned = keep is not None or sparsity is not None or n_m is not None
     if keep is not None:
         keep = (keep if order is None else keep[:, order]).T.to(W.dtype)
-    elif pruned:
+    elif sparsity is not None or n_m is not None:
         keep = torch.ones_like(W)  # 1 = stays
-    scale, zero, low, high, grids, loss = 1.0, 0.0, None, None, [], 0.0
+    scale, zero, low, high, grids = 1.0, 0.0, None, None, []
+    loss = W.new_zeros(out, dtype=torch.float64)
     for i1, i2 in cuts(0, n, block, size):
-        A, U = free(W, R, i1, i2)              # (columns, out), (columns, columns)
+        U = inverse(R[i1:i2, i1:i2])           # (columns, columns)
+        A = free(W, R, i1, i2, U)              # (columns, out)
         V = (U / U.diagonal()[:, None]).triu_(1)
         if sparsity is not None:  # the block's mask at once, by the loss each weight would cause: (w_j / U_jj)² (SparseGPT, 3.3)
             score = (A * d[i1:i2]).abs_().T.reshape(1, -1)  # (1, out * columns)
             keep[i1:i2] = ~smallest(score, round(sparsity * score.numel())).view(out, i2 - i1).T
-        for j1, j2 in cuts(i1, i2, STEP, size, M if n_m else STEP):
+        for j1, j2 in cuts(i1, i2, step, size):
             here, few, later = slice(j1, j2), slice(j1 - i1, j2 - i1), slice(j2 - i1, None)
-            if n_m is not None and j1 % M == 0:  # N:M is chosen as late as possible, just before its M columns (SparseGPT, 3.4)
-                score = (A[j1 - i1:j1 - i1 + M] * d[j1:j1 + M]).abs_().T  # (out, M)
-                keep[j1:j1 + M] = ~smallest(score, max(score.shape[1] - n_m[0], 0)).T
             if bits is not None and j1 % size == 0:
-                members = A[j1 - i1:j1 - i1 + size] if j1 + size <= i2 else free(W, R, j1, min(j1 + size, n))[0]
+                members = A[j1 - i1:j1 - i1 + size] if j1 + size <= i2 else free(W, R, j1, min(j1 + size, n))
                 members = members if keep is None else members * keep[j1:j1 + size]
                 scale, zero = grid(members.T, bits, symmetric, d[j1:j1 + size, 0].square() if search else None)  # (out,)
                 low, high = -zero, 2**bits - 1 - zero
                 grids.append((scale, zero))
             a = A[few] / scale  # (columns, out)
-            q = columns(a, V[few, few], keep[here] if pruned else None, low, high)
+            q = columns(a, V[few, few], d[here], low, high, keep[here] if keep is not None else None, n_m)
             E = (a - q).mul_(scale)
-            loss += 0.5 * float((E * d[here]).square_().sum(dtype=torch.float64))
+            loss += (E * d[here]).square_().sum(0).div_(2)
             A[later].addmm_(V[few, later].T, E, alpha=-1)
             W[here] -= q * scale
             Q[here] = q + zero
-    return result(Q.T, keep.T if pruned else None, order, grids, size, bits, loss)
+    return result(Q.T, keep.T if keep is not None else None, order, grids, size, bits, loss)
+
+
+def better_rows(a, b):
+    """Of two quantized sweeps over one weight, every row from the one that lost less on it; rows are problems of their own."""
+    pick = b.loss < a.loss  # (out,)
+    rows = [torch.where(pick[:, None], y, x) for x, y in zip(a.quantized[:3], b.quantized[:3])]
+    return Swept(None, a.keep, Quantized(*rows, *a.quantized[3:]), torch.minimum(a.loss, b.loss))
 
 
 def result(Q, keep, order, grids, size, bits, loss):

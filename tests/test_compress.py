@@ -39,11 +39,6 @@ def naive(W, H, bits=None, size=None, symmetric=False, damp=0.01, keep=None, spa
             score = (W[:, j:j + block] / U.diagonal()[j:j + block]).abs()
             gone = score.flatten().argsort(stable=True)[:round(sparsity * score.numel())]
             keep[:, j:j + block] = torch.ones(score.numel(), dtype=torch.bool).index_fill(0, gone, False).view_as(score)
-        if n_m is not None and j % n_m[1] == 0:
-            score = (W[:, j:j + n_m[1]] / U.diagonal()[j:j + n_m[1]]).abs()
-            for i, row in enumerate(score):
-                for k in row.argsort(stable=True)[:max(len(row) - n_m[0], 0)]:
-                    keep[i, j + k] = False
         if bits is not None and j % size == 0:
             members = W[:, j:j + size] * keep[:, j:j + size]
             low, high = members.min(1).values.clamp(max=0), members.max(1).values.clamp(min=0)
@@ -54,6 +49,11 @@ def naive(W, H, bits=None, size=None, symmetric=False, damp=0.01, keep=None, spa
             scale[scale == 0] = 1
             zero = torch.full_like(scale, 2**(bits - 1)) if symmetric else torch.round(-low / scale)
             scales.append(scale)
+        if n_m is not None and j % n_m[1] == 0:
+            score = (W[:, j:j + n_m[1]] / U.diagonal()[j:j + n_m[1]]).abs()
+            for i, row in enumerate(score):
+                for k in row.argsort(stable=True)[:max(len(row) - n_m[0], 0)]:
+                    keep[i, j + k] = False
         w = W[:, j].clone()
         q = w if bits is None else scale * (torch.clamp(torch.round(w / scale) + zero, 0, 2**bits - 1) - zero)
         q = torch.where(keep[:, j], q, 0.0)
@@ -95,7 +95,7 @@ def test_loss_is_the_quadratic_form():  # Q1
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(61, dtype=torch.float64)
     for settings in (dict(bits=3), dict(bits=3, group_size=8), dict(sparsity=0.5), dict(n_m=(2, 4), bits=4, group_size=8)):
         swept = sweep(W, f, **settings)
-        assert swept.loss == pytest.approx(error(W, swept.dequantize(), damped) / 2, rel=1e-6)
+        assert float(swept.loss.sum()) == pytest.approx(error(W, swept.dequantize(), damped) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [None, 8, 24, 100])
