@@ -8,7 +8,7 @@ collects H, and the script that writes a packed checkpoint. The mathematics of G
 
 What it leaves out: embedding and head, which stay as they are; activations, which stay in floating point.
 
-    python compress.py --method gptq --bits 3 --group-size 32       # out/dense.safetensors -> out/gptq-3-bits-group-32.safetensors
+    python compress.py --method gptq --bits 3 --group-size 32       # out/dense.safetensors -> out/gptq-bits-3-group-size-32.safetensors
     python compress.py --method sparsegpt --n-m 2 4 --bits 4        # half of the weights, and 4 bits for those that stay
 
 Where we deviate: N:M keeps N of every M (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros); masks have exactly the promised
@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import os
 import time
 from dataclasses import dataclass, fields, replace
 
@@ -311,3 +312,88 @@ def replacement(layer, done, weight, s):
     pruned = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     pruned.weight, pruned.bias = nn.Parameter(weight.to(layer.weight.dtype), layer.weight.requires_grad), layer.bias
     return pruned
+
+
+# ---- the script
+
+def settings_parser():
+    parser = argparse.ArgumentParser(description="Compress a trained GPT and write it packed.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    s = {field.name: field.default for field in fields(Settings)}
+    parser.add_argument("--method", choices=list(METHODS), default=s["method"], help="how")
+    parser.add_argument("--bits", type=int, default=s["bits"], help="2 to 8; for a pruning method: of what stays")
+    parser.add_argument("--group-size", type=int, default=s["group_size"], help="columns that share a grid; none: a whole row")
+    parser.add_argument("--symmetric", action="store_true", help="zero-points in the middle of the grid (rtn, gptq)")
+    parser.add_argument("--act-order", action="store_true", help="most active columns first (gptq)")
+    parser.add_argument("--search", action="store_true", help="narrower grids where they cost less (gptq)")
+    parser.add_argument("--sparsity", type=float, default=s["sparsity"], help="share of zeros (pruning methods)")
+    parser.add_argument("--n-m", type=int, nargs=2, metavar=("N", "M"), default=s["n_m"], help="or keep N of every M inputs")
+    parser.add_argument("--damp", type=float, default=s["damp"], help="share of the mean diagonal added to H (gptq, sparsegpt)")
+    parser.add_argument("--block-size", type=int, default=s["block_size"], help="columns in a lazy batch (gptq, sparsegpt)")
+    parser.add_argument("--targets", nargs="+", metavar="LAYER", default=s["targets"], help='"mlp.down", "blocks.0.attn.q"; none: all')
+    parser.add_argument("--in", dest="source", default="out/dense.safetensors", help="checkpoint to compress")
+    parser.add_argument("--out", default=None, help="checkpoint to write; none: beside --in, named after the settings")
+    parser.add_argument("--size", choices=["default", "quick"], default="default", help="of the world that --in was trained on")
+    parser.add_argument("--seed", type=int, default=0, help="of the world and of the choice of calibration text")
+    return parser
+
+
+def calibration_text(size, seed, vocab_size):
+    """ids (N, T) of sentences about seen people, the text the study calibrates on."""
+    import data
+    import study
+    config = study.sized(size, seed)
+    world = study.World(config)
+    if world.encoding.n_vocab != vocab_size:
+        raise ValueError(f"the checkpoint has {vocab_size} tokens, the world of --size {size} --seed {seed} has {world.encoding.n_vocab}")
+    rows, T = config.calibration
+    ids = next(data.batches(world.repair_text, world.encoding, rows, T - 1, torch.Generator().manual_seed(seed + 1)))
+    world.check_leaks(ids)
+    return ids
+
+
+def print_layers(report):
+    print(f"{'layer':24s} {'shape':>12s} {'bits':>4s} {'zeros':>6s} {'damp':>8s} "
+          f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>6s}")
+    for r in report:
+        print(f"{r['name']:24s} {'x'.join(map(str, r['shape'])):>12s} {r['bits']:4d} {r['zeros']:6.3f} {r['damp']:8.2g} "
+              f"{r['error_before']:12.4g} {r['error_after']:9.3g} {r['relative_output_error']:9.4f} {r['seconds']:6.2f}")
+    retried = sum(r["retries"] > 0 for r in report)
+    print(f"calibrated on {report[0]['tokens']:,} tokens; "
+          + (f"{retried} of {len(report)} layers needed more damping than asked for" if retried else "no layer needed more damping"))
+
+
+def print_size(path, dense, model):
+    """What the file holds, against all parameters of the dense model."""
+    from kernels import PackedLinear
+    layers = [m for m in model.blocks.modules() if isinstance(m, PackedLinear)]
+    size, n, inside = os.path.getsize(path), dense.n_parameters(), ""
+    if layers:
+        packed, weights = sum(m.packed.nbytes for m in layers), sum(m.in_features * m.out_features for m in layers)
+        inside = f" ({len(layers)} packed layers with their scales take {packed:,}: {8 * packed / weights:.2f} bits a weight)"
+    print(f"{path}: {size:,} bytes with embedding, norms and header{inside}; "
+          f"{4 * n / size:.2f} times smaller than its {n:,} parameters in float32, {2 * n / size:.2f} times than in float16")
+
+
+def main():
+    import study  # here, not above: compressing needs nothing of the study, only its text does
+    from model import load, save
+    args = vars(settings_parser().parse_args())
+
+    def run():
+        source, path, size, seed = (args.pop(name) for name in ("source", "out", "size", "seed"))
+        for name in ("n_m", "targets"):
+            args[name] = tuple(args[name]) if args[name] else None
+        s = Settings(**args)
+        told = [f"{f.name}-{getattr(s, f.name)}" for f in fields(s)[1:] if getattr(s, f.name) != f.default]
+        path = path or os.path.join(os.path.dirname(source), study.slug("-".join([s.method, *told])) + ".safetensors")
+        dense = load(source)
+        model, report = compress(dense, calibration_text(size, seed, dense.config.vocab_size), **args)
+        save(model, path)
+        print_layers(report)
+        print_size(path, dense, model)
+    study.guard(run)
+
+
+if __name__ == "__main__":
+    main()
