@@ -161,15 +161,15 @@ def grid(W, bits, symmetric=False, weight=None):
     return best
 
 
-def smallest(score, k):
-    """(rows, n) bool: True at exactly k smallest entries of each row of score (rows, n); the first ones win a tie."""
+def smallest(score, k, dim=1):
+    """Bool like score (2-D): True at exactly k smallest entries of each row (dim 1) or column (0); the first ones win a tie."""
     if k < 1:
         return torch.zeros_like(score, dtype=torch.bool)
-    limit = score.kthvalue(k, dim=1, keepdim=True).values  # (rows, 1)
+    limit = score.kthvalue(k, dim, keepdim=True).values
     chosen = score <= limit
-    if int(chosen.sum()) > k * score.shape[0]:  # more are tied for the last place than have room
+    if int(chosen.count_nonzero()) > k * limit.numel():  # more are tied for the last place than have room
         below = score < limit
-        chosen = below | chosen & ((chosen & ~below).cumsum(1) <= k - below.sum(1, keepdim=True))
+        chosen = below | chosen & ((chosen & ~below).cumsum(dim) <= k - below.sum(dim, keepdim=True))
     return chosen
 
 
@@ -231,7 +231,8 @@ def free(W, R, lo, hi, U=None):
 
 def inverse(R):
     """Of one diagonal block, upper triangular; in float64, as a block is small."""
-    return torch.linalg.inv(R.double()).to(R.dtype).contiguous()
+    identity = torch.eye(len(R), dtype=torch.float64, device=R.device)
+    return torch.linalg.solve_triangular(R.double(), identity, upper=True).to(R.dtype).contiguous()
 
 
 def columns(A, V, d, low, high, keep, n_m):
@@ -245,8 +246,8 @@ def columns(A, V, d, low, high, keep, n_m):
     N, M = n_m or (0, 0)
     for j, (w, q, v) in enumerate(zip(A.unbind(), Q.unbind(), V.unbind())):
         if n_m and j % M == 0:
-            score = (A[j:j + M] * d[j:j + M]).abs_().T  # (out, M) w / U_jj
-            torch.logical_not(smallest(score, score.shape[1] - N).T, out=keep[j:j + M])
+            score = (A[j:j + M] * d[j:j + M]).abs_()  # (M, out) w / U_jj
+            torch.logical_not(smallest(score, len(score) - N, dim=0), out=keep[j:j + M])
         if low is not None:
             torch.clamp(torch.round(w, out=q), low, high, out=q)  # q_j = quant(w_j)
             if keep is not None:
