@@ -82,8 +82,8 @@ POOLS = {  # the other two ways to train a pool: with --full
     "IDP 4 x 8 competitive": ("idp", (4, 8, "competitive")),
 }
 RATES = {  # winners of `python evaluate.py --sweep lr`; the prompts of a pool learn as a single one does
-    "GPTQ 3 bits": {"LoRA rank 1": 1e-2, "LoRA rank 8": 3e-3, "prompt 8": 3e-2, "prompt 24": 3e-2, "prefix 8": 3e-2},
-    "SparseGPT 50 %": {"LoRA rank 1": 1e-2, "LoRA rank 8": 3e-3, "prompt 8": 3e-2, "prompt 24": 3e-2, "prefix 8": 3e-2},
+    "GPTQ 3 bits": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 1e-1, "prefix 8": 3e-2},
+    "SparseGPT 50 %": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 3e-2, "prefix 8": 1e-1},
 }
 
 
