@@ -1,19 +1,22 @@
 """
 Every compressor of the study, by hand: a model goes in, a smaller one that answers nearly the same comes out.
 
-What it does: round-to-nearest and GPTQ (Frantar et al. 2023, arXiv 2210.17323); magnitude pruning (Han et al. 2015, arXiv
-1506.02626), Wanda (Sun et al. 2024, arXiv 2306.11695, Section 3) and SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774), each a
-pure function of a weight W (out, in) and of H (in, in), the mean of x xᵀ over the layer's inputs. Then the one walk over a model that
-collects H, and the script that writes a packed checkpoint. The mathematics of GPTQ and SparseGPT is in `sweep.py`; read it first.
+What it does: round-to-nearest and GPTQ (Frantar et al. 2023, arXiv 2210.17323); magnitude pruning (Han et al. 2015,
+arXiv 1506.02626), Wanda (Sun et al. 2024, arXiv 2306.11695) and SparseGPT (Frantar & Alistarh 2023, arXiv
+2301.00774), each a pure function of a weight W (out, in) and of H (in, in), the mean of x xᵀ over the layer's inputs.
+Then the one walk over a model that collects H, and the script that writes a packed checkpoint. How GPTQ and SparseGPT
+work is in `sweep.py`; read it first.
 
 What it leaves out: embedding and head, which stay as they are; activations, which stay in floating point.
 
-    python compress.py --method gptq --bits 3 --group-size 32       # out/dense.safetensors -> out/gptq-bits-3-group-size-32.safetensors
-    python compress.py --method sparsegpt --n-m 2 4 --bits 4        # half of the weights, and 4 bits for those that stay
+    python compress.py --method gptq --bits 3 --group-size 32 --search   # out/dense.safetensors; written beside it
+    python compress.py --method sparsegpt --n-m 2 4 --bits 4             # half of the weights, 4 bits for the others
 
-Where we deviate: N:M keeps N of every M (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros); masks have exactly the promised
-number of zeros, ties included; an input that is zero in all of the data keeps its weights, rounded; a group's grid is fitted to fully
-compensated columns, so that the result does not depend on `block_size`; symmetric grids always reach the largest weight.
+Where we deviate: N:M keeps N of every M (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros). Masks have
+exactly the promised number of zeros, ties included. An input that is zero in all of the data keeps its weights,
+rounded. A group's grid is fitted to fully compensated columns, so the result does not depend on `block_size`.
+Symmetric grids always reach the largest weight. GPTQ is greedy: on a weight of a few rows it can lose to rounding;
+the report has both errors.
 """
 import argparse
 import contextlib
@@ -26,8 +29,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn as nn
 
-from sweep import (Quantized, Swept, better_rows, check_bits, check_count, check_hessian, check_pattern, check_weight, factor,
-                   grid, smallest, sweep)
+from sweep import (Quantized, Swept, better_rows, check_bits, check_count, check_hessian, check_pattern, check_weight,
+                   factor, grid, smallest, sweep)
 
 # ---- one weight: quantization
 
@@ -35,6 +38,7 @@ def rtn(W, bits, group_size=None, symmetric=False):
     """Round every weight of W (out, in) to the nearest of 2**bits values -> Quantized.
 
     One grid a row, or one for every group_size columns of a row; the last group may be shorter.
+   
     """
     W = check_weight(W)
     check_settings(bits, group_size)
@@ -49,16 +53,19 @@ def rtn(W, bits, group_size=None, symmetric=False):
     return Quantized(codes, scale.float(), zero.to(torch.uint8), torch.arange(n, device=W.device) // size, bits)
 
 
-def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.01, block_size=128, mask=None, search=False):
+def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.01, block_size=128, mask=None,
+         search=False):
     """GPTQ of W (out, in) under H (in, in) -> Quantized.
 
     group_size  columns that share a grid, in the order they are swept; None: one grid a row
-    act_order   sweep the columns with the largest diag H first; the result is back in its own order, `group` says who shares a grid
+    act_order   sweep the columns with the largest diag H first; the result is back in its own order, `group` says who
+                shares a grid
     damp        share of the mean diagonal of H added to it, raised if H needs more (see `factor`)
     block_size  columns in a lazy batch: a matter of speed, the result does not depend on it
-    mask        (out, in) bool, True = keep; the others come out as exact zeros and their loss is compensated like any other
-    search      a second sweep, on grids as narrow as makes the loss of their own columns, (w_j - q_j)² / U_jj², least; each row
-                stays with the sweep that lost less. Without it a grid spans all of its weights
+    mask        (out, in) bool, True = keep; the others come out as exact zeros, compensated like any other error
+    search      a second sweep, on grids as narrow as makes the loss of their own columns, (w_j - q_j)² / U_jj², least;
+                each row stays with the sweep that lost less. Without it a grid spans all of its weights
+   
     """
     W = check_weight(W)
     check_settings(bits, group_size, block_size)
@@ -71,14 +78,15 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
 def quantized_sweep(W, how, bits, group_size, symmetric, keep, block_size, search):
     swept = sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size)
     if search:
-        swept = better_rows(swept, sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size, search=True))
+        narrow = sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size, search=True)
+        return better_rows(swept, narrow)
     return swept
 
 
 # ---- one weight: pruning
 
 def keep_largest(score, sparsity, n_m):
-    """Keep-mask (rows, n) of score (rows, n): in every row all but the round(sparsity * n) smallest, or the N largest of each M."""
+    """Keep-mask (rows, n) of score (rows, n): in a row all but the round(sparsity * n) smallest; or N of every M."""
     if n_m is None:
         return ~smallest(score, round(sparsity * score.shape[1]))
     (rows, n), (N, M) = score.shape, n_m
@@ -94,7 +102,7 @@ def magnitude(W, sparsity=None, n_m=None):
 
 
 def wanda(W, H, sparsity=None, n_m=None):
-    """Keep-mask (out, in) bool: the largest |W_ij| ‖X_j‖ of each output row (Equation 1); sqrt(H_jj) is ‖X_j‖ up to a constant."""
+    """Keep-mask (out, in) bool: the largest |W_ij| ‖X_j‖ of each row (Equation 1), with sqrt(H_jj) for ‖X_j‖."""
     W = check_weight(W)
     check_pattern(sparsity, n_m)
     return keep_largest(W.abs() * check_hessian(H, W.shape[1]).diagonal().sqrt().to(W.dtype), sparsity, n_m)
@@ -105,7 +113,8 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
 
     sparsity    the share of zeros, exactly round(sparsity * weights) of them in every block of block_size columns; or
     n_m         (N, M): at most N weights that are not zero in every aligned group of M inputs
-    bits        quantize what stays in the same pass (Section 3.5), on grids as in `gptq`; blocks then hold whole groups
+    bits        quantize what stays in the same pass, on grids as in `gptq`; blocks then hold whole groups
+   
     """
     W = check_weight(W)
     check_pattern(sparsity, n_m)
@@ -134,12 +143,14 @@ def linears(block):
 
 @torch.no_grad()
 def calibrate(model, ids, lengths=None, rows=32):
-    """The one walk over the blocks: yields (index, block, {layer name: H}, tokens), H = mean of x xᵀ over the layer's real inputs.
+    """The one walk over the blocks: yields (index, block, {layer name: H}, tokens), H the mean of x xᵀ over real
+    tokens.
 
-    ids (N, T), lengths (N,) real tokens a row: the padding behind them counts nowhere. `rows` of them run at a time.
-    Whoever walks changes the block's layers before asking for the next one: block k is calibrated on what the compressed blocks
-    before it give. Layers that read one tensor (q, k and v; gate and up) share one H, the same object.
-    In memory beside the model: N T C floats between two blocks, `rows` of them inside one, and one block's H, in² doubles each.
+    ids (N, T), lengths (N,) real tokens a row: the padding behind them counts nowhere. `rows` rows run at a time.
+    Whoever walks changes the block's layers before asking for the next one: block k is calibrated on what the
+    compressed blocks before it give. Layers that read one tensor (q, k and v; gate and up) share one H, the same
+    object. In memory beside the model: N T C floats between two blocks, what one block makes of `rows` rows, and one
+    block's H, in² doubles each.
     """
     N, T = ids.shape
     lengths = torch.full((N,), T) if lengths is None else torch.as_tensor(lengths)
@@ -163,7 +174,7 @@ def calibrate(model, ids, lengths=None, rows=32):
 
 @contextlib.contextmanager
 def watched(block, mask, sums):
-    """While open, x xᵀ of every linear layer's inputs, where mask (B, T) is true, is added to sums[name] (in, in)."""
+    """While open, x xᵀ of each linear layer's inputs where mask (B, T) is true is added to sums[name] (in, in)."""
     seen = [None, None]  # the tensor that came by last, and its sum
 
     def look(name, layer, inputs):
@@ -205,7 +216,7 @@ class Settings:
     n_m: tuple | None = None       # or N weights kept of every M
     damp: float = 0.01             # share of the mean diagonal that is added to H
     block_size: int = 128          # columns in a lazy batch, and for sparsegpt in a mask
-    targets: tuple | None = None   # layers by name, "mlp.down" or "blocks.0.attn.q"; None: every linear layer of every block
+    targets: tuple | None = None   # layers by name, "mlp.down" or "blocks.0.attn.q"; None: every one of every block
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -226,7 +237,7 @@ class Settings:
 
 
 def compress_weight(W, H, how, s):
-    """One weight by Settings s -> Swept; how is H's Factor where the method needs one. Weights that are zero already stay zero."""
+    """One weight by Settings s -> Swept; how is H's Factor where the method needs it. What is zero stays zero."""
     W = check_weight(W)
     if s.method == "gptq":
         keep = W != 0 if (W == 0).any() else None
@@ -247,7 +258,7 @@ def output_error(D, H):
 
 
 def report_row(W, new, done, plain, H, how, s):
-    """What became of one weight; W, new, plain (out, in): before, after, and by the simplest method at the same settings."""
+    """What became of one weight; W, new, plain (out, in): before, after, and by the simplest method instead."""
     D, n = W - new, W.shape[1]
     zeros, after, size = float((new == 0).float().mean()), output_error(D, H), output_error(W, H)
     return {"shape": list(W.shape), "method": s.method, "bits": s.bits or 32, "group_size": min(s.group_size or n, n),
@@ -259,15 +270,17 @@ def report_row(W, new, done, plain, H, how, s):
 
 
 def compress(model, ids, method, lengths=None, **settings):
-    """A new, compressed GPT and one report row (dict) a layer; `model` stays as it is, and what did not change is shared with it.
+    """A new, compressed GPT and one report row (dict) a layer; `model` stays as it is, and lends what did not change.
 
     ids (N, T) is calibration text, lengths (N,) as in `calibrate`; method and settings are those of `Settings`.
-    Quantized and N:M layers become kernels.PackedLinear; other pruned ones stay nn.Linear, with exact zeros.
-    In a row: error_before is tr(D H Dᵀ) of rounding to nearest, or of magnitude pruning, at the same settings, error_after that of
-    the method; relative_output_error is |X Dᵀ| / |X Wᵀ| and weight_change |D| / |W|; zeros and sparsity are counted in the result.
+    Quantized and N:M layers become kernels.PackedLinear; other pruned ones stay nn.Linear, with exact zeros. In a
+    row: error_before is tr(D H Dᵀ) of rounding to nearest, or of magnitude pruning, at the same settings, error_after
+    that of the method; relative_output_error is |X Dᵀ| / |X Wᵀ| and weight_change |D| / |W|; zeros and sparsity are
+    counted in the result.
     """
     s = Settings(method, **settings)
-    simplest = Settings("magnitude" if s.prunes else "rtn", s.bits, s.group_size, s.symmetric, sparsity=s.sparsity, n_m=s.n_m)
+    simplest = Settings("magnitude" if s.prunes else "rtn", s.bits, s.group_size, s.symmetric,
+                        sparsity=s.sparsity, n_m=s.n_m, targets=s.targets)
     same = {id(t): t for t in (*model.parameters(), *model.buffers())}
     model, report = copy.deepcopy(model, same), []  # new modules around the same tensors
     targets = find_targets(model, s.targets)
@@ -298,14 +311,15 @@ def find_targets(model, targets):
     wanted = {name for name in found if targets is None or any(name == t or name.endswith("." + t) for t in targets)}
     lost = [t for t in targets or () if not any(name == t or name.endswith("." + t) for name in found)]
     if lost or not wanted:
-        raise ValueError(f"no linear layer {lost} to compress; there are {sorted({n.split('.', 2)[2] for n in found})}")
+        names = sorted({name.split(".", 2)[2] for name in found})
+        raise ValueError(f"no linear layer {', '.join(lost)} to compress; there are {', '.join(names) or 'none'}")
     return wanted
 
 
 def replacement(layer, done, weight, s):
     """The module that stands in for the nn.Linear `layer` from now on."""
     from kernels import PackedLinear, pack, pack_sparse  # here, not above: kernels needs Quantized
-    if s.n_m and s.n_m[0] < s.n_m[1]:
+    if s.n_m and s.n_m[0] < s.n_m[1]:  # N of N is no pattern at all
         return PackedLinear(pack_sparse(done.quantized or weight, s.n_m), layer.bias)
     if done.quantized:
         return PackedLinear(pack(done.quantized), layer.bias)
@@ -317,23 +331,25 @@ def replacement(layer, done, weight, s):
 # ---- the script
 
 def settings_parser():
+    """Every field of Settings as an option, with its default, and where to read and write."""
     parser = argparse.ArgumentParser(description="Compress a trained GPT and write it packed.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     s = {field.name: field.default for field in fields(Settings)}
     parser.add_argument("--method", choices=list(METHODS), default=s["method"], help="how")
     parser.add_argument("--bits", type=int, default=s["bits"], help="2 to 8; for a pruning method: of what stays")
-    parser.add_argument("--group-size", type=int, default=s["group_size"], help="columns that share a grid; none: a whole row")
+    parser.add_argument("--group-size", type=int, default=s["group_size"], help="columns that share a grid")
     parser.add_argument("--symmetric", action="store_true", help="zero-points in the middle of the grid (rtn, gptq)")
     parser.add_argument("--act-order", action="store_true", help="most active columns first (gptq)")
     parser.add_argument("--search", action="store_true", help="narrower grids where they cost less (gptq)")
     parser.add_argument("--sparsity", type=float, default=s["sparsity"], help="share of zeros (pruning methods)")
-    parser.add_argument("--n-m", type=int, nargs=2, metavar=("N", "M"), default=s["n_m"], help="or keep N of every M inputs")
-    parser.add_argument("--damp", type=float, default=s["damp"], help="share of the mean diagonal added to H (gptq, sparsegpt)")
-    parser.add_argument("--block-size", type=int, default=s["block_size"], help="columns in a lazy batch (gptq, sparsegpt)")
-    parser.add_argument("--targets", nargs="+", metavar="LAYER", default=s["targets"], help='"mlp.down", "blocks.0.attn.q"; none: all')
+    parser.add_argument("--n-m", type=int, nargs=2, metavar=("N", "M"), default=s["n_m"], help="or keep N of every M")
+    parser.add_argument("--damp", type=float, default=s["damp"], help="share of mean diag H added (gptq, sparsegpt)")
+    parser.add_argument("--block-size", type=int, default=s["block_size"], help="columns in a batch (gptq, sparsegpt)")
+    parser.add_argument("--targets", nargs="+", metavar="LAYER", default=s["targets"],
+                        help='"mlp.down", "blocks.0.attn.q"; none: all')
     parser.add_argument("--in", dest="source", default="out/dense.safetensors", help="checkpoint to compress")
     parser.add_argument("--out", default=None, help="checkpoint to write; none: beside --in, named after the settings")
-    parser.add_argument("--size", choices=["default", "quick"], default="default", help="of the world that --in was trained on")
+    parser.add_argument("--size", choices=["default", "quick"], default="default", help="of the world of --in")
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the choice of calibration text")
     return parser
 
@@ -345,7 +361,8 @@ def calibration_text(size, seed, vocab_size):
     config = study.sized(size, seed)
     world = study.World(config)
     if world.encoding.n_vocab != vocab_size:
-        raise ValueError(f"the checkpoint has {vocab_size} tokens, the world of --size {size} --seed {seed} has {world.encoding.n_vocab}")
+        raise ValueError(f"the checkpoint has {vocab_size} tokens, "
+                         f"the world of --size {size} --seed {seed} has {world.encoding.n_vocab}")
     rows, T = config.calibration
     ids = next(data.batches(world.repair_text, world.encoding, rows, T - 1, torch.Generator().manual_seed(seed + 1)))
     world.check_leaks(ids)
@@ -353,14 +370,16 @@ def calibration_text(size, seed, vocab_size):
 
 
 def print_layers(report):
+    """The report rows as a table."""
     print(f"{'layer':24s} {'shape':>12s} {'bits':>4s} {'zeros':>6s} {'damp':>8s} "
-          f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>6s}")
+          f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>5s}")
     for r in report:
-        print(f"{r['name']:24s} {'x'.join(map(str, r['shape'])):>12s} {r['bits']:4d} {r['zeros']:6.3f} {r['damp']:8.2g} "
-              f"{r['error_before']:12.4g} {r['error_after']:9.3g} {r['relative_output_error']:9.4f} {r['seconds']:6.2f}")
+        shape = "x".join(map(str, r["shape"]))
+        print(f"{r['name']:24s} {shape:>12s} {r['bits']:4d} {r['zeros']:6.3f} {r['damp']:8.2g} "
+              f"{r['error_before']:12.4g} {r['error_after']:9.3g} {r['relative_output_error']:9.4f} {r['seconds']:5.2f}")
     retried = sum(r["retries"] > 0 for r in report)
     print(f"calibrated on {report[0]['tokens']:,} tokens; "
-          + (f"{retried} of {len(report)} layers needed more damping than asked for" if retried else "no layer needed more damping"))
+          f"{retried} of {len(report)} layers needed more damping than asked for")
 
 
 def print_size(path, dense, model):
@@ -370,9 +389,9 @@ def print_size(path, dense, model):
     size, n, inside = os.path.getsize(path), dense.n_parameters(), ""
     if layers:
         packed, weights = sum(m.packed.nbytes for m in layers), sum(m.in_features * m.out_features for m in layers)
-        inside = f" ({len(layers)} packed layers with their scales take {packed:,}: {8 * packed / weights:.2f} bits a weight)"
-    print(f"{path}: {size:,} bytes with embedding, norms and header{inside}; "
-          f"{4 * n / size:.2f} times smaller than its {n:,} parameters in float32, {2 * n / size:.2f} times than in float16")
+        inside = f" ({len(layers)} packed layers with scales: {packed:,}, {8 * packed / weights:.2f} bits a weight)"
+    print(f"{path}: {size:,} bytes with embedding, norms and header{inside}; its {n:,} parameters in float32 "
+          f"take {4 * n / size:.2f} times as much, in float16 {2 * n / size:.2f} times")
 
 
 def main():

@@ -1,36 +1,43 @@
 """
 The column sweep: the core of GPTQ and of SparseGPT, once, as pure functions (W, H, settings) -> result.
 
-What it does: the grid that codes stand on, the factorization of H, and one pass over the columns that rounds them, zeroes some of
-them, or both. What it leaves out: `compress.py` has the methods by name, the walk over a model and the script.
+What it does: the grid that codes stand on, the factorization of H, and one pass over the columns that rounds them,
+zeroes some of them, or both. What it leaves out: `compress.py` has the methods by name, the walk over a model and the
+script.
 
-Sources: Frantar et al. 2023 (GPTQ, arXiv 2210.17323, Algorithm 1), Frantar & Alistarh 2023 (SparseGPT, arXiv 2301.00774, Algorithm 1).
+Sources: Frantar et al. 2023 (GPTQ, arXiv 2210.17323) and Frantar & Alistarh 2023 (SparseGPT, arXiv 2301.00774),
+Algorithm 1 of each.
 
 The one idea. A layer computes X Wᵀ. Replacing W by Q costs, per token,
 
     mean |x (W - Q)ᵀ|² = tr(D H Dᵀ),    D = W - Q,  H = mean of x xᵀ,
 
-so the small matrix H is all there is to know about the data, and every row of W is a problem of its own. The sweep takes the columns
-in order; each is replaced by what it is rounded to (or by zero), and the columns still free make up for the error:
+so the small matrix H is all there is to know about the data, and every row of W is a problem of its own. The sweep
+takes the columns in order; each is replaced by what it is rounded to (or by zero), and those still free make up for
+the error:
 
-    e_j = (w_j - q_j) / U_jj,    W[:, j:] -= e_j U[j, j:],    UᵀU = H⁻¹, U upper triangular        (both papers, Algorithm 1)
+    e_j = (w_j - q_j) / U_jj,    W[:, j:] -= e_j U[j, j:],    UᵀU = H⁻¹, U upper triangular           (Algorithm 1)
 
-with w_j the column as it stands at its turn. Each step costs e_j² / 2 in the loss tr(D H Dᵀ) / 2, whatever happens later.
+with w_j the column as it stands at its turn. Each step costs e_j² / 2 in the loss tr(D H Dᵀ) / 2, whatever comes
+later.
 
-How it is done here. The papers factor H, invert it, and factor the inverse. We factor once: H = R Rᵀ with R upper triangular, a Cholesky
-factorization read from the last row up. Then U = R⁻¹, as (R⁻¹)ᵀ R⁻¹ = (R Rᵀ)⁻¹, and H⁻¹ is never formed:
+How it is done here. The papers factor H, invert it, and factor the inverse. We factor once: H = R Rᵀ with R upper
+triangular, a Cholesky factorization read from the last row up. Then U = R⁻¹, as (R⁻¹)ᵀ R⁻¹ = (R Rᵀ)⁻¹, and H⁻¹ is
+never formed. All that the sweep needs of U is near its diagonal:
 
-    U_jj = 1 / R_jj                          what an error in column j costs
-    U[b, b] = R[b, b]⁻¹                      b a block of columns: R and U are triangular, so their diagonal blocks are inverse too
-    W_b = W_b + D_done R[done, b] U[b, b]    the block as Algorithm 1 has it once all before it are done; D against the original W.
-                                             (D = E U summed over the steps, so E = D R, and E U[done, b] = -D R[done, b] U[b, b].)
+    U_jj = 1 / R_jj                      what an error in column j costs
+    U_bb = R_bb⁻¹                        b a block of columns: the diagonal blocks of triangular inverses are inverses
+    w_b = W_b + D_done R_done,b U_bb     a block as Algorithm 1 has it when all before it are done, W_b the original
 
-Inside a block the loop is the papers'. One factorization instead of three, and the better conditioned one; the result is the same, and
-tests/test_compress.py compares it with the papers' form in float64. (Chee et al. 2023, QuIP, arXiv 2307.13304, Theorem 6: GPTQ
-without its inverse is rounding with linear feedback.)
+The last line: the steps add up to D = E U, so E = D R, and the papers' update w_b = W_b - E U_done,b becomes ours
+because R U = 1 has zeros above its diagonal. Inside a block the loop is the papers'. One factorization instead of
+three, and the better conditioned one; tests/test_compress.py compares the result with the papers' form in float64.
+(QuIP, Chee et al. 2023, arXiv 2307.13304, proves the kindred fact that GPTQ is rounding with linear feedback from the
+factors of H.)
 
-Floor: the block updates take in² * out multiplications and additions, the factorization in³ / 3; the loop over the columns calls torch
-four or five times a column, about 8 microseconds where out is 768. `python tests/bench_compress.py` prints all three beside the time.
+Floor: the block updates take in² * out multiplications and additions, the factorization in³ / 3, and the loop over
+the columns calls torch four or five times a column. `python tests/bench_compress.py` prints all three beside the
+time.
 """
 from typing import NamedTuple
 
@@ -69,7 +76,7 @@ class Swept(NamedTuple):
     weight: Tensor | None        # (out, in) float32, or None where `quantized` says it
     keep: Tensor | None          # (out, in) bool; None if nothing was pruned
     quantized: Quantized | None
-    loss: Tensor | None = None   # (out,) sum over j of (w_j - q_j)² / (2 U_jj²), row i of which is (D H_damped Dᵀ)_ii / 2
+    loss: Tensor | None = None   # (out,) sum over j of (w_j - q_j)² / (2 U_jj²): row i has (D H_damped Dᵀ)_ii / 2
 
     def dequantize(self):
         """(out, in) float32."""
@@ -96,9 +103,10 @@ def check_hessian(H, n):
     if not H.sum().isfinite() and not H.isfinite().all():
         raise ValueError(f"H holds {int((~H.isfinite()).sum())} values that are NaN or infinite, of {H.numel()}")
     size = float(H.abs().max())
-    skew = max(float((H[i:i + 64, i:] - H[i:, i:i + 64].T).abs().max()) for i in range(0, n, 64))  # bands that fit a cache
+    bands = range(0, n, 64)  # that fit a cache
+    skew = max(float((H[i:i + 64, i:] - H[i:, i:i + 64].T).abs().max()) for i in bands)
     if skew > 1e-4 * size:
-        raise ValueError(f"H must be symmetric, but H and its transpose differ by {skew:.3g} (largest entry {size:.3g})")
+        raise ValueError(f"H must be symmetric, but differs from its transpose by {skew:.3g} (largest: {size:.3g})")
     if float(H.diagonal().min()) < 0:
         raise ValueError(f"H is a mean of squares, its diagonal cannot be {float(H.diagonal().min()):.3g}")
     if H[H.diagonal() == 0].any():
@@ -130,19 +138,20 @@ def check_pattern(sparsity, n_m):
 def grid(W, bits, symmetric=False, weight=None):
     """Scale and zero-point of the grid that spans the last dimension of W (..., n), and 0 -> two tensors (...).
 
-    Asymmetric: from min to max. Symmetric: from -|max| to |max| with the zero-point in the middle; the step is 2 |max| / (2**bits - 1),
-    so that even the positive end, half a step beyond the last code, is rounded by no more than half a step.
-    With weight (n,), smaller ranges are tried too, and each grid takes the one with the least sum of weight * (w - q)².
+    Asymmetric: from min to max. Symmetric: from -|max| to |max| with the zero-point in the middle; the step is 2
+    |max| / (2**bits - 1), so that the positive end, half a step beyond the last code, is off by no more than half a
+    step. With weight (n,), narrower grids are tried too, and the one with the least sum of weight * (w - q)² is
+    taken.
     """
     top = 2**bits - 1
-    low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)  # 0 is always on the grid: a pruned weight stays pruned
+    low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)  # 0 is on every grid: a pruned weight stays pruned
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
 
     def spanning(low, high):
         scale = (high / top - low / top).float()  # divided before subtracted: the range itself may overflow
-        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0).to(W.dtype)  # all zero: any step will do
+        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0).to(W.dtype)  # all zero: any will do
         return scale, torch.full_like(scale, 2**(bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
 
     def cost(scale, zero):
@@ -162,7 +171,7 @@ def grid(W, bits, symmetric=False, weight=None):
 
 
 def smallest(score, k, dim=1):
-    """Bool like score (2-D): True at exactly k smallest entries of each row (dim 1) or column (0); the first ones win a tie."""
+    """Bool like score (2-D): True at exactly k smallest of each row (dim 1) or column (dim 0); the first win a tie."""
     if k < 1:
         return torch.zeros_like(score, dtype=torch.bool)
     limit = score.kthvalue(k, dim, keepdim=True).values
@@ -176,11 +185,12 @@ def smallest(score, k, dim=1):
 # ---- the factorization
 
 def factor(H, n, damp=0.01, act_order=False, dtype=torch.float32):
-    """For the H (n, n) of n inputs: the upper triangular R (of dtype) with R Rᵀ = H + damp * mean(diag H) * I -> Factor.
+    """For the H (n, n) of n inputs: the upper triangular R (of dtype), R Rᵀ = H + damp * mean(diag H) * I -> Factor.
 
-    A dead input (zero in all of the data) is left out of the mean and depends on nothing. Where H has not full rank at this damping,
-    the damping is raised tenfold until it has; how often is in the result. `act_order` puts the columns with the largest diagonal first.
-    Raises ValueError if H is so far from positive semidefinite that no damping up to 10 helps.
+    A dead input (zero in all of the data) is left out of the mean and depends on nothing. Where H has not full rank
+    at this damping, the damping is raised to 1e-6, then tenfold, until it has; how often is in the result.
+    `act_order` puts the columns with the largest diagonal first. Raises ValueError if H is so far from positive
+    semidefinite that no damping up to 10 helps.
     """
     if not 0 <= damp < float("inf"):
         raise ValueError(f"damp must be a finite number of at least 0, got {damp}")
@@ -194,7 +204,7 @@ def factor(H, n, damp=0.01, act_order=False, dtype=torch.float32):
         order = torch.argsort(diagonal, descending=True, stable=True)
         H, diagonal = H[order][:, order], diagonal[order]
     H, diagonal = H.flip(0, 1), diagonal.flip(0)  # its ordinary lower Cholesky factor is our R, read backwards
-    # L_jj² is the share of input j that the inputs before it cannot explain. float32 will do while that stands well above its
+    # L_jj² is what of input j the inputs before it cannot explain. float32 will do while that stands well above its
     # rounding error, else float64 has to; below the rounding error of H itself it is noise, and H has not full rank.
     tries = [(torch.float32, 1e-4), (torch.float64, torch.finfo(H.dtype).eps)][dtype == torch.float64:]
     for retries in range(10):
@@ -207,13 +217,13 @@ def factor(H, n, damp=0.01, act_order=False, dtype=torch.float32):
         if damp >= 10:
             break
         damp = max(10 * damp, 1e-6)
-    raise ValueError(f"H is not positive semidefinite: no Cholesky factor even with damp={damp:g} of its mean diagonal {mean:.3g}")
+    raise ValueError(f"H is not positive semidefinite: not even with {damp:g} of its mean diagonal {mean:.3g} added")
 
 
 # ---- the sweep
 
 def cuts(low, high, *steps):
-    """The spans between low, high and all multiples of the steps in between: cuts(0, 10, 4, 5) -> 0-4, 4-5, 5-8, 8-10."""
+    """The spans between low, high and the multiples of the steps between: cuts(0, 10, 4, 5) -> 0-4, 4-5, 5-8, 8-10."""
     edges = sorted({low, high, *(i for step in steps for i in range(-(-low // step) * step, high, step))})
     return list(zip(edges, edges[1:]))
 
@@ -222,11 +232,12 @@ def free(W, R, lo, hi, U=None):
     """Columns lo .. hi - 1 as Algorithm 1 has them once all before lo are done: (columns, out).
 
     W (in, out) holds W - Q in the rows that are done; U is these columns' block of U.
+   
     """
     if lo == 0:
         return W[:hi].clone()
     U = inverse(R[lo:hi, lo:hi]) if U is None else U
-    return torch.addmm(W[lo:hi], (R[:lo, lo:hi] @ U).T, W[:lo])  # W_b + U_bbᵀ R_doneᵀ D_done, all of it transposed
+    return torch.addmm(W[lo:hi], (R[:lo, lo:hi] @ U).T, W[:lo])  # W_b + D_done R_done,b U_bb, transposed
 
 
 def inverse(R):
@@ -238,15 +249,16 @@ def inverse(R):
 def columns(A, V, d, low, high, keep, n_m):
     """Algorithm 1, innermost loop: a few columns, one after another, in units of their grid -> Q; all (columns, out).
 
-    A is changed in place, and ends as each column stood at its turn. V (columns, columns) is U_jk / U_jj above the diagonal.
-    low, high (out,) bound the codes, or are None: no rounding. keep (columns, out) is 0 where a weight must go, or None: all stay.
-    For n_m, keep is written here: N:M is chosen as late as possible, just before its M columns (SparseGPT, Section 3.4).
+    A is changed in place, and ends as each column stood at its turn. V (columns, columns) is U_jk / U_jj above the
+    diagonal. low, high (out,) bound the codes, or are None: no rounding. keep (columns, out) is 0 where a weight must
+    go, or None. For n_m, keep is written here: N:M is chosen as late as possible, just before its M columns
+    (SparseGPT, "Extension to Semi-Structured Sparsity").
     """
     Q, E = torch.empty_like(A), torch.empty_like(A[0])
     N, M = n_m or (0, 0)
     for j, (w, q, v) in enumerate(zip(A.unbind(), Q.unbind(), V.unbind())):
         if n_m and j % M == 0:
-            score = (A[j:j + M] * d[j:j + M]).abs_()  # (M, out) w / U_jj
+            score = (A[j:j + M] * d[j:j + M]).abs_()  # (M, out) |w_j| / U_jj
             torch.logical_not(smallest(score, len(score) - N, dim=0), out=keep[j:j + M])
         if low is not None:
             torch.clamp(torch.round(w, out=q), low, high, out=q)  # q_j = quant(w_j)
@@ -255,16 +267,19 @@ def columns(A, V, d, low, high, keep, n_m):
         else:
             torch.mul(w, keep[j], out=q)
         torch.sub(w, q, out=E)
-        A.addr_(v, E, alpha=-1)  # w_k -= (w_j - q_j) U_jk / U_jj for the columns k > j of these few; v is zero up to j
+        A.addr_(v, E, alpha=-1)  # w_k -= (w_j - q_j) U_jk / U_jj for the k > j of these few; v is zero up to j
     return Q
 
 
-def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, sparsity=None, n_m=None, block_size=128, search=False):
-    """One pass over the columns of W (out, in): round them (bits), zero some of them (keep, sparsity or n_m), or both -> Swept.
+def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, sparsity=None, n_m=None, block_size=128,
+          search=False):
+    """One pass over the columns of W (out, in): round them (bits), zero some (keep, sparsity or n_m), or both ->
+    Swept.
 
-    Works on transposed copies, so that a column of W is contiguous. The lazy batches (GPTQ, Step 2) are nested twice: a column's
-    error reaches the few columns around it at once, its block after at most STEP columns, and the others when it is their turn.
-    A grid, and a mask, is chosen on columns that know of every error made before them, wherever the blocks begin.
+    Works on a transposed copy, so that a column of W is contiguous. The lazy batches (GPTQ, "Step 2") are nested
+    twice: a column's error reaches the few columns around it at once, its block after at most STEP columns, and the
+    others when it is their turn. A grid, and a mask, is chosen on columns that know of every error made before them,
+    wherever the blocks begin.
     """
     (out, n), R, order = W.shape, factor.R, factor.order
     size, M = min(group_size or n, n), n_m[1] if n_m else 1
@@ -272,7 +287,8 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
     block = max(block_size // unit, 1) * unit  # blocks hold whole groups or lie within one
     step = max(STEP // M, 1) * M
     d = R.diagonal()[:, None]                  # (in, 1) R_jj = 1 / U_jj
-    W = (W if order is None else W[:, order]).T.clone(memory_format=torch.contiguous_format)  # (in, out); W - Q where a column is done
+    W = W if order is None else W[:, order]
+    W = W.T.clone(memory_format=torch.contiguous_format)  # (in, out); becomes W - Q where a column is done
     Q = torch.empty_like(W, dtype=torch.uint8 if bits else W.dtype)  # codes, or weights
     if keep is not None:
         keep = (keep if order is None else keep[:, order]).T.to(W.dtype)
@@ -284,15 +300,16 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
         U = inverse(R[i1:i2, i1:i2])           # (columns, columns)
         A = free(W, R, i1, i2, U)              # (columns, out)
         V = (U / U.diagonal()[:, None]).triu_(1)
-        if sparsity is not None:  # the block's mask at once, by the loss each weight would cause: (w_j / U_jj)² (SparseGPT, 3.3)
-            score = (A * d[i1:i2]).abs_().T.reshape(1, -1)  # (1, out * columns)
+        if sparsity is not None:  # the block's mask, by the loss each zero would cause (SparseGPT, Algorithm 1)
+            score = (A * d[i1:i2]).abs_().T.reshape(1, -1)  # (1, out * columns) |w_j| / U_jj
             keep[i1:i2] = ~smallest(score, round(sparsity * score.numel())).view(out, i2 - i1).T
         for j1, j2 in cuts(i1, i2, step, size):
             here, few, later = slice(j1, j2), slice(j1 - i1, j2 - i1), slice(j2 - i1, None)
             if bits is not None and j1 % size == 0:
                 members = A[j1 - i1:j1 - i1 + size] if j1 + size <= i2 else free(W, R, j1, min(j1 + size, n))
                 members = members if keep is None else members * keep[j1:j1 + size]
-                scale, zero = grid(members.T, bits, symmetric, d[j1:j1 + size, 0].square() if search else None)  # (out,)
+                weight = d[j1:j1 + size, 0].square() if search else None  # (members,) 1 / U_jj²
+                scale, zero = grid(members.T, bits, symmetric, weight)    # (out,)
                 low, high = -zero, 2**bits - 1 - zero
                 grids.append((scale, zero))
             a = A[few] / scale  # (columns, out)
@@ -306,7 +323,7 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
 
 
 def better_rows(a, b):
-    """Of two quantized sweeps over one weight, every row from the one that lost less on it; rows are problems of their own."""
+    """Of two quantized sweeps over one weight, each row from the one that lost less: rows are separate problems."""
     pick = b.loss < a.loss  # (out,)
     rows = [torch.where(pick[:, None], y, x) for x, y in zip(a.quantized[:3], b.quantized[:3])]
     return Swept(None, a.keep, Quantized(*rows, *a.quantized[3:]), torch.minimum(a.loss, b.loss))
@@ -320,4 +337,5 @@ def result(Q, keep, order, grids, size, bits, loss):
         return Swept(Q[:, back].float().masked_fill(~keep, 0.0), keep, None, loss)  # masked_fill: -0 becomes 0
     scale, zero = (torch.stack(t, dim=1) for t in zip(*grids))  # (out, groups)
     group = (torch.arange(Q.shape[1], device=Q.device) // size)[back]
-    return Swept(None, keep, Quantized(Q[:, back].contiguous(), scale.float(), zero.to(torch.uint8), group, bits), loss)
+    quantized = Quantized(Q[:, back].contiguous(), scale.float(), zero.to(torch.uint8), group, bits)
+    return Swept(None, keep, quantized, loss)

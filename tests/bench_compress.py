@@ -4,8 +4,9 @@ How fast the sweep is, beside a straightforward column loop and beside its floor
     python tests/bench_compress.py             # all sizes, under two minutes on one core
     python tests/bench_compress.py --quick     # 768 x 768 only
 
-The peer is Algorithm 1 as the papers state it: factor H, invert it, factor the inverse, then column by column with a rank-one update
-of the block and a lazy update of the rest after every 128 columns. The floor is what no rearrangement saves:
+The peer is Algorithm 1 as the papers state it: factor H, invert it, factor the inverse, then column by column with a
+rank-one update of the block and a lazy update of the rest after every 128 columns. The floor is what no rearrangement
+saves:
 
     factor   in³ / 3 multiplications and additions, timed as the one Cholesky factorization
     update   in² * out multiplications and additions, at the speed of a large matrix product
@@ -53,7 +54,7 @@ def column_loop(W, H, bits=None, size=None, sparsity=None, n_m=None):
             if n_m is not None and j % n_m[1] == 0:
                 score = (B[:, j:j + n_m[1]] / u.diagonal()[j:j + n_m[1]]).square()
                 gone[:, j:j + n_m[1]].scatter_(1, score.topk(n_m[1] - n_m[0], largest=False).indices, True)
-            if bits is not None and (lo + j) % (size or n) == 0:  # what of the group stands in later blocks is up to date in W
+            if bits is not None and (lo + j) % (size or n) == 0:  # later blocks are up to date in W
                 later = W[:, hi:lo + j + (size or n)] if lo + j + (size or n) > hi else W[:, :0]
                 scale, zero = grid(torch.cat([B[:, j:j + (size or n)], later], dim=1), bits)
             w = B[:, j].clone()
@@ -105,7 +106,7 @@ def main():
              "gptq 4 bits, groups of 128": (gptq, dict(bits=4, group_size=128), dict(bits=4, size=128)),
              "sparsegpt 50 %": (sparsegpt, dict(sparsity=0.5), dict(sparsity=0.5)),
              "sparsegpt 2:4": (sparsegpt, dict(n_m=(2, 4)), dict(n_m=(2, 4)))}
-    print(f"{'size':>11s}  {'method':26s} {'ours s':>7s} {'loop s':>7s} {'ratio':>6s} {'of floor':>8s}  {'error / loop error':>18s}")
+    print(f"{'size':>11s}  {'method':26s} {'ours s':>7s} {'loop s':>7s} {'ratio':>6s} {'/ floor':>7s}  error / loop's")
     for out, n in SIZES[:1 if args.quick else None]:
         W, H = problem(out, n)
         parts = floor(out, n, H)
@@ -114,16 +115,17 @@ def main():
             result = method(W, H, **how)
             Q = result.dequantize() if method is gptq else result[0]
             relative = error(W, Q, H) / error(W, column_loop(W, H, **plain), H)
-            print(f"{out:5d}x{n:<5d}  {name:26s} {ours:7.3f} {theirs:7.3f} {theirs / ours:6.2f} {ours / sum(parts):8.2f}  {relative:18.6f}",
-                  flush=True)
-        print(f"{'':13s}floor: factor {parts[0]:.3f} + update {parts[1]:.3f} + loop {parts[2]:.3f} = {sum(parts):.3f} s")
+            print(f"{out:5d}x{n:<5d}  {name:26s} {ours:7.3f} {theirs:7.3f} {theirs / ours:6.2f} {ours / sum(parts):7.2f}  "
+                  f"{relative:18.6f}", flush=True)
+        factored, updated, looped = parts
+        print(f"{'':13s}floor: factor {factored:.3f} + update {updated:.3f} + loop {looped:.3f} = {sum(parts):.3f} s")
     print("\nsearch: error / error without, 256 x 384     (round-to-nearest / without)")
     W, H = problem(256, 384)
     for bits in (2, 3, 4):
         for size in (None, 32, 128):
-            plain = error(W, gptq(W, H, bits, size).dequantize(), H)
-            print(f"  {bits} bits, groups {str(size):5s} {error(W, gptq(W, H, bits, size, search=True).dequantize(), H) / plain:6.3f}"
-                  f"     ({error(W, rtn(W, bits, size).dequantize(), H) / plain:.2f})")
+            plain, search, nearest = (error(W, Q.dequantize(), H) for Q in (
+                gptq(W, H, bits, size), gptq(W, H, bits, size, search=True), rtn(W, bits, size)))
+            print(f"  {bits} bits, groups {str(size):5s} {search / plain:6.3f}     ({nearest / plain:.2f})")
 
 
 if __name__ == "__main__":

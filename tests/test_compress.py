@@ -1,6 +1,5 @@
-"""
-compress.py against oracles that share nothing with it: Algorithm 1 written out in float64 with the inverse it never forms, closed
-forms, cases worked by hand, and properties on random shapes.
+""" compress.py against oracles that share nothing with it: Algorithm 1 written out in float64 with the inverse it
+never forms, closed forms, cases worked by hand, and properties on random shapes.
 
     python -m pytest tests/test_compress.py
 """
@@ -48,7 +47,8 @@ def naive(W, H, bits=None, size=None, symmetric=False, damp=0.01, keep=None, spa
         if sparsity is not None and j % block == 0:
             score = (W[:, j:j + block] / U.diagonal()[j:j + block]).abs()
             gone = score.flatten().argsort(stable=True)[:round(sparsity * score.numel())]
-            keep[:, j:j + block] = torch.ones(score.numel(), dtype=torch.bool).index_fill(0, gone, False).view_as(score)
+            mask = torch.ones(score.numel(), dtype=torch.bool).index_fill(0, gone, False)
+            keep[:, j:j + block] = mask.view_as(score)
         if bits is not None and j % size == 0:
             members = W[:, j:j + size] * keep[:, j:j + size]
             low, high = members.min(1).values.clamp(max=0), members.max(1).values.clamp(min=0)
@@ -77,7 +77,8 @@ def naive(W, H, bits=None, size=None, symmetric=False, damp=0.01, keep=None, spa
 # ---- GPTQ
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits, size, symmetric", [(2, None, False), (3, 7, False), (4, 16, True), (3, 1000, False), (8, 1, False)])
+@pytest.mark.parametrize("bits, size, symmetric", [(2, None, False), (3, 7, False), (4, 16, True), (3, 1000, False),
+                                                   (8, 1, False)])
 def test_gptq_is_algorithm_1(shape, bits, size, symmetric):
     W, H = problem(*shape)
     Q = gptq(W, H, bits, size, symmetric)
@@ -87,8 +88,8 @@ def test_gptq_is_algorithm_1(shape, bits, size, symmetric):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("settings", [dict(sparsity=0.5), dict(sparsity=0.3, bits=4, size=None), dict(n_m=(2, 4)), dict(n_m=(1, 3)),
-                                      dict(n_m=(4, 8), bits=3, size=16)])
+@pytest.mark.parametrize("settings", [dict(sparsity=0.5), dict(sparsity=0.3, bits=4, size=None), dict(n_m=(2, 4)),
+                                      dict(n_m=(1, 3)), dict(n_m=(4, 8), bits=3, size=16)])
 def test_sparsegpt_is_algorithm_1(shape, settings):
     W, H = problem(*shape)
     expected, keep, _, _ = naive(W, H, **settings, block=128 if "sparsity" in settings else 1)
@@ -103,7 +104,8 @@ def test_loss_is_the_quadratic_form():  # Q1
     W, H = problem(17, 61)
     f = factor(H, 61, dtype=torch.float64)
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(61, dtype=torch.float64)
-    for settings in (dict(bits=3), dict(bits=3, group_size=8), dict(sparsity=0.5), dict(n_m=(2, 4), bits=4, group_size=8)):
+    for settings in (dict(bits=3), dict(bits=3, group_size=8), dict(sparsity=0.5),
+                     dict(n_m=(2, 4), bits=4, group_size=8)):
         swept = sweep(W, f, **settings)
         assert float(swept.loss.sum()) == pytest.approx(error(W, swept.dequantize(), damped) / 2, rel=1e-6)
 
@@ -185,7 +187,8 @@ def test_dead_input_keeps_its_weights(damp):  # Q5
     if alone is not None:
         torch.testing.assert_close(Q.dequantize()[:, live], alone[:, live].float(), rtol=1e-4, atol=1e-5)
     weight, keep = sparsegpt(W, H, 0.3, damp=damp)
-    assert weight.isfinite().all() and not (damp == 0 and keep[:, [3, 11]].any())  # what no input reads is pruned first
+    assert weight.isfinite().all()
+    assert damp or not keep[:, [3, 11]].any()  # what no input reads is pruned first
     assert gptq(W, 0 * H, 3).dequantize().equal(rtn(W, 3).dequantize())
 
 
@@ -211,7 +214,8 @@ def test_mask_is_kept_and_compensated():  # S4
         Q = gptq(W, H, 4, size, act_order=act_order, mask=keep)
         assert bool((Q.dequantize()[~keep] == 0).all())
         assert error(W, Q.dequantize(), H) < error(W, rtn(W * keep, 4, size).dequantize(), H)
-    torch.testing.assert_close(gptq(W, H, 4, mask=keep).dequantize(), naive(W, H, 4, keep=keep)[0].float(), rtol=1e-5, atol=1e-6)
+    expected = naive(W, H, 4, keep=keep)[0].float()
+    torch.testing.assert_close(gptq(W, H, 4, mask=keep).dequantize(), expected, rtol=1e-5, atol=1e-6)
     weight, keep = sparsegpt(W, H, n_m=(2, 4))
     Q = gptq(weight, H, 4, 8, mask=keep).dequantize()
     assert bool((Q[~keep] == 0).all())
@@ -223,7 +227,7 @@ def test_rtn_by_hand():
     Q = rtn(torch.tensor([[-1.0, 0.1, 0.4, 2.0]]), 2)  # from -1 to 2 in three steps of 1, zero at code 1
     assert Q.scale.tolist() == [[1.0]] and Q.zero.tolist() == [[1]] and Q.codes.tolist() == [[0, 1, 1, 3]]
     assert Q.dequantize().tolist() == [[-1.0, 0.0, 0.0, 2.0]]
-    Q = rtn(torch.tensor([[3.5, 0.5, -1.2, 6.0]]), 3, group_size=3, symmetric=True)  # steps of 1; then 12 / 7, a group of one
+    Q = rtn(torch.tensor([[3.5, 0.5, -1.2, 6.0]]), 3, group_size=3, symmetric=True)  # steps of 1, then of 12 / 7
     assert Q.zero.tolist() == [[4, 4]] and Q.codes.tolist() == [[7, 4, 3, 7]] and Q.group.tolist() == [0, 0, 0, 1]
     torch.testing.assert_close(Q.scale, torch.tensor([[1.0, 12 / 7]]))
 
@@ -233,10 +237,12 @@ def test_rtn_by_hand():
 def test_every_row_is_within_half_a_step(bits, symmetric):  # Q8, Q11
     g = torch.Generator().manual_seed(bits)
     row = torch.rand(11, generator=g) + 0.01
-    rows = torch.stack([row, -row, row - 0.5, 0 * row, 0 * row + 0.7, 0 * row - 0.7, row * 1e38, row * 1e-42, row * 3e38 - 1e38])
+    rows = torch.stack([row, -row, row - 0.5, 0 * row, 0 * row + 0.7, 0 * row - 0.7, row * 1e38, row * 1e-42,
+                        row * 3e38 - 1e38])
     for size in (None, 1, 4, 11, 50):
         Q = rtn(rows, bits, size, symmetric)
-        assert int(Q.codes.max()) < 2**bits and int(Q.zero.max()) < 2**bits and Q.codes.dtype == Q.zero.dtype == torch.uint8
+        assert int(Q.codes.max()) < 2**bits and int(Q.zero.max()) < 2**bits
+        assert Q.codes.dtype == Q.zero.dtype == torch.uint8
         step = Q.scale[:, Q.group].double()
         assert bool(((rows.double() - Q.dequantize().double()).abs() <= step / 2 * (1 + 5e-5) + 1e-38).all())
         assert not Q.dequantize()[3].any() and Q.scale.isfinite().all() and bool((Q.scale > 0).all())
@@ -297,10 +303,10 @@ def test_sparsegpt_against_magnitude():  # S3
 BAD = {
     "W": [(torch.ones(3), "1 x 1"), (torch.ones(0, 4), "1 x 1"), (torch.tensor([[1.0, float("nan")]] * 2), "2 values"),
           (torch.full((2, 4), float("inf")), "8 values")],
-    "H": [(torch.eye(3), r"\(4, 4\)"), (torch.full((4, 4), float("nan")), "16 values"), (torch.eye(4) + torch.ones(4, 4).triu(1), "symmetric"),
-          (-torch.eye(4), "-1"), (torch.ones(4, 4) - torch.diag(torch.tensor([1.0, 0, 0, 0])), "zero on its diagonal"),
-          (torch.ones(4, 4) * 3 - 2.5 * torch.eye(4) - torch.ones(4, 1) @ torch.ones(1, 4) * 20 * 0 + torch.diag(torch.ones(3), 1) * 50
-           + torch.diag(torch.ones(3), -1) * 50, "semidefinite")],
+    "H": [(torch.eye(3), r"\(4, 4\)"), (torch.full((4, 4), float("nan")), "16 values"),
+          (torch.eye(4) + torch.ones(4, 4).triu(1), "symmetric"), (-torch.eye(4), "-1"),
+          (torch.ones(4, 4) - torch.diag(torch.tensor([1.0, 0, 0, 0])), "zero on its diagonal"),
+          (torch.full((4, 4), -50.0).fill_diagonal_(1.0), "semidefinite")],
     "bits": [(1, "got 1"), (9, "got 9"), (3.5, "got 3.5"), (True, "got True")],
     "group_size": [(0, "got 0"), (-1, "got -1"), (1.5, "got 1.5")],
     "block_size": [(0, "got 0")],
@@ -316,7 +322,8 @@ def test_bad_input_is_named(name, value, message):
     good = {"W": torch.ones(2, 4), "H": torch.eye(4)}
     calls = []
     for f in (rtn, gptq, magnitude, wanda, sparsegpt):
-        given = {**good, **({"bits": 3} if f in (rtn, gptq) else {} if name == "n_m" else {"sparsity": 0.5}), name: value}
+        needs = {"bits": 3} if f in (rtn, gptq) else {} if name == "n_m" else {"sparsity": 0.5}
+        given = {**good, **needs, name: value}
         takes = f.__code__.co_varnames[:f.__code__.co_argcount]
         if name in takes:
             calls.append((f, {k: v for k, v in given.items() if k in takes}))
@@ -343,7 +350,8 @@ def test_any_dtype_in_float32_out_nothing_changed(dtype):
         assert out.dequantize().dtype == out.scale.dtype == torch.float32 and out.codes.dtype == torch.uint8
         assert out.group.dtype == torch.int64
     weight, keep = sparsegpt(W, H, 0.5, bits=4)
-    assert weight.dtype == torch.float32 and keep.dtype == magnitude(W, 0.5).dtype == wanda(W, H, 0.5).dtype == torch.bool
+    assert weight.dtype == torch.float32
+    assert keep.dtype == magnitude(W, 0.5).dtype == wanda(W, H, 0.5).dtype == torch.bool
     sparsegpt(W, H, n_m=(2, 4))
     assert torch.equal(before[0], W) and torch.equal(before[1], H)
     assert torch.equal(rtn(W.T.contiguous().T, 4).codes, rtn(W, 4).codes)  # however it lies in memory
@@ -360,14 +368,15 @@ def test_golden():
         named = {"weight": result[0], "keep": result[1]} if case["method"] == "sparsegpt" else \
             result._asdict() if case["method"] in ("rtn", "gptq") else {"keep": result}
         for name, expected in case["result"].items():
-            torch.testing.assert_close(named[name].double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+            expected = torch.tensor(expected, dtype=torch.float64)
+            torch.testing.assert_close(named[name].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 # ---- the walk
 
 def small_model(**config):
-    return GPT(GPTConfig(**{**dict(vocab_size=64, context=32, n_layer=3, n_head=2, n_embd=16, n_hidden=40), **config})).init_weights(
-        torch.Generator().manual_seed(0))
+    sizes = {**dict(vocab_size=64, context=32, n_layer=3, n_head=2, n_embd=16, n_hidden=40), **config}
+    return GPT(GPTConfig(**sizes)).init_weights(torch.Generator().manual_seed(0))
 
 
 def tokens(N=10, T=20, seed=0):
@@ -377,7 +386,8 @@ def tokens(N=10, T=20, seed=0):
 def inputs_of(model, ids, index, name):
     """(B, T, in) what the layer reads in a plain forward pass of the whole model."""
     caught = []
-    hook = model.blocks[index].get_submodule(name).register_forward_pre_hook(lambda m, args: caught.append(args[0].double()))
+    layer = model.blocks[index].get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda m, args: caught.append(args[0].double()))
     with torch.no_grad():
         model(ids)
     hook.remove()
@@ -395,7 +405,8 @@ def test_hessian_is_a_mean_over_real_tokens(config):  # Q9
         for i, Hs, _ in walk:
             assert Hs["attn.q"] is Hs["attn.k"] is Hs["attn.v"]
             for name, H in Hs.items():
-                X = torch.cat([inputs_of(model, row[None, :n], i, name)[0] for row, n in zip(ids, lengths)])  # rows alone, unpadded
+                rows = [inputs_of(model, row[None, :n], i, name)[0] for row, n in zip(ids, lengths)]  # alone, unpadded
+                X = torch.cat(rows)
                 torch.testing.assert_close(H, X.T @ X / len(X), rtol=1e-4, atol=1e-5 * float(H.abs().max()))
     assert not any(m._forward_pre_hooks for m in model.modules())
     with pytest.raises(ValueError, match="lengths"):
@@ -412,7 +423,8 @@ def test_blocks_see_the_compressed_ones_before_them():  # Q10
     expected = gptq(W, (X.T @ X / len(X)).float(), 2)
     torch.testing.assert_close(new.blocks[1].attn.q.packed.dequantize(), expected.dequantize(), rtol=1e-4, atol=1e-6)
     X = inputs_of(model, ids, 1, "attn.q").flatten(0, 1)
-    assert not torch.allclose(new.blocks[1].attn.q.packed.dequantize(), gptq(W, (X.T @ X / len(X)).float(), 2).dequantize())
+    other = gptq(W, (X.T @ X / len(X)).float(), 2)
+    assert not torch.allclose(new.blocks[1].attn.q.packed.dequantize(), other.dequantize())
 
 
 SETTINGS = [("rtn", dict(bits=3, group_size=8)), ("gptq", dict(bits=3, group_size=8, act_order=True, search=True)),
@@ -427,15 +439,18 @@ def test_compress_gives_a_new_model_and_an_honest_report(method, settings, tmp_p
     before = {name: t.clone() for name, t in model.state_dict().items()}
     new, report = compress(model, ids, method, **settings)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert new.wte.weight is model.wte.weight is new.lm_head.weight and new.blocks[0].norm1.weight is model.blocks[0].norm1.weight
-    assert new.blocks[1].mlp.up.bias is not None and all(isinstance(m, nn.Linear) for _, m in model.blocks[0].mlp.named_children())
+    assert new.wte.weight is model.wte.weight is new.lm_head.weight
+    assert new.blocks[0].norm1.weight is model.blocks[0].norm1.weight
+    assert new.blocks[1].mlp.up.bias is not None
+    assert all(isinstance(m, nn.Linear) for m in model.blocks[0].mlp.children())
     assert [r["name"] for r in report] == [f"blocks.{i}.{n}" for i in range(3)
                                            for n in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")]
     for r in json.loads(json.dumps(report)):
         W = model.get_submodule(r["name"]).weight.detach()
         layer = new.get_submodule(r["name"])
         Q = layer.packed.dequantize() if hasattr(layer, "packed") else layer.weight.detach()
-        assert r["shape"] == list(W.shape) and r["bits"] == settings.get("bits", 32) and r["tokens"] == 200 and r["seconds"] > 0
+        assert r["shape"] == list(W.shape) and r["bits"] == settings.get("bits", 32)
+        assert r["tokens"] == 200 and r["seconds"] > 0
         assert r["zeros"] == pytest.approx(float((Q == 0).float().mean()))
         assert r["sparsity"] == (r["zeros"] if method in ("magnitude", "wanda", "sparsegpt") else 0)
         assert r["weight_change"] == pytest.approx(float((Q - W).norm() / W.norm()), rel=1e-4)
@@ -468,12 +483,15 @@ def test_quantizing_a_pruned_model_keeps_its_zeros():  # S4
 def test_targets_and_settings_are_checked():
     model, ids = small_model(), tokens()
     new, report = compress(model, ids, "rtn", bits=4, targets=("mlp.down", "blocks.1.attn.q"))
-    assert sorted(r["name"] for r in report) == ["blocks.0.mlp.down", "blocks.1.attn.q", "blocks.1.mlp.down", "blocks.2.mlp.down"]
+    assert sorted(r["name"] for r in report) == ["blocks.0.mlp.down", "blocks.1.attn.q", "blocks.1.mlp.down",
+                                                 "blocks.2.mlp.down"]
     assert isinstance(new.blocks[0].attn.q, nn.Linear)
     everything, _ = compress(model, ids, "rtn", bits=4)
-    for bad, message in ((dict(method="prune"), "'prune'"), (dict(method="gptq"), "needs bits"), (dict(method="rtn", bits=4, damp=0.1), "damp"),
-                         (dict(method="gptq", bits=4, sparsity=0.5), "sparsity"), (dict(method="wanda"), "either"),
-                         (dict(method="rtn", bits=4, targets=("lm_head",)), "lm_head"), (dict(method="rtn", bits=4, targets=("wte",)), "wte")):
+    for bad, message in ((dict(method="prune"), "'prune'"), (dict(method="gptq"), "needs bits"),
+                         (dict(method="rtn", bits=4, damp=0.1), "damp"), (dict(method="wanda"), "either"),
+                         (dict(method="gptq", bits=4, sparsity=0.5), "sparsity"),
+                         (dict(method="rtn", bits=4, targets=("lm_head",)), "lm_head"),
+                         (dict(method="rtn", bits=4, targets=("wte",)), "wte")):
         with pytest.raises(ValueError, match=message):
             compress(model, ids, **bad)
     with pytest.raises(ValueError, match="no linear layer"):
@@ -496,16 +514,19 @@ def test_script_writes_packed_weights(tmp_path, monkeypatch, capsys):  # Q12
     out = capsys.readouterr().out
     size = written.stat().st_size
     assert f"{size:,} bytes with embedding" in out and "blocks.2.mlp.down" in out
-    assert f"{4 * model.n_parameters() / size:.2f} times smaller" in out and f"{2 * model.n_parameters() / size:.2f} times than in float16" in out
+    full = 4 * model.n_parameters()
+    assert f"in float32 take {full / size:.2f} times" in out and f"in float16 {full / 2 / size:.2f} times" in out
     layers = [m for m in load(written).blocks.modules() if hasattr(m, "packed")]
     packed = sum(m.packed.nbytes for m in layers)
     assert len(layers) == 18 and f"{packed:,}" in out
     assert size < packed + 4 * model.wte.weight.numel() + 12000  # codes and scales, embedding once, norms, names
-    run(monkeypatch, "--method", "magnitude", "--sparsity", 0.5, "--in", source, "--out", tmp_path / "half.safetensors")
+    run(monkeypatch, "--method", "magnitude", "--sparsity", 0.5, "--in", source,
+        "--out", tmp_path / "half.safetensors")
     assert float((load(tmp_path / "half.safetensors").blocks[0].mlp.up.weight == 0).float().mean()) == 0.5
 
 
-@pytest.mark.parametrize("words, message", [(("--bits", 9), "got 9"), (("--bits", 3), "nowhere"), (("--method", "rtn"), "needs bits"),
+@pytest.mark.parametrize("words, message", [(("--bits", 9), "got 9"), (("--bits", 3), "nowhere"),
+                                            (("--method", "rtn"), "needs bits"),
                                             (("--bits", 3, "--sparsity", 0.5), "sparsity")])
 def test_script_says_what_is_wrong_in_one_line(words, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as status:

@@ -58,7 +58,8 @@ def problems():
     odd = torch.stack([draw(12).abs(), -draw(12).abs(), torch.zeros(12, dtype=torch.float64),
                        torch.full((12,), 0.3, dtype=torch.float64)])  # all positive, all negative, all zero, constant
     return {"plain": (short(draw(7, 22)), second_moment(X)), "odd rows": (short(odd), second_moment(X[:, :12])),
-            "few tokens": (short(draw(5, 12)), second_moment(X[:4, :12])), "dead input": (short(draw(6, 16)), second_moment(dead))}
+            "few tokens": (short(draw(5, 12)), second_moment(X[:4, :12])),
+            "dead input": (short(draw(6, 16)), second_moment(dead))}
 
 
 def run(method, settings, W, H):
