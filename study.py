@@ -24,6 +24,7 @@ import data
 import idp
 import recover
 from compress import compress
+from kernels import PackedLinear
 from model import GPT, GPTConfig, load, read_safetensors, save, write_safetensors
 from recover import FitConfig
 from tasks import Subject, answer
@@ -243,9 +244,8 @@ def train_dense(config, world, log):
 
 def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=None):
     """Train one repair of the frozen `model` -> its tensors. `losses` is recover.next_token or recover.distillation."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, model = torch.Generator().manual_seed(seed), unpacked(model)
     if kind == "lora":
-        model = shared_copy(model)
         parameters = recover.add_lora(model, size, generator=generator)
         recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
         return parameters
@@ -286,6 +286,19 @@ def pool_subject(model, pool):
         filled = idp.prefill(model, pool)
     choose = (lambda ids, lengths: idp.select(model, pool, ids, lengths, filled)) if len(pool) > 1 else None
     return Subject(model, filled, choose)
+
+
+def unpacked(model):
+    """A shared copy whose packed layers are float ones of the same values, for training: unpacked once, not at every step."""
+    model = shared_copy(model)
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, PackedLinear):
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                plain.weight = torch.nn.Parameter(layer.packed.dequantize(), requires_grad=False)
+                plain.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias, requires_grad=False)
+                setattr(parent, name, plain)
+    return model
 
 
 def shared_copy(model):
