@@ -21,7 +21,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def tiny(out):
     """A study of seconds: the same path, a world of a few people."""
     config = StudyConfig(world=data.WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600), out=str(out))
-    config.gpt = {"n_layer": 1, "n_embd": 32, "n_head": 2}
+    config.full, config.gpt = True, {"n_layer": 1, "n_embd": 32, "n_head": 2}
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
     config.calibration, config.repair_batch, config.timing_rounds = (8, 32), (4, 24), 2
     return config
