@@ -2,8 +2,9 @@
 The look inside: why attention should choose well - does it? - and what repairs do to attention and activations.
 
     selectors     one pool, every way to choose from it, and what each costs: attention-max (the paper's rule),
-                  attention-min, random, each prompt alone, the best single one (chosen on validation people),
-                  all concatenated, ensemble, most confident, and the per-question oracle beside the two floors without which an oracle shows nothing
+                  attention-min, random, each prompt alone, the best single one (chosen on validation people), all
+                  concatenated, ensemble, most confident, and the per-question oracle beside the two floors without
+                  which an oracle shows nothing
     correlation   of a prompt's attention score with the log-probability it gives the right answer, question by question
     similarity    of attention rows and block outputs to the dense model's, by layer and head (the paper's section 5)
 

@@ -62,7 +62,8 @@ def prefill(model, pool):
 
 
 def prefill_one(model, prompt, slots):
-    """A Cache of one row with the prompt (P, C) at the end of its `slots`; the slots before it are never attended to."""
+    """A Cache of one row with the prompt (P, C) at the end of its `slots`; the slots before it are never attended to.
+    """
     cache, start = model.new_cache(1, slots), slots - len(prompt)
     cache.length, cache.first, cache.used = cache.length + start, cache.first + start, start
     model.hidden(torch.empty(1, 0, dtype=torch.long, device=prompt.device), prompt, cache)

@@ -1,17 +1,17 @@
 """
 Packed weights, and the matmul that reads them without ever unpacking them to memory.
 
-What it does: codes of 2, 3, 4 and 8 bits become 32-bit words and back, exactly; N:M sparse weights become the values that are
-left and where each one stood; both together too. `PackedLinear` computes with them in place of `nn.Linear`. The packed tensors
-are all there is, in memory and on disk: no float copy.
+What it does: codes of 2, 3, 4 and 8 bits become 32-bit words and back, exactly; N:M sparse weights become the values
+that are left and where each one stood; both together too. `PackedLinear` computes with them in place of `nn.Linear`.
+The packed tensors are all there is, in memory and on disk: no float copy.
 
 What it leaves out: code of our own in C++ or CUDA, integer activations, a fast kernel for unstructured sparsity.
 
     python kernels.py              # the benchmark: every competitor, several shapes, whole models (tests/bench_kernels.py)
     python kernels.py --quick      # one shape
 
-Sources: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit kernel is fast when it generates one token at a
-time); Mishra et al. 2021 (2:4 sparsity, arXiv 2104.08378).
+Sources: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit kernel is fast when it generates one
+token at a time); Mishra et al. 2021 (2:4 sparsity, arXiv 2104.08378).
 """
 import math
 import warnings
@@ -27,8 +27,9 @@ LANES = 16  # output rows side by side in memory: as many 32-bit words as the wi
 
 # ---- codes in 32-bit words
 
-# bits: (words, codes) of a cell. At 3 bits, ten codes a word leave two bits in each of three words: room for two codes more,
-# each split over two words. So every width costs exactly its bits; 5 to 7 are stored as 8. 32 is a float, left as it is.
+# bits: (words, codes) of a cell. At 3 bits, ten codes a word leave two bits in each of three words: room for two codes
+# more, each split over two words. So every width costs exactly its bits; 5 to 7 are stored as 8. 32 is a float, left
+# as it is.
 CELL = {2: (1, 16), 3: (3, 32), 4: (1, 8), 8: (1, 4), 32: (1, 1)}
 
 
@@ -79,11 +80,11 @@ def from_words(words, bits):
 class Packed(NamedTuple):
     """A weight (N, K) in blocks of 16 output rows, NB = ceil(N / 16) of them.
 
-    The columns stand sorted by group on P positions, `span` to a group, its end padded to whole cells. `order[p]` is the
-    column at position p, K for padding; None where that is just 0, 1, 2, ... An N:M sparse weight keeps n of every m
-    positions: then words hold the P * n / m kept ones only, `span` counts those, and `place` says which of its m positions
-    each has. Positions are cut into T tiles, the outermost dimension, so short that a tile's part of x stays in the fastest
-    cache while all rows pass by.
+    The columns stand sorted by group on P positions, `span` to a group, its end padded to whole cells. `order[p]` is
+    the column at position p, K for padding; None where that is just 0, 1, 2, ... An N:M sparse weight keeps n of every
+    m positions: then words hold the P * n / m kept ones only, `span` counts those, and `place` says which of its m
+    positions each has. Positions are cut into T tiles, the outermost dimension, so short that a tile's part of x stays
+    in the fastest cache while all rows pass by.
     """
     words: torch.Tensor          # (T, NB, P * n / m * bits / 32 / T, 16) int32; or float32, a value a word, when bits is 32
     scale: torch.Tensor | None   # (NB, G, 16) float32; None for float values
@@ -121,7 +122,9 @@ def place_bits(m):
 
 
 def _columns(packed, values, filler):
-    """Values by position (NB, positions, 16) -> by column (N, K); what N:M left out becomes `filler`, a number or (N, P)."""
+    """Values by position (NB, positions, 16) -> by column (N, K); what N:M left out becomes `filler`, a number or (N,
+    P).
+    """
     N, K = packed.shape
     values = values.transpose(1, 2).flatten(0, 1)[:N]  # (N, positions)
     if packed.n_m:
@@ -159,7 +162,9 @@ def _lanes(t, filler=0):
 
 
 def n_tiles(span, groups, unit):
-    """How many tiles to cut the positions into: tiles of at most 2,048 positions if that cuts no cell and no one of many groups."""
+    """How many tiles to cut the positions into: tiles of at most 2,048 positions if that cuts no cell and no one of
+    many groups.
+    """
     atom, n = (span, groups) if groups > 1 else (unit, span // unit)  # n atoms, not to be cut
     fits = [T for T in range(1, n + 1) if n % T == 0 and n // T * atom <= 2048]
     return fits[0] if fits and n // fits[0] * atom >= 128 else 1 if groups == 1 or span <= 2048 else groups
@@ -260,11 +265,12 @@ class _Dequantized(torch.autograd.Function):
 
 # ---- the matmul, fused
 #
-# A model that writes one token after another reads every weight once a token, and uses it for one multiplication. A core does
-# dozens of multiplications in the time one float takes to arrive from memory. So the time is the bytes, and 4-bit weights can
-# be nearly eight times as fast as 32-bit ones - unless unpacking costs a trip to memory of its own: dequantizing first writes
-# the floats and reads them back, which is slower than never having packed them. `_fused` is one loop that does it all in
-# registers. For a register of 16 words (16 output rows; at 4 bits 8 codes of each), three instructions a code are left:
+# A model that writes one token after another reads every weight once a token, and uses it for one multiplication. A
+# core does dozens of multiplications in the time one float takes to arrive from memory. So the time is the bytes, and
+# 4-bit weights can be nearly eight times as fast as 32-bit ones - unless unpacking costs a trip to memory of its own:
+# dequantizing first writes the floats and reads them back, which is slower than never having packed them. `_fused` is
+# one loop that does it all in registers. For a register of 16 words (16 output rows; at 4 bits 8 codes of each), three
+# instructions a code are left:
 #
 #     and   keeps one code of each word where it stands: bits 4i to 4i + 3 read as the integer code * 16^i
 #     cvt   makes 16 floats of them, exactly: they have four significant bits
@@ -274,24 +280,27 @@ class _Dequantized(torch.autograd.Function):
 #
 #     y_n = sum over g of s_ng * (sum over k in g of q_nk x_k  -  z_ng * sum over k in g of x_k)
 #
-# torch.compile turns the Python below into that loop: the dimension of 16 becomes the vector, the Python loops become a
-# straight-line body, and sums over the same words become one loop nest. To read what it made (search for "_mm", "Vectorized"):
+# torch.compile turns the Python below into that loop: the dimension of 16 becomes the vector, the Python loops become
+# a straight-line body, and sums over the same words become one loop nest. To read what it made (search for "_mm",
+# "Vectorized"):
 #
 #     TORCH_LOGS=output_code python kernels.py --quick 2>&1 | less
 #
-# With many rows of x the multiplications cost more than the bytes. Then W is dequantized, so many rows at a time that they
-# stay in the cache, and a plain matmul reads them there.
+# With many rows of x the multiplications cost more than the bytes. Then W is dequantized, so many rows at a time that
+# they stay in the cache, and a plain matmul reads them there.
 
 FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape, no more
 UNROLL = 32      # positions written out in the loop body
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
-# Inductor's own limits would store the long expression half-way, 2.5 times slower; "fast" lets it multiply and add in one go.
+# Inductor's own limits would store the long expression half-way, 2.5 times slower; "fast" lets it multiply and add in
+# one go.
 OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20, "realize_acc_reads_threshold": 1 << 20,
            "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def _code(words, where):
-    """One code of each cell as int32 (..., 16) from the cell's words, and the power of two it comes out too large by."""
+    """One code of each cell as int32 (..., 16) from the cell's words, and the power of two it comes out too large by.
+    """
     (word, at, _, n), *rest = where
     if not rest and at + n < 32:
         return words[word] & (((1 << n) - 1) << at), 2.0 ** at
@@ -299,7 +308,9 @@ def _code(words, where):
 
 
 def _chosen(x, place, first, last):
-    """x[..., place] for places from first to last: x (..., m), place (..., 16) -> (..., 16); a compare and a blend each."""
+    """x[..., place] for places from first to last: x (..., m), place (..., 16) -> (..., 16); a compare and a blend
+    each.
+    """
     out = x[..., first, None]
     for c in range(first + 1, last + 1):
         out = torch.where(place == c, x[..., c, None], out)
@@ -361,7 +372,9 @@ def _fused(x, packed):
 
 
 def few(packed):
-    """Up to how many rows of x the fused loop is the faster one. N:M selects anew for each row and takes half a minute to compile."""
+    """Up to how many rows of x the fused loop is the faster one. N:M selects anew for each row and takes half a minute
+    to compile.
+    """
     return 1 if packed.n_m else FEW
 
 
@@ -400,7 +413,9 @@ class _State:
 
 
 def use_compile(enabled):
-    """Whether PackedLinear calls the fused matmul. Off at first: compiling takes seconds, a small model never earns them back."""
+    """Whether PackedLinear calls the fused matmul. Off at first: compiling takes seconds, a small model never earns
+    them back.
+    """
     _State.enabled = bool(enabled)
 
 
@@ -441,7 +456,8 @@ def _or_eager(compiled, eager, *arguments):
 # ---- the layer
 
 class PackedLinear(nn.Module):
-    """What replaces nn.Linear: buffers only, nothing to train, no float copy. Gradients flow through it to its input."""
+    """What replaces nn.Linear: buffers only, nothing to train, no float copy. Gradients flow through it to its input.
+    """
 
     def __init__(self, packed, bias=None):
         super().__init__()
@@ -466,7 +482,9 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def spec(self):
-        """What `from_spec` needs to build this module again, empty: the layout's numbers, shape and dtype of each buffer."""
+        """What `from_spec` needs to build this module again, empty: the layout's numbers, shape and dtype of each
+        buffer.
+        """
         numbers = {name: getattr(self.layout, name) for name in ("shape", "bits", "span", "n_m")}
         return {**numbers, "buffers": {name: [list(t.shape), str(t.dtype).removeprefix("torch.")]
                                        for name, t in self.named_buffers()}}
@@ -480,7 +498,8 @@ DTYPES = {"int32": torch.int32, "uint8": torch.uint8, "float32": torch.float32, 
 
 
 def from_spec(spec):
-    """An empty PackedLinear for `load_state_dict` to fill. Raises ValueError for a specification that is none of ours."""
+    """An empty PackedLinear for `load_state_dict` to fill. Raises ValueError for a specification that is none of ours.
+    """
     try:
         buffers = {name: torch.zeros(shape, dtype=DTYPES[dtype]) for name, (shape, dtype) in spec["buffers"].items()}
         bias = buffers.pop("bias", None)
@@ -493,9 +512,10 @@ def from_spec(spec):
 
 # ---- one token through a whole model
 #
-# Each linear layer compiled alone loses a third of its speed to calls and to activations written out between them; the whole
-# model as one graph takes minutes to compile. So: one block, compiled once, with its weights as arguments, called for every
-# layer. Keys, values and the token's position stay in tensors, so the loop of GPT.generate never waits for the device.
+# Each linear layer compiled alone loses a third of its speed to calls and to activations written out between them; the
+# whole model as one graph takes minutes to compile. So: one block, compiled once, with its weights as arguments,
+# called for every layer. Keys, values and the token's position stay in tensors, so the loop of GPT.generate never
+# waits for the device.
 
 def _block(block, x, positions, mask, past):
     return block(x, positions, mask, past)
@@ -510,7 +530,8 @@ compiled_head = torch.compile(_head, fullgraph=True, dynamic=False, options=OPTI
 
 
 class Decoder:
-    """How a GPT passes one token of a few rows through a block and through the head; many rows take the ordinary way."""
+    """How a GPT passes one token of a few rows through a block and through the head; many rows take the ordinary way.
+    """
 
     def block(self, block, x, positions, mask, past):
         return _or_eager(compiled_block if len(x) <= FEW else _block, _block, block, x, positions, mask, past)
@@ -522,8 +543,8 @@ class Decoder:
 def compile_decode(model, enabled=True):
     """Let `model.generate` run its tokens through one compiled block: dense, compressed or adapted models alike. Returns model.
 
-    The first token waits for the compiler (seconds, once a kind of block); a second cache size costs one compilation more,
-    after which the size is free. The numbers are those of the eager path up to the order of additions.
+    The first token waits for the compiler (seconds, once a kind of block); a second cache size costs one compilation
+    more, after which the size is free. The numbers are those of the eager path up to the order of additions.
     """
     model.decoder = Decoder() if enabled else None
     return model

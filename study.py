@@ -289,7 +289,9 @@ def pool_subject(model, pool):
 
 
 def unpacked(model):
-    """A shared copy whose packed layers are float ones of the same values, for training: unpacked once, not at every step."""
+    """A shared copy whose packed layers are float ones of the same values, for training: unpacked once, not at every
+    step.
+    """
     model = shared_copy(model)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
