@@ -113,7 +113,7 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
 
     sparsity    the share of zeros, exactly round(sparsity * weights) of them in every block of block_size columns; or
     n_m         (N, M): at most N weights that are not zero in every aligned group of M inputs
-    bits        quantize what stays in the same pass, on grids as in `gptq`; blocks then hold whole groups
+    bits        quantize what stays in the same pass, on grids as in `gptq`
    
     """
     W = check_weight(W)
@@ -375,8 +375,8 @@ def print_layers(report):
           f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>5s}")
     for r in report:
         shape = "x".join(map(str, r["shape"]))
-        print(f"{r['name']:24s} {shape:>12s} {r['bits']:4d} {r['zeros']:6.3f} {r['damp']:8.2g} "
-              f"{r['error_before']:12.4g} {r['error_after']:9.3g} {r['relative_output_error']:9.4f} {r['seconds']:5.2f}")
+        print(f"{r['name']:24s} {shape:>12s} {r['bits']:4d} {r['zeros']:6.3f} {r['damp']:8.2g} {r['error_before']:12.4g} "
+              f"{r['error_after']:9.3g} {r['relative_output_error']:9.4f} {r['seconds']:5.2f}")
     retried = sum(r["retries"] > 0 for r in report)
     print(f"calibrated on {report[0]['tokens']:,} tokens; "
           f"{retried} of {len(report)} layers needed more damping than asked for")

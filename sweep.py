@@ -283,9 +283,7 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
     """
     (out, n), R, order = W.shape, factor.R, factor.order
     size, M = min(group_size or n, n), n_m[1] if n_m else 1
-    unit = size if size <= block_size else M
-    block = max(block_size // unit, 1) * unit  # blocks hold whole groups or lie within one
-    step = max(STEP // M, 1) * M
+    block, step = (max(width // M, 1) * M for width in (block_size, STEP))  # both hold whole patterns
     d = R.diagonal()[:, None]                  # (in, 1) R_jj = 1 / U_jj
     W = W if order is None else W[:, order]
     W = W.T.clone(memory_format=torch.contiguous_format)  # (in, out); becomes W - Q where a column is done
@@ -296,7 +294,7 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
         keep = torch.ones_like(W)  # 1 = stays
     scale, zero, low, high, grids = 1.0, 0.0, None, None, []
     loss = W.new_zeros(out, dtype=torch.float64)
-    for i1, i2 in cuts(0, n, block, size):
+    for i1, i2 in cuts(0, n, block):
         U = inverse(R[i1:i2, i1:i2])           # (columns, columns)
         A = free(W, R, i1, i2, U)              # (columns, out)
         V = (U / U.diagonal()[:, None]).triu_(1)
@@ -306,7 +304,8 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
         for j1, j2 in cuts(i1, i2, step, size):
             here, few, later = slice(j1, j2), slice(j1 - i1, j2 - i1), slice(j2 - i1, None)
             if bits is not None and j1 % size == 0:
-                members = A[j1 - i1:j1 - i1 + size] if j1 + size <= i2 else free(W, R, j1, min(j1 + size, n))
+                end = min(j1 + size, n)  # a group may reach beyond its block
+                members = A[j1 - i1:end - i1] if end <= i2 else free(W, R, j1, end)  # (members, out)
                 members = members if keep is None else members * keep[j1:j1 + size]
                 weight = d[j1:j1 + size, 0].square() if search else None  # (members,) 1 / U_jj²
                 scale, zero = grid(members.T, bits, symmetric, weight)    # (out,)

@@ -115,8 +115,8 @@ def main():
             result = method(W, H, **how)
             Q = result.dequantize() if method is gptq else result[0]
             relative = error(W, Q, H) / error(W, column_loop(W, H, **plain), H)
-            print(f"{out:5d}x{n:<5d}  {name:26s} {ours:7.3f} {theirs:7.3f} {theirs / ours:6.2f} {ours / sum(parts):7.2f}  "
-                  f"{relative:18.6f}", flush=True)
+            print(f"{out:5d}x{n:<5d}  {name:26s} {ours:7.3f} {theirs:7.3f} {theirs / ours:6.2f} "
+                  f"{ours / sum(parts):7.2f}  {relative:14.6f}", flush=True)
         factored, updated, looped = parts
         print(f"{'':13s}floor: factor {factored:.3f} + update {updated:.3f} + loop {looped:.3f} = {sum(parts):.3f} s")
     print("\nsearch: error / error without, 256 x 384     (round-to-nearest / without)")

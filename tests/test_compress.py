@@ -202,6 +202,13 @@ def test_rank_deficient_hessian_is_damped_more_and_says_so():  # Q6
     assert Q.isfinite().all() and error(W, Q, H) < error(W, rtn(W, 4).dequantize(), H)
     f = factor(H.float(), 30, damp=0.0)
     assert f.retries > 0 and f.R.isfinite().all()
+    for seed in range(20):  # rank 2 of 4: rounding leaves noise of either sign where a pivot should be 0
+        X = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert factor(X.T @ X, 4, damp=0.0).retries > 0 and factor((X.T @ X).float(), 4, damp=0.0).retries > 0
+    H = problem(8, 30)[1] + 1e5 * torch.ones(30, 30)  # condition number 1e8: more than float32 can factor well
+    single, double = (factor(H, 30, 1e-9, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert single.retries == double.retries == 0
+    torch.testing.assert_close(single.R.double(), double.R, rtol=1e-4, atol=1e-4)
     R = factor(H, 30, 0.05, dtype=torch.float64).R
     torch.testing.assert_close(R @ R.T, H + 0.05 * H.diagonal().mean() * torch.eye(30, dtype=torch.float64))
     assert torch.equal(R, R.triu())
