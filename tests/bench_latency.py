@@ -52,7 +52,7 @@ class Bench:
     length: int = 16       # P, of each
     rank: int = 8          # of LoRA, on every linear layer
     rounds: int = 60
-    steps: int = 12        # training steps that are timed, of each kind
+    steps: int = 24        # training steps that are timed, of each kind
     batch: int = 8         # rows of a training step, with a prompt of 8 tokens and 128 of text
 
 
@@ -195,7 +195,8 @@ def parameters(bench):
 def report(name, bench):
     """Run one size, print its tables, and return [(claim, value, limit, held)]."""
     print(f"\n{name}: {bench.n_layer} layers of width {bench.n_embd}, {bench.text} tokens of text, "
-          f"{bench.new} decoded a turn, {bench.prompts} prompts of {bench.length}, LoRA rank {bench.rank}, {bench.rounds} rounds\n")
+          f"{bench.new} decoded a turn, {bench.prompts} prompts of {bench.length}, LoRA rank {bench.rank}, "
+          f"{bench.rounds} rounds\n")
     took = measure(make_ways(bench), bench)
     print(f"{'':26s} {'prefill ms':>11s} {'/ alone':>8s} {'decode ms':>11s} {'/ alone':>8s} {'/ LoRA':>8s}")
     for base, what in took:
