@@ -1,4 +1,4 @@
-"""adapters.py against files and logits that PEFT wrote (golden/make_adapters.py; PEFT also read ours there), and round trips."""
+"""adapters.py against files and logits that PEFT wrote (golden/make_adapters.py), and round trips."""
 import json
 import os
 import pathlib
@@ -61,7 +61,9 @@ def some_repair(kind, c, seed=2):
     shapes = {"prompt": [(3, c.n_embd)], "prefix": [(c.n_layer, 2, c.n_kv_head, 3, c.head_size)],
               "idp": [(2, c.n_embd), (4, c.n_embd), (1, c.n_embd)]}[kind]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    return {"prompt": recover.SoftPrompt, "prefix": recover.Prefix}[kind](tensors[0]) if kind != "idp" else PromptPool(tensors)
+    if kind == "idp":
+        return PromptPool(tensors)
+    return {"prompt": recover.SoftPrompt, "prefix": recover.Prefix}[kind](tensors[0])
 
 
 IDS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -99,7 +101,7 @@ def test_written_again_it_is_what_peft_wrote(name, tmp_path):
     assert metadata["format"] == "pt" and metadata["base_fingerprint"] == fingerprint(model)
     theirs, ours = (json.loads((f / adapters.CONFIG).read_text()) for f in (GOLDEN / name, tmp_path))
     assert ours.keys() <= theirs.keys()  # no key that PEFT would not know
-    if name == "llama-lora-partly":  # the same scale, as alpha / r; and all names in full, since short ones mean both layers
+    if name == "llama-lora-partly":  # the same scale as alpha / r; names in full: short ones mean both layers
         assert ours.pop("lora_alpha") == pytest.approx(theirs["lora_alpha"] * 3 ** 0.5)
         assert theirs["use_rslora"] and not ours.pop("use_rslora")
         assert ours.pop("target_modules") == ["model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.o_proj"]
@@ -116,7 +118,8 @@ def test_pefts_other_lora_is_refused_by_name(tmp_path):
                          ("task_type", "SEQ_CLS")):
         folder = edited(tmp_path / "lora", "llama-lora", **{field: value})
         model, _ = load_pretrained(GOLDEN / "llama")
-        with pytest.raises(ValueError, match="adapter_config.json.*" + field if field != "r" or value != 3 else "lora_A.weight must"):
+        said = "lora_A.weight must" if (field, value) == ("r", 3) else "adapter_config.json.*" + field
+        with pytest.raises(ValueError, match=said):
             load_adapter(folder, model)
         assert not recover.lora_layers(model)
 
@@ -245,7 +248,8 @@ def test_without_a_fingerprint_names_and_shapes_must_do(tmp_path):
     load_adapter(GOLDEN / "llama-prompt", gpt(n_embd=16, seed=5))
     for base, name, said in ((gpt(n_embd=32), "llama-lora", r"lora_A.weight must have shape \(2, 32\), has \(2, 16\)"),
                              (gpt("opt", n_embd=16), "llama-lora", "no layer of this model.*mlp.down_proj"),
-                             (gpt("llama", n_embd=16, n_hidden=24, n_layer=1), "llama-lora", "no layer of this model.*layers.1"),
+                             (gpt("llama", n_embd=16, n_hidden=24, n_layer=1), "llama-lora",
+                              "no layer of this model.*layers.1"),
                              (gpt(n_embd=16, n_kv_head=2), "llama-lora-partly", "no layer of this model.*gate_proj"),
                              (gpt(n_embd=32), "llama-prompt", r"\(3, 16\), this model takes \(P, 32\)"),
                              (gpt(n_embd=16), "llama-prefix", r"\(3, 32\), this model takes \(P, 64\)"),
@@ -261,10 +265,13 @@ def test_what_has_no_place_in_the_layout_is_refused(tmp_path):
     uneven = with_lora(gpt())
     uneven.blocks[0].attn.q.scale = 9.0
     for model, kind, repair, said in (
-            (with_lora(gpt("gpt2")), "lora", None, "c_attn"), (gpt(), "lora", None, r"one rank and one scale.*\[\] and \[\]"),
-            (uneven, "lora", None, r"one rank and one scale.*\[2\] and \[1.5, 9.0\]"), (gpt(), "ia3", None, "kind must be one of"),
+            (with_lora(gpt("gpt2")), "lora", None, "c_attn"),
+            (gpt(), "lora", None, r"one rank and one scale.*\[\] and \[\]"),
+            (uneven, "lora", None, r"one rank and one scale.*\[2\] and \[1.5, 9.0\]"),
+            (gpt(), "ia3", None, "kind must be one of"),
             (gpt(), "prompt", torch.zeros(3, 31), r"\(3, 31\), this model takes \(P, 32\)"),
-            (gpt(), "prompt", torch.zeros(0, 32), "from 1 to 31"), (gpt(), "prompt", torch.zeros(32, 32), "from 1 to 31"),
+            (gpt(), "prompt", torch.zeros(0, 32), "from 1 to 31"),
+            (gpt(), "prompt", torch.zeros(32, 32), "from 1 to 31"),
             (gpt(), "prefix", torch.zeros(3, 2, 4, 5, 8), r"\(5, 192\)"), (gpt(), "idp", [], "got none")):
         with pytest.raises(ValueError, match=said):
             save_adapter(tmp_path / "folder", model, kind, repair)
@@ -295,7 +302,7 @@ def test_an_interrupted_save_leaves_a_whole_adapter_or_none(tmp_path, monkeypatc
         replace(source, target)
     with monkeypatch.context() as m, pytest.raises(OSError, match="stopped"):
         m.setattr(os, "replace", stopped)
-        save_adapter(tmp_path, model, "prompt", torch.zeros(3, 32))  # the new weights stand where the old config would fit
+        save_adapter(tmp_path, model, "prompt", torch.zeros(3, 32))  # new weights, and the old config would fit
     with pytest.raises(FileNotFoundError, match=adapters.CONFIG):
         load_adapter(tmp_path, model)
     assert os.listdir(tmp_path) == [adapters.WEIGHTS]
@@ -320,7 +327,8 @@ def test_damaged_tensors_are_named(tmp_path):
     without = {key: t for key, t in good.items() if key != name}
     p, q = torch.zeros(3, 16), torch.zeros(3, 32)
     for adapter, tensors, said in (
-            ("llama-lora", without, name + ".*missing"), ("llama-lora", good | {name: good[name][:-1]}, name + ".*must have shape"),
+            ("llama-lora", without, name + ".*missing"),
+            ("llama-lora", good | {name: good[name][:-1]}, name + ".*must have shape"),
             ("llama-lora", good | {name: good[name].int()}, name), ("llama-lora", good | {name: good[name] / 0}, name),
             ("llama-lora", good | {name[:-7] + ".bias": good[name]}, "lora_B.bias"), ("llama-lora", {}, "no tensors"),
             ("llama-prompt", {}, "must be prompt_embeddings, got none"), ("llama-prompt", {"prompt": p}, "got prompt"),
@@ -345,9 +353,10 @@ def test_damaged_pools_are_named(tmp_path):
     tensors, metadata = read_safetensors(tmp_path / adapters.WEIGHTS)
     tensors = {name: t.clone() for name, t in tensors.items()}
     write_safetensors(tmp_path / adapters.WEIGHTS, dict(reversed(tensors.items())), metadata)
-    assert [len(p) for p in load_adapter(tmp_path, model)[1].prompts] == [2, 4, 1]  # by name, wherever they lie in the file
-    for damaged, said in (({k: t for k, t in tensors.items() if k[-1] != "1"}, r"must be prompt_embeddings.0, prompt_embeddings.1,"),
-                          (tensors | {"prompt_embeddings.3": torch.zeros(1, 32)}, "num_virtual_tokens is .2, 4, 1."), ({}, "none")):
+    assert [len(p) for p in load_adapter(tmp_path, model)[1].prompts] == [2, 4, 1]  # by name
+    without, one_more = {k: t for k, t in tensors.items() if k[-1] != "1"}, {"prompt_embeddings.3": torch.zeros(1, 32)}
+    for damaged, said in ((without, "must be prompt_embeddings.0, prompt_embeddings.1,"), ({}, "none"),
+                          (tensors | one_more, "num_virtual_tokens is .2, 4, 1.")):
         write_safetensors(tmp_path / adapters.WEIGHTS, damaged, metadata)
         with pytest.raises(ValueError, match=said):
             load_adapter(tmp_path, model)

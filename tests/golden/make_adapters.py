@@ -5,8 +5,8 @@ Makes tests/golden/adapters/: adapters that PEFT wrote for two tiny random model
     pip install torch==2.13.0 transformers==5.23.0 accelerate peft==0.21.2 tiktoken
     python tests/golden/make_adapters.py
 
-It then goes the other way too: adapters of every kind that adapters.py wrote are loaded with PeftModel.from_pretrained, and
-the two must agree to 1e-5. These packages are no part of the study (it runs on four): they are imported by name, here alone.
+It then goes the other way too: adapters of every kind that adapters.py wrote are loaded with PeftModel.from_pretrained,
+and the two must agree to 1e-5. These packages are no part of the study (it runs on four): they are imported by name.
 
     llama, opt                       the bases, as transformers saves them
     llama-lora, ..., opt-prefix      the adapters, as PEFT saves them, without its README.md
@@ -32,7 +32,8 @@ ADAPTERS = {
                                              layers_to_transform=[1])),
     "llama-prompt": ("PromptTuningConfig", dict(num_virtual_tokens=3)),
     "llama-prefix": ("PrefixTuningConfig", dict(num_virtual_tokens=3)),
-    "opt-lora": ("LoraConfig", dict(r=2, lora_alpha=3, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])),
+    "opt-lora": ("LoraConfig", dict(r=2, lora_alpha=3, target_modules=["q_proj", "k_proj", "v_proj", "out_proj",
+                                                                         "fc1", "fc2"])),
     "opt-prompt": ("PromptTuningConfig", dict(num_virtual_tokens=3)),
     "opt-prefix": ("PrefixTuningConfig", dict(num_virtual_tokens=3)),
 }
@@ -74,10 +75,11 @@ def record(torch, transformers, peft, ids):
 
 
 def check_ours(torch, transformers, peft, ids):
-    """Adapters written by the study - PEFT's own, read and written again, and others - loaded by PEFT: the same logits."""
+    """Adapters written by the study - PEFT's own, read and written again, and others - give the same logits in PEFT."""
     sys.path.insert(0, str(FOLDER.parents[2]))
     adapters, recover, weights = map(importlib.import_module, ("adapters", "recover", "weights"))
-    cases = [(name.partition("-")[0], name) for name in ADAPTERS] + [(base, kind) for base in BASES for kind in adapters.PEFT_TYPES]
+    cases = [(name.partition("-")[0], name) for name in ADAPTERS]
+    cases += [(base, kind) for base in BASES for kind in adapters.PEFT_TYPES]
     for base, name in cases:
         model, _ = weights.load_pretrained(FOLDER / base)
         c, repair, kind = model.config, None, name
