@@ -372,11 +372,11 @@ def calibration_text(size, seed, vocab_size):
 def print_layers(report):
     """The report rows as a table."""
     print(f"{'layer':24s} {'shape':>12s} {'bits':>4s} {'zeros':>6s} {'damp':>8s} "
-          f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>5s}")
+          f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>4s}")
     for r in report:
         shape = "x".join(map(str, r["shape"]))
-        print(f"{r['name']:24s} {shape:>12s} {r['bits']:4d} {r['zeros']:6.3f} {r['damp']:8.2g} {r['error_before']:12.4g} "
-              f"{r['error_after']:9.3g} {r['relative_output_error']:9.4f} {r['seconds']:5.2f}")
+        print(f"{r['name']:24s} {shape:>12s} {r['bits']:4d} {r['zeros']:6.3f} {r['damp']:8.2g} "
+              f"{r['error_before']:12.4g} {r['error_after']:9.3g} {r['relative_output_error']:9.4f} {r['seconds']:4.1f}")
     retried = sum(r["retries"] > 0 for r in report)
     print(f"calibrated on {report[0]['tokens']:,} tokens; "
           f"{retried} of {len(report)} layers needed more damping than asked for")

@@ -63,7 +63,7 @@ def column_loop(W, H, bits=None, size=None, sparsity=None, n_m=None):
             else:
                 q = ((w / scale).round() + zero).clamp(0, 2**bits - 1).sub(zero).mul(scale)
             errors[:, j] = (w - q) / u[j, j]
-            B[:, j:] -= errors[:, j, None] * u[j, j:]
+            B[:, j:] -= errors[:, j:j + 1] @ u[j:j + 1, j:]
             B[:, j] = q
         W[:, lo:hi] = B
         W[:, hi:] -= errors @ U[lo:hi, hi:]
