@@ -4,7 +4,7 @@ The study: train, compress, repair, and answer the question - is the knowledge f
     python evaluate.py                     # the whole study: out/results.json, out/predictions.jsonl, out/report.html
     python evaluate.py --quick             # the same path through a smaller world, in a minute
     python evaluate.py --full              # adds the next-token twins and the pools trained in other ways
-    python evaluate.py --sweep lr          # the sweep behind RATES below
+    python evaluate.py --sweep lr          # the sweep behind study.RATES
 
 The hypothesis, written down before the run. People are split into seen (in the repair's text) and held-out (never in
 it). With a(m, s) the recall of model m on split s,
@@ -15,10 +15,10 @@ it). With a(m, s) the recall of model m on split s,
     H0  what compression took is forgotten: displaced = 0, and a repair gains on the people in its text only
     H1  it is displaced: displaced > 0, on people that no repair has read about
 
-Every number has a 95 % interval from a paired bootstrap over people (Efron & Tibshirani 1993; 10,000 resamples), and
-the verdict in words follows from the intervals alone.
+Every recall and fraction has a 95 % interval from a paired bootstrap over people (Efron & Tibshirani 1993; 10,000
+resamples), and the verdict in words follows from the intervals alone.
 
-What it leaves out: several seeds at once, tasks beyond recall and perplexity.
+What it leaves out: several seeds at once, a correction for many comparisons, tasks beyond recall and perplexity.
 """
 import argparse
 import json
@@ -108,16 +108,14 @@ def milliseconds(subjects, world, rounds):
     return {name: statistics.median(t) for name, t in took.items()}
 
 
-def look_inside(subjects, world, config, log):
+def look_inside(subjects, world):
     """Attention and block outputs of every subject against the dense model's, on held-out text: {id: similarity}."""
     ids = world.windows[:50, :-1]
     return {s.about["id"]: analyze.similarity(s, subjects[0], ids) for s in subjects}
 
 
 def ablation(subject, base, world, config):
-    """Every way to choose from a repaired subject's pool: right or not a fact, extra passes, and attention against
-    log-probability.
-    """
+    """Every way to choose from a repaired subject's pool on each fact, and attention against log-probability."""
     facts = data.facts(world.people["heldout"][:config.ablation_people])
     validation = data.facts(world.people["validation"][:config.ablation_people])
     pool, generator = idp.PromptPool(subject.about["tensors"]), torch.Generator().manual_seed(config.seed + 4)
@@ -149,9 +147,7 @@ def summary(ablated, config):
 
 
 def context_check(subject, world, config):
-    """Recall of held-out people with and without 24 tokens of unrelated text in front: what every prompt's result
-    rests on.
-    """
+    """Held-out recall with and without 24 tokens of unrelated text in front: what every prompt's result rests on."""
     facts = data.facts(world.people["heldout"][:config.test_people])
     told = data.statements(world.people["validation"])[::len(data.VALUES) * 3 + 1]  # each about somebody else
     text = [t for sentence in told[:8] for t in [world.encoding.eot_token, *world.encoding.encode_ordinary(sentence)]]
@@ -198,7 +194,7 @@ def study(config, log):
                            "ms_per_question": ms[s.about["id"]]},
                "intervals": {}, "verdict": None} for s in subjects]
     add_recalls(models, measured, config)
-    inside = look_inside(subjects, world, config, log)
+    inside = look_inside(subjects, world)
     where = {s.about["id"]: s for s in subjects}
     for subject, model in zip(subjects, models):
         model["similarity"] = inside[model["id"]]
@@ -236,9 +232,7 @@ def costs(subject):
 
 
 def add_recalls(models, measured, config):
-    """Recalls, fractions, intervals and verdicts, from each person's share of right answers: all models on the same
-    people.
-    """
+    """Recalls, fractions, intervals and verdicts from each person's right answers: all models on the same people."""
     generator = torch.Generator().manual_seed(config.seed + 3)
     where = {m["id"]: i for i, m in enumerate(models)}
     means, samples = {}, {}
@@ -331,7 +325,7 @@ def show(results, out):
 def main():
     parser = options("Train, compress, repair, and say whether the knowledge was forgotten or displaced.")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
-    parser.add_argument("--full", action="store_true", help="also the next-token twin of every repair")
+    parser.add_argument("--full", action="store_true", help="also the next-token twins, and pools trained jointly and competitively")
     parser.add_argument("--sweep", choices=["lr"], help="only try the learning rates, on the validation people")
     args = parser.parse_args()
 

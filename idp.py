@@ -21,12 +21,10 @@ What it leaves out: prompts per layer, more than one winner, a choice made again
 
     python idp.py --base "GPTQ 3 bits" --prompts 4 --length 8 --way competitive
 """
-import copy
-
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
+from model import take
 from recover import inputs, objective
 
 
@@ -62,28 +60,11 @@ def prefill(model, pool):
 
 
 def prefill_one(model, prompt, slots):
-    """A Cache of one row with the prompt (P, C) at the end of its `slots`; the slots before it are never attended to.
-    """
+    """A Cache of one row with the prompt (P, C) at the end of its `slots`; those before it are never attended to."""
     cache, start = model.new_cache(1, slots), slots - len(prompt)
     cache.length, cache.first, cache.used = cache.length + start, cache.first + start, start
     model.hidden(torch.empty(1, 0, dtype=torch.long, device=prompt.device), prompt, cache)
     return cache
-
-
-def take(filled, chosen, room):
-    """A Cache with, in row b, the keys and values of row chosen[b] of `filled`, and `room` free slots behind them."""
-    check_room(filled, room)
-    cache = copy.copy(filled)
-    cache.k = [F.pad(k[chosen], (0, 0, 0, room)) for k in filled.k]  # each (B, nkv, Pmax + room, hs)
-    cache.v = [F.pad(v[chosen], (0, 0, 0, room)) for v in filled.v]
-    cache.length, cache.first = filled.length[chosen], filled.first[chosen]
-    cache.slots = filled.slots + room
-    return cache
-
-
-def check_room(filled, room):
-    if filled.slots + room > filled.context:
-        raise ValueError(f"a prompt of {filled.slots} and {room} text tokens do not fit the context of {filled.context}")
 
 
 def attention_scores(model, filled, ids, lengths=None, layer=0):
@@ -93,7 +74,6 @@ def attention_scores(model, filled, ids, lengths=None, layer=0):
     """
     attn, (B, T) = model.blocks[layer].attn, ids.shape
     M, _, Pmax, hs = filled.k[layer].shape
-    check_room(filled, T)
     x = model.embed(ids, start=Pmax)  # the text stands behind the longest prompt
     positions = torch.arange(Pmax, Pmax + T, device=ids.device)[None]  # (1, T)
     for block in model.blocks[:layer]:

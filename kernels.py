@@ -292,8 +292,7 @@ class _Dequantized(torch.autograd.Function):
 FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape, no more
 UNROLL = 32      # positions written out in the loop body
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
-# Inductor's own limits would store the long expression half-way, 2.5 times slower; "fast" lets it multiply and add in
-# one go.
+# Inductor's own limits would store the long expression half-way; "fast" lets it multiply and add in one go.
 OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20, "realize_acc_reads_threshold": 1 << 20,
            "cpp.enable_floating_point_contract_flag": "fast"}
 
@@ -372,8 +371,7 @@ def _fused(x, packed):
 
 
 def few(packed):
-    """Up to how many rows of x the fused loop is the faster one. N:M selects anew for each row and takes half a minute
-    to compile.
+    """Up to how many rows of x the fused loop is the faster one. N:M selects anew for each: more takes long to compile.
     """
     return 1 if packed.n_m else FEW
 
@@ -512,9 +510,9 @@ def from_spec(spec):
 
 # ---- one token through a whole model
 #
-# Each linear layer compiled alone loses a third of its speed to calls and to activations written out between them; the
-# whole model as one graph takes minutes to compile. So: one block, compiled once, with its weights as arguments,
-# called for every layer. Keys, values and the token's position stay in tensors, so the loop of GPT.generate never
+# Each linear layer compiled alone loses time to calls and to activations written out between them; the whole model as
+# one graph takes very long to compile. So: one block, compiled once, with its weights as arguments, called for every
+# layer. Keys, values and the token's position stay in tensors, so the loop of GPT.generate never
 # waits for the device.
 
 def _block(block, x, positions, mask, past):

@@ -25,6 +25,7 @@ Sources: Radford et al. 2019 (GPT-2), Zhang et al. 2022 (OPT, arXiv 2205.01068),
 2302.13971), Su et al. 2021 (rotary positions, arXiv 2104.09864), Ainslie et al. 2023 (grouped queries, arXiv
 2305.13245).
 """
+import copy
 import json
 import math
 import os
@@ -107,6 +108,18 @@ class Cache:
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.first = torch.zeros(batch, dtype=torch.long, device=device)
         self.slots, self.used, self.context = slots, 0, config.context
+
+
+def take(filled, chosen, room):
+    """A Cache with, in row b, the keys and values of row chosen[b] of `filled`, and `room` free slots behind them."""
+    if filled.slots + room > filled.context:
+        raise ValueError(f"{filled.slots} cached and {room} new tokens do not fit the context of {filled.context}")
+    cache = copy.copy(filled)
+    cache.k = [F.pad(k[chosen], (0, 0, 0, room)) for k in filled.k]  # each (B, nkv, S + room, hs)
+    cache.v = [F.pad(v[chosen], (0, 0, 0, room)) for v in filled.v]
+    cache.length, cache.first = filled.length[chosen], filled.first[chosen]
+    cache.slots = filled.slots + room
+    return cache
 
 
 def rope_table(config):
@@ -250,6 +263,9 @@ class GPT(nn.Module):
 
     def embed(self, ids, start=0):
         """Token embeddings (B, T, C) of ids (B, T), the first token standing at position `start`."""
+        if start + ids.shape[1] > self.config.context:
+            raise ValueError(f"{ids.shape[1]} tokens from position {start} do not fit the context of "
+                             f"{self.config.context}")
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]  # (1, T)
         return self.place(self.wte(ids), positions)
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Cache
+from model import Cache, take
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # every linear layer of a block, by the last part of its name
 
@@ -134,8 +134,9 @@ class SoftPrompt(nn.Module):
 
 
 class Prefix(nn.Module):
-    """Free keys and values of P positions for every layer, (L, 2, nkv, P, hs): `model(ids, cache=prefix.cache(model,
-    B, T))`.
+    """Free keys and values of P positions for every layer, (L, 2, nkv, P, hs).
+
+    `model(ids, cache=prefix.cache(model, B, T))` reads ids (B, T) behind it.
     """
 
     def __init__(self, init):
@@ -143,20 +144,13 @@ class Prefix(nn.Module):
         self.weight = nn.Parameter(init.detach().clone())
 
     def cache(self, model, batch, slots):
-        """A Cache of `batch` rows with the prefix in front and room for `slots` tokens behind it; gradients reach the
-        prefix.
-        """
-        P = self.weight.shape[3]
-        if P + slots > model.config.context:
-            raise ValueError(f"a prefix of {P} and {slots} text tokens do not fit the context of {model.config.context}")
-        cache = Cache(model.config, batch, 0, self.weight.device)
-        rest = self.weight.new_zeros(batch, model.config.n_kv_head, slots, model.config.head_size)
-        for i, (k, v) in enumerate(self.weight):  # each (nkv, P, hs)
-            cache.k[i] = torch.cat([k.expand(batch, -1, -1, -1), rest], dim=2)  # (B, nkv, P + slots, hs)
-            cache.v[i] = torch.cat([v.expand(batch, -1, -1, -1), rest], dim=2)
-        cache.length += P
-        cache.slots, cache.used = P + slots, P
-        return cache
+        """A Cache of `batch` rows, the prefix in front, `slots` free ones behind it; gradients reach the prefix."""
+        P, device = self.weight.shape[3], self.weight.device
+        filled = Cache(model.config, 1, 0, device)
+        filled.k, filled.v = ([layer[i:i + 1] for layer in self.weight] for i in (0, 1))  # each (1, nkv, P, hs)
+        filled.length += P
+        filled.slots = filled.used = P
+        return take(filled, torch.zeros(batch, dtype=torch.long, device=device), slots)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ compares them.
 
     from study import StudyConfig, World, all_subjects
 
-What it leaves out: measuring. Nothing here looks at an answer.
+What it leaves out: statistics. Answers are looked at only to choose a learning rate, and by the scripts that try one
+repair.
 """
 import argparse
 import copy
@@ -39,9 +40,9 @@ class StudyConfig:
     calibration: tuple = (128, 64)
     repair_batch: tuple = (32, 32)
     repair_steps: int = 250
-    test_people: int = 600                   # of each split, at most, that the table asks about
+    test_people: int = 500                   # of each split, at most, that the table asks about
     timing_rounds: int = 15                  # times that each model answers one question, taking turns
-    ablation_people: int = 300               # held-out people that every way to choose from a pool is tried on
+    ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
     seed: int = 0
     full: bool = False
     out: str = "out"
@@ -51,9 +52,7 @@ SIZES = ("default", "quick")
 
 
 def sized(size, seed=0, out="out", **more):
-    """The study's settings. "quick" is the same path in a minute: fewer people and steps, in OUT/quick; its numbers
-    mean little.
-    """
+    """The study's settings. "quick": fewer people and steps, the same path in a minute, in OUT/quick."""
     config = StudyConfig(world=data.WorldConfig(seed=seed), seed=seed, out=out, **more)
     if size == "quick":
         config.world = data.WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
@@ -213,8 +212,7 @@ class World:
                                          torch.Generator().manual_seed(config.seed), aligned=True))  # (100, 64)
 
     def check_leaks(self, ids):
-        """Raise if a held-out, validation or novel person is named in `ids` (N, T), as strings; returns how many rows
-        were read.
+        """Raise if anybody but seen people is named in `ids` (N, T), read as strings; returns how many rows were read.
         """
         hidden = {p.name for split in ("heldout", "validation", "novel") for p in self.people[split]}
         for row in ids.tolist():
@@ -226,11 +224,10 @@ class World:
 
 
 def train_dense(config, world, log):
-    """The dense GPT, trained on everybody but the novel people. The first tenth of the steps reads a tenth of the
-    people:
+    """The dense GPT, trained on everybody but the novel people.
 
-    a model learns how to look a fact up from few people told often, and learns the others' facts much faster once it
-    can (Zucchet et al. 2025, arXiv 2503.21676). The tenth is drawn alike from every split.
+    The first tenth of the steps reads a tenth of the people, of every split alike: a model learns how to look a fact up
+    from few people told often, and then learns the others' much faster (Zucchet et al. 2025, arXiv 2503.21676).
     """
     generator = torch.Generator().manual_seed(config.seed)
     model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt)).init_weights(generator)
@@ -289,9 +286,7 @@ def pool_subject(model, pool):
 
 
 def unpacked(model):
-    """A shared copy whose packed layers are float ones of the same values, for training: unpacked once, not at every
-    step.
-    """
+    """A shared copy whose packed layers are float ones of the same values: unpacked once, not at every step."""
     model = shared_copy(model)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from data import pad
-from idp import take
+from model import take
 
 CONTEXT = 16  # text tokens at the head of each window that perplexity only reads: what a pool chooses its prompt on
 

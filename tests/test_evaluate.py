@@ -12,6 +12,9 @@ import torch
 import data
 import evaluate
 import study
+from compress import compress
+from kernels import PackedLinear
+from model import GPT, GPTConfig, save
 from study import Log, StudyConfig, World
 from tasks import Subject, answer
 
@@ -71,7 +74,54 @@ def test_verdict_follows_from_the_interval_alone(bounds, word):
     assert word in evaluate.verdict(model).split(";")[0]
 
 
+def test_recalls_and_fractions_of_a_table_worked_by_hand():
+    """Two people, five facts each: dense 10 of 10, compressed 4, repaired 7 on held-out; seen 10, 5, 10; novel 0."""
+    def given(*right):  # how many of each person's five facts are right
+        return [{"correct": i < n} for n in right for i in range(5)]
+    measured = {name: {"facts": {"seen": given(*seen), "heldout": given(*heldout), "novel": given(0, 0)}}
+                for name, seen, heldout in (("dense", (5, 5), (5, 5)), ("small", (2, 3), (2, 2)), ("back", (5, 5), (4, 3)))}
+    models = [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None}
+              for name, base in (("dense", None), ("small", "dense"), ("back", "small"))]
+    evaluate.add_recalls(models, measured, StudyConfig())
+    assert [m["metrics"]["recall_heldout"] for m in models] == pytest.approx([1.0, 0.4, 0.7])
+    assert [m["metrics"]["recall_seen"] for m in models] == pytest.approx([1.0, 0.5, 1.0])
+    back = models[2]["metrics"]
+    assert back["displaced"] == pytest.approx(0.5) and back["relearned"] == pytest.approx(0.5)
+    # both people drawn twice, or one of each: (4 - 2) / 3, (3 - 2) / 3 and their mean are all that can be drawn
+    assert models[2]["intervals"]["displaced"] == pytest.approx([1 / 3, 2 / 3])
+    assert [m["verdict"] is None for m in models] == [True, True, False]
+
+
+def test_costs_count_what_is_stored(tmp_path):
+    """Dense is 32 bits; half the weights gone leaves a bit for each and 32 for half; 3 bits cost 3 and one grid of 5 bytes a group."""
+    model = GPT(GPTConfig(vocab_size=300, n_layer=1, n_embd=96)).init_weights(torch.Generator().manual_seed(0))
+    ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
+    for method, settings, bits in (("magnitude", {"sparsity": 0.0}, 32), ("magnitude", {"sparsity": 0.5}, 1 + 32 / 2),
+                                   ("rtn", {"bits": 3, "group_size": 96}, 3 + 8 * 5 / 96)):
+        small, _ = compress(model, ids, method, **settings)
+        path = tmp_path / "small"
+        save(small, path)
+        about = {"path": path, "extra": 1000}
+        costs = evaluate.costs(Subject(small, about=about))
+        assert costs["bits_per_weight"] == pytest.approx(bits) and costs["extra_parameters"] == 1000
+        assert costs["bytes"] == path.stat().st_size + 4000
+        weights = 4 * 96 * 96 + 2 * 96 * 384
+        assert abs(path.stat().st_size - weights * bits / 8 - 4 * (300 * 96 + 3 * 96)) < 6000  # header: names and settings
+
+
 # ---- the study
+
+def test_unpacked_is_the_same_model_and_leaves_the_packed_one_alone():
+    model = GPT(GPTConfig(vocab_size=300, n_layer=1, n_embd=32)).init_weights(torch.Generator().manual_seed(0))
+    ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
+    packed, _ = compress(model, ids, "rtn", bits=3, group_size=32)
+    before = {name: t.clone() for name, t in packed.state_dict().items()}
+    plain = study.unpacked(packed)
+    assert torch.equal(plain(ids), packed(ids)) and not torch.equal(plain(ids), model(ids))
+    assert not any(isinstance(m, PackedLinear) for m in plain.modules())
+    after = packed.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], t) for name, t in before.items())
+
 
 def test_same_seed_same_table_and_everything_reused(tmp_path):
     """The whole study twice in two folders: digit for digit the same but for the clock; a third run computes nothing
