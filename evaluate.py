@@ -38,20 +38,34 @@ import data
 import idp
 import recover
 import report
-from study import OPERATIONS, Log, World, all_subjects, guard, options, read_json, sized, step, sweep_rates, write_text
-from tasks import Subject, answer, perplexity
+from study import (OPERATIONS, Log, World, all_subjects, dense_subject, guard, options, read_json, sized, step,
+                   sweep_rates, write_text)
+from tasks import Subject, perplexity
 
 
 # ---- statistics
 
-def resampled(scores, resamples, generator):
+def resampled(scores, resamples, generator, sizes=None):
     """Bootstrap means (resamples, models) of scores (people, models): people are drawn with replacement, the same for
     all models.
+
+    sizes  (people,) facts of each; scores are then sums over a person's facts, and the means are a fact's
     """
     n = len(scores)
     draws = torch.randint(n, (resamples, n), generator=generator)
-    counts = torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n))
-    return counts.double() @ torch.as_tensor(scores, dtype=torch.float64) / n
+    counts = torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n)).double()
+    total = n if sizes is None else counts @ torch.as_tensor(sizes, dtype=torch.float64)[:, None]
+    return counts @ torch.as_tensor(scores, dtype=torch.float64) / total
+
+
+def by_person(columns, facts):
+    """Scores of single facts, columns (models, facts), summed by whom they are about: (people, models), and (people,)
+    the facts of each."""
+    where = {person: i for i, person in enumerate(dict.fromkeys(f.person for f in facts))}
+    index = [where[f.person] for f in facts]
+    sums = np.zeros((len(where), len(columns)))
+    np.add.at(sums, index, np.array(columns, dtype=float).T)
+    return sums, np.bincount(index, minlength=len(where))
 
 
 def interval(samples):
@@ -91,33 +105,30 @@ def verdict(model):
 
 def measure(subject, world, config):
     """What a subject answers and how well it reads: {"facts": {split: [answers]}, "perplexity": float}."""
-    asked = {split: data.facts(world.people[split][:config.test_people]) for split in ("seen", "heldout", "novel")}
-    return {"facts": {split: answer(subject, facts, world.encoding) for split, facts in asked.items()},
+    return {"facts": {split: world.answer(subject, facts) for split, facts in world.asked(config).items()},
             "perplexity": perplexity(subject, world.windows)}
 
 
 def milliseconds(subjects, world, rounds):
     """Median milliseconds to answer one question, alone, {id: ms}; the subjects take turns."""
-    fact = data.facts(world.people["heldout"][:1])[:1]
+    fact = world.facts("heldout", 1)[:1]
     took = {name: [] for name in subjects}
     for _ in range(rounds):
         for name, subject in subjects.items():
             began = time.perf_counter()
-            answer(subject, fact, world.encoding)
+            world.answer(subject, fact)
             took[name].append(1000 * (time.perf_counter() - began))
     return {name: statistics.median(t) for name, t in took.items()}
 
 
 def look_inside(subjects, world):
     """Attention and block outputs of every subject against the dense model's, on held-out text: {id: similarity}."""
-    ids = world.windows[:50, :-1]
-    return {s.about["id"]: analyze.similarity(s, subjects[0], ids) for s in subjects}
+    return {s.about["id"]: analyze.similarity(s, subjects[0], world.inside) for s in subjects}
 
 
 def ablation(subject, base, world, config):
     """Every way to choose from a repaired subject's pool on each fact, and attention against log-probability."""
-    facts = data.facts(world.people["heldout"][:config.ablation_people])
-    validation = data.facts(world.people["validation"][:config.ablation_people])
+    facts, validation = (world.facts(split, config.ablation_people) for split in ("heldout", "validation"))
     pool, generator = idp.PromptPool(subject.about["tensors"]), torch.Generator().manual_seed(config.seed + 4)
     out, each = analyze.selectors(base.model, pool, facts, validation, world.encoding, generator)
     chosen = each["attention"].argmax(1)
@@ -131,30 +142,28 @@ def ablation(subject, base, world, config):
             "points": points[::max(1, len(points) // 500)][:500].tolist()}
 
 
-def summary(ablated, config):
-    """The ablation with intervals over people in place of single facts."""
+def summary(ablated, facts, config):
+    """The ablation with intervals over people in place of single facts; `facts` are those it asked."""
     generator = torch.Generator().manual_seed(config.seed + 5)
     columns = [row["right"] for row in ablated["rows"]] + [ablated["rho"]]
-    people = np.array(columns).reshape(len(columns), -1, len(data.VALUES)).mean(-1).T  # (people, rows)
-    samples = resampled(people, 10_000, generator).numpy()
+    people, sizes = by_person(columns, facts)
+    samples, means = resampled(people, 10_000, generator, sizes).numpy(), people.sum(0) / sizes.sum()
     rule = samples[:, 0]
-    rows = [{"name": row["name"], "recall": float(people[:, i].mean()), "interval": interval(samples[:, i]),
+    rows = [{"name": row["name"], "recall": float(means[i]), "interval": interval(samples[:, i]),
              "over_rule": interval(samples[:, i] - rule), "extra_passes": row["passes"]}
             for i, row in enumerate(ablated["rows"])]
     return {"selectors": rows,
-            "correlation": {"rho": float(people[:, -1].mean()), "interval": interval(samples[:, -1])},
+            "correlation": {"rho": float(means[-1]), "interval": interval(samples[:, -1])},
             **{key: ablated[key] for key in ("chosen", "by_attribute", "points")}}
 
 
 def context_check(subject, world, config):
     """Held-out recall with and without 24 tokens of unrelated text in front: what every prompt's result rests on."""
-    facts = data.facts(world.people["heldout"][:config.test_people])
-    told = data.statements(world.people["validation"])[::len(data.VALUES) * 3 + 1]  # each about somebody else
-    text = [t for sentence in told[:8] for t in [world.encoding.eot_token, *world.encoding.encode_ordinary(sentence)]]
+    facts = world.facts("heldout", config.test_people)
     with torch.no_grad():
-        prompt = subject.model.wte(torch.tensor(text[:24]))
+        prompt = subject.model.wte(world.unrelated())
         filled = idp.prefill(subject.model, idp.PromptPool([prompt]))
-    recall = [sum(a["correct"] for a in answer(s, facts, world.encoding)) / len(facts)
+    recall = [sum(a["correct"] for a in world.answer(s, facts)) / len(facts)
               for s in (subject, Subject(subject.model, filled))]
     return {"alone": recall[0], "behind_24_tokens": recall[1]}
 
@@ -175,10 +184,9 @@ METRICS = [  # name, label, unit, higher is better, what it is
 ]
 
 
-def study(config, log):
-    """The whole study -> (results, predictions): what results.json and predictions.jsonl hold."""
-    world = World(config)
-    subjects = all_subjects(config, world, log)
+def study(dense, config, world, log):
+    """The whole study of one dense model -> (results, predictions): what results.json and predictions.jsonl hold."""
+    subjects = all_subjects(dense, config, world, log)
     measured = {}
     for subject in subjects:
         about = subject.about
@@ -193,7 +201,7 @@ def study(config, log):
                "metrics": {**costs(s), "perplexity": measured[s.about["id"]]["perplexity"],
                            "ms_per_question": ms[s.about["id"]]},
                "intervals": {}, "verdict": None} for s in subjects]
-    add_recalls(models, measured, config)
+    add_recalls(models, measured, world.asked(config), config)
     inside = look_inside(subjects, world)
     where = {s.about["id"]: s for s in subjects}
     for subject, model in zip(subjects, models):
@@ -203,7 +211,7 @@ def study(config, log):
             ablated = step(log, path, {**subject.about["settings"], "people": config.ablation_people},
                            lambda: ablation(subject, where[model["base"]], world, config),
                            lambda result, path: write_text(path, json.dumps(result)), read_json)
-            model["idp"] = summary(ablated, config)
+            model["idp"] = summary(ablated, world.facts("heldout", config.ablation_people), config)
     context = context_check(subjects[0], world, config)
     return {"name": "small world", "settings": asdict(config), "seed": config.seed, "models": models,
             "context": context,
@@ -231,15 +239,15 @@ def costs(subject):
             "extra_parameters": subject.about["extra"]}
 
 
-def add_recalls(models, measured, config):
+def add_recalls(models, measured, asked, config):
     """Recalls, fractions, intervals and verdicts from each person's right answers: all models on the same people."""
     generator = torch.Generator().manual_seed(config.seed + 3)
     where = {m["id"]: i for i, m in enumerate(models)}
     means, samples = {}, {}
-    for split in ("seen", "heldout", "novel"):
-        right = np.array([[a["correct"] for a in measured[m["id"]]["facts"][split]] for m in models], dtype=float)
-        people = right.reshape(len(models), -1, len(data.VALUES)).mean(-1).T  # (people, models)
-        means[split], samples[split] = people.mean(0), resampled(people, 10_000, generator).numpy()
+    for split, facts in asked.items():
+        people, sizes = by_person([[a["correct"] for a in measured[m["id"]]["facts"][split]] for m in models], facts)
+        means[split] = people.sum(0) / sizes.sum()  # (models,)
+        samples[split] = resampled(people, 10_000, generator, sizes).numpy()
         for i, m in enumerate(models):
             m["metrics"][f"recall_{split}"] = float(means[split][i])
             m["intervals"][f"recall_{split}"] = interval(samples[split][:, i])
@@ -259,7 +267,7 @@ def predictions(subjects, measured, world, config):
     """A row a fact a model, as dicts: what predictions.jsonl holds."""
     for subject in subjects:
         for split, answers in measured[subject.about["id"]]["facts"].items():
-            for fact, given in zip(data.facts(world.people[split][:config.test_people]), answers):
+            for fact, given in zip(world.asked(config)[split], answers):
                 yield {"model": subject.about["id"], "split": split, "person": fact.person, "attribute": fact.attribute,
                        "question": fact.question, "gold": fact.answer.strip(), **given}
 
@@ -331,9 +339,11 @@ def main():
 
     def run():
         config, log = sized(args.size, args.seed, args.out, full=args.full), Log()
+        world = World(config)
+        dense = dense_subject(config, world, log)
         if args.sweep:
-            return sweep_rates(config, log)
-        results, rows = study(config, log)
+            return sweep_rates(dense, config, world, log)
+        results, rows = study(dense, config, world, log)
         write_results(results, rows, config, log)
         show(results, config.out)
     guard(run)

@@ -46,6 +46,9 @@ class StudyConfig:
     seed: int = 0
     full: bool = False
     out: str = "out"
+    compressions: dict = field(default_factory=lambda: COMPRESSIONS)
+    repairs: dict = field(default_factory=lambda: REPAIRS)
+    rates: dict = field(default_factory=lambda: RATES)
 
 
 SIZES = ("default", "quick")
@@ -68,8 +71,7 @@ COMPRESSIONS = {  # tag: (operation, method, settings)
     "magnitude 50 %": ("prune", "magnitude", {"sparsity": 0.5}),
     "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
 }
-REPAIRED = ("GPTQ 3 bits", "SparseGPT 50 %")  # the two that the paper repairs
-REPAIRS = {  # tag: (kind, size: a rank, a length, or prompts x length and how the pool is trained)
+REPAIRS = {  # tag: (kind, size: a rank (and layers), a length, or prompts x length and how the pool is trained)
     "LoRA rank 1": ("lora", 1),
     "LoRA rank 8": ("lora", 8),
     "prompt 8": ("prompt", 8),
@@ -81,7 +83,7 @@ POOLS = {  # the other two ways to train a pool: with --full
     "IDP 4 x 8 joint": ("idp", (4, 8, "joint")),
     "IDP 4 x 8 competitive": ("idp", (4, 8, "competitive")),
 }
-RATES = {  # winners of `python evaluate.py --sweep lr`; the prompts of a pool learn as a single one does
+RATES = {  # of what the paper repairs. Winners of `python evaluate.py --sweep lr`; a pool's prompts learn as one does
     "GPTQ 3 bits": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 1e-1, "prefix 8": 3e-2},
     "SparseGPT 50 %": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 3e-2, "prefix 8": 1e-1},
 }
@@ -210,6 +212,37 @@ class World:
         self.first_text = data.statements(first) + data.taught_questions(first)  # where pretraining begins
         self.windows = next(data.batches(data.statements(self.people["heldout"]), self.encoding, 100, 63,
                                          torch.Generator().manual_seed(config.seed), aligned=True))  # (100, 64)
+        self.inside = self.windows[:50, :-1]  # the text on which attention and activations are compared
+
+    def facts(self, split, people=None):
+        """The facts of a split, of its first `people` people."""
+        return data.facts(self.people[split][:people])
+
+    def asked(self, config):
+        """{split: facts} that the table asks about."""
+        return {split: self.facts(split, config.test_people) for split in ("seen", "heldout", "novel")}
+
+    def answer(self, subject, facts):
+        """One dict a fact: what `subject` answers, see tasks.answer."""
+        return answer(subject, facts, self.encoding)
+
+    def unrelated(self):
+        """24 tokens (24,) of sentences about people that no question asked behind them is about."""
+        told = data.statements(self.people["validation"])[::len(data.VALUES) * 3 + 1]  # each about somebody else
+        text = [t for sentence in told[:8] for t in [self.encoding.eot_token, *self.encoding.encode_ordinary(sentence)]]
+        return torch.tensor(text[:24])
+
+    def calibration(self, config):
+        """The ids (N, T) that compression is calibrated on: text about seen people."""
+        rows, T = config.calibration
+        return next(data.batches(self.repair_text, self.encoding, rows, T - 1,
+                                 torch.Generator().manual_seed(config.seed + 1)))
+
+    def repair_rows(self, config):
+        """The ids (rows, T + 1) of every step of a repair: text about seen people."""
+        stream = data.batches(self.repair_text, self.encoding, *config.repair_batch,
+                              torch.Generator().manual_seed(config.seed + 2), aligned=True)
+        return [next(stream) for _ in range(config.repair_steps)]
 
     def check_leaks(self, ids):
         """Raise if anybody but seen people is named in `ids` (N, T), read as strings; returns how many rows were read.
@@ -243,7 +276,7 @@ def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=
     """Train one repair of the frozen `model` -> its tensors. `losses` is recover.next_token or recover.distillation."""
     generator, model = torch.Generator().manual_seed(seed), unpacked(model)
     if kind == "lora":
-        parameters = recover.add_lora(model, size, generator=generator)
+        parameters = recover.add_lora(model, *lora_size(size), generator=generator)
         recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
         return parameters
     if kind == "prefix":
@@ -263,12 +296,18 @@ def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=
     return list(pool.prompts)
 
 
-def attach(model, kind, tensors):
+def lora_size(size):
+    """(rank, alpha, targets) of a LoRA's size: a rank, for every linear layer, or (rank, "q v")."""
+    rank, targets = (size, recover.LINEARS) if isinstance(size, int) else (size[0], tuple(size[1].split()))
+    return rank, None, targets
+
+
+def attach(model, kind, size, tensors):
     """The Subject that a trained repair makes of `model`."""
     if kind == "lora":
         model = shared_copy(model)
         with torch.no_grad():
-            for p, trained in zip(recover.add_lora(model, len(tensors[0])), tensors):
+            for p, trained in zip(recover.add_lora(model, *lora_size(size)), tensors):
                 p.copy_(trained)
         return Subject(model)
     if kind == "prefix":
@@ -318,9 +357,8 @@ def dense_subject(config, world, log):
 
 
 def compressed_subject(dense, tag, config, world, log):
-    operation, method, how = COMPRESSIONS[tag]
-    calibration = next(data.batches(world.repair_text, world.encoding, config.calibration[0], config.calibration[1] - 1,
-                                    torch.Generator().manual_seed(config.seed + 1)))
+    operation, method, how = config.compressions[tag]
+    calibration = world.calibration(config)
     world.check_leaks(calibration)
     settings = {**dense.about["settings"], "method": method, **how, "calibration": config.calibration}
     path = os.path.join(config.out, slug(tag) + ".safetensors")
@@ -345,9 +383,7 @@ def repair_batches(dense, config, world, log):
     def batches():
         if not made:
             log.say("the dense model's targets for the repair text")
-            stream = data.batches(world.repair_text, world.encoding, *config.repair_batch,
-                                  torch.Generator().manual_seed(config.seed + 2), aligned=True)
-            ids = [next(stream) for _ in range(config.repair_steps)]
+            ids = world.repair_rows(config)
             world.check_leaks(torch.cat(ids))
             made.extend(recover.add_targets(dense.model, ids))
         return made
@@ -356,7 +392,7 @@ def repair_batches(dense, config, world, log):
 
 def repaired_subject(base, tag, kind, size, batches, config, log, objective="distillation", lr=None):
     """`base` repaired in one way, on the batches of `repair_batches`."""
-    lr = lr or RATES[base.about["tag"]]["prompt 8" if kind == "idp" else tag]
+    lr = lr or config.rates[base.about["tag"]]["prompt 8" if kind == "idp" else tag]
     fit_config = FitConfig(steps=config.repair_steps, lr=lr)
     settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
                 "fit": asdict(fit_config), "repair_batch": config.repair_batch}
@@ -369,7 +405,7 @@ def repaired_subject(base, tag, kind, size, batches, config, log, objective="dis
                                         config.seed, log.progress(name, fit_config.steps)),
                    lambda tensors, path: write_safetensors(path, {f"{i:03d}": t for i, t in enumerate(tensors)}),
                    lambda path: list(read_safetensors(path)[0].values()))
-    subject = attach(base.model, kind, tensors)
+    subject = attach(base.model, kind, size, tensors)
     how = {"size": size, "objective": objective, "lr": fit_config.lr, "steps": fit_config.steps}
     subject.about = {"id": name, "tag": tag, "base": base.about["id"], "settings": settings, "path": base.about["path"],
                      "layers": None, "extra": sum(t.numel() for t in tensors), "kind": kind, "tensors": tensors,
@@ -377,19 +413,18 @@ def repaired_subject(base, tag, kind, size, batches, config, log, objective="dis
     return subject
 
 
-def all_subjects(config, world, log):
-    """Every model of the study, in the order of the table; each is trained, compressed or repaired, or reused."""
-    dense = dense_subject(config, world, log)
+def all_subjects(dense, config, world, log):
+    """Every model of the study, in the order of the table; each is compressed or repaired, or reused."""
     subjects, batches = [dense], repair_batches(dense, config, world, log)
-    for tag in COMPRESSIONS:
+    for tag in config.compressions:
         base = compressed_subject(dense, tag, config, world, log)
         subjects.append(base)
-        if tag not in REPAIRED:
+        if tag not in config.rates:
             continue
-        wanted = [(repair, *how, "distillation") for repair, how in REPAIRS.items()]
+        wanted = [(repair, *how, "distillation") for repair, how in config.repairs.items()]
         if config.full:
             wanted += [(repair, *how, "distillation") for repair, how in POOLS.items()]
-            wanted += [(repair, *how, "next_token") for repair, how in REPAIRS.items()]
+            wanted += [(repair, *how, "next_token") for repair, how in config.repairs.items()]
         subjects += [repaired_subject(base, repair, kind, size, batches, config, log, objective)
                      for repair, kind, size, objective in wanted]
     return subjects
@@ -399,21 +434,19 @@ RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2
              "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}  # five each: no method gets more tries than another
 
 
-def sweep_rates(config, log):
+def sweep_rates(dense, config, world, log):
     """Try the five learning rates of RATE_GRID for each repair but the pool, whose prompts learn as a single one does.
 
     Judged on the validation people: recall, with the log-probability of the right answer beside it. Prints a row a run.
     """
-    world = World(config)
-    dense = dense_subject(config, world, log)
-    batches, facts = repair_batches(dense, config, world, log), data.facts(world.people["validation"])
-    for base_tag in REPAIRED:
+    batches, facts = repair_batches(dense, config, world, log), world.facts("validation")
+    for base_tag in config.rates:
         base = compressed_subject(dense, base_tag, config, world, log)
-        for tag, (kind, size) in REPAIRS.items():
+        for tag, (kind, size) in config.repairs.items():
             for lr in RATE_GRID.get(kind, ()):
                 tensors = train_repair(base.model, kind, size, batches(), recover.distillation,
                                        FitConfig(steps=config.repair_steps, lr=lr), config.seed)
-                given = answer(attach(base.model, kind, tensors), facts, world.encoding)
+                given = world.answer(attach(base.model, kind, size, tensors), facts)
                 recall, logprob = (sum(a[key] for a in given) / len(given) for key in ("correct", "logprob"))
                 print(f"{base_tag:15s} {tag:12s} lr {lr:<7g} validation recall {recall:.1%}, "
                       f"log-probability {logprob:.3f}", flush=True)

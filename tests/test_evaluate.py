@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,15 @@ def test_bootstrap_draws_as_many_people_as_there_are():
     assert torch.allclose(ones, torch.ones_like(ones))
 
 
+def test_people_with_more_facts_weigh_more():
+    """Ada has 3 facts, 2 right; Ben has 1, wrong: recall 2 of 4. Drawn: Ada twice, 2/3; both, 1/2; Ben twice, 0."""
+    facts = [SimpleNamespace(person=person) for person in ("Ada", "Ben", "Ada", "Ada")]
+    sums, sizes = evaluate.by_person([[1, 0, 0, 1]], facts)
+    assert sums.tolist() == [[2], [0]] and sizes.tolist() == [3, 1]
+    samples = evaluate.resampled(sums, 200, torch.Generator().manual_seed(0), sizes)
+    assert {round(x, 6) for x in samples[:, 0].tolist()} == {0.0, 0.5, round(2 / 3, 6)}
+
+
 def test_fractions_worked_by_hand():
     """dense 80, compressed 60 / 50, repaired 75 / 60: seen 15 of 20 points, held-out 10 of 30."""
     displaced, relearned = evaluate.fractions({"seen": .8, "heldout": .8}, {"seen": .6, "heldout": .5}, {"seen": .75, "heldout": .6})
@@ -82,7 +92,8 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
                 for name, seen, heldout in (("dense", (5, 5), (5, 5)), ("small", (2, 3), (2, 2)), ("back", (5, 5), (4, 3)))}
     models = [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None}
               for name, base in (("dense", None), ("small", "dense"), ("back", "small"))]
-    evaluate.add_recalls(models, measured, StudyConfig())
+    facts = [SimpleNamespace(person=person) for person in ("Ada", "Ben") for _ in range(5)]
+    evaluate.add_recalls(models, measured, dict.fromkeys(("seen", "heldout", "novel"), facts), StudyConfig())
     assert [m["metrics"]["recall_heldout"] for m in models] == pytest.approx([1.0, 0.4, 0.7])
     assert [m["metrics"]["recall_seen"] for m in models] == pytest.approx([1.0, 0.5, 1.0])
     back = models[2]["metrics"]
@@ -130,7 +141,9 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
     results = []
     for folder in ("a", "b", "a"):
         log = Log()
-        found, rows = evaluate.study(tiny(tmp_path / folder), log)
+        config = tiny(tmp_path / folder)
+        world = World(config)
+        found, rows = evaluate.study(study.dense_subject(config, world, log), config, world, log)
         for model in found["models"]:
             model["metrics"].pop("ms_per_question")
             for layer in model["layers"] or []:
