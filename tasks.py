@@ -7,6 +7,8 @@ through this file.
 
     recall       the question is continued greedily; the generated part up to the first full stop must be the value, exactly
     logprob      the sum of log-probabilities of the value's tokens behind the question, in nats
+    acc          multiple choice: the option with the highest logprob is the right one
+    acc_norm     the same with each logprob divided by the option's characters, so that length does not decide
     perplexity   exp of the mean loss a text token; positions of prompts are never counted
 
 What it leaves out: partial credit, a language model as a judge, sampling.
@@ -15,7 +17,7 @@ Sources: closed-book recall after Roberts et al. 2020 (arXiv 2002.08910); trap o
 README.
 """
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,81 @@ def gold_logprobs(subject, rows, chosen, encoding):
     log_p = log_p.gather(-1, whole[:, 1:, None])[..., 0]  # (B, T + answer - 1): of each next token
     return [log_p[b, len(question) - 1:len(question) + len(gold) - 1].sum().item()
             for b, (question, gold) in enumerate(rows)]
+
+
+# ---- multiple choice
+
+class Item(NamedTuple):
+    question: str  # without a trailing space
+    options: list  # of str, each with its leading space
+    gold: int      # the index of the right one
+
+
+def cut_options(item, encoding, start):
+    """(question tokens, [question and option tokens] an option, n): the first n tokens are the same in all of them.
+
+    Each option is tokenized together with its question, as training saw them; a space at the question's end belongs to
+    the option. n is shorter than the question where a token reaches across the border; the option is then what stands
+    behind as many tokens as the question has alone (as the EleutherAI harness cuts).
+    """
+    text = item.question.rstrip(" ")
+    moved = item.question[len(text):]
+    question = [*start, *encoding.encode_ordinary(text)]
+    wholes = [[*start, *encoding.encode_ordinary(text + moved + option)] for option in item.options]
+    if not wholes or min(map(len, wholes)) <= len(question):
+        raise ValueError(f"the question {item.question!r} has no options, or one that is empty: {item.options!r}")
+    same = 0
+    while same < len(question) and all(whole[same] == question[same] for whole in wholes):
+        same += 1
+    if same == 0:
+        raise ValueError(f"nothing stands in front of the options {item.options!r}")
+    return question, wholes, same
+
+
+@torch.no_grad()
+def choose(subject, items, encoding, batch_size=100, start=None):
+    """How likely the subject finds each option, and which it picks: one dict an item,
+
+    logprobs     the log-probability (nats) of each option behind the question
+    picked       the index of the highest: `acc` is the share of items where it is the gold one
+    picked_norm  the index of the highest divided by the option's characters, its leading space not counted: `acc_norm`
+    chosen       row of the pool, by the question alone
+
+    start  tokens in front of every question; default: end-of-text, behind which every document of training stands
+
+    A question is computed once, however many options it has; of the options, only what stands behind it.
+    """
+    start = [encoding.eot_token] if start is None else start
+    rows = [cut_options(item, encoding, start) for item in items]
+    out = []
+    for i in range(0, len(rows), batch_size):
+        part, asked = rows[i:i + batch_size], items[i:i + batch_size]
+        ids, lengths = pad([question for question, _, _ in part], encoding)  # (B, T), (B,)
+        chosen = subject.pick(ids, lengths)
+        cache = subject.cache(chosen, ids.shape[1])
+        same = torch.tensor([n for _, _, n in part])
+        x = subject.model.hidden(ids, cache=cache, lengths=same)  # (B, T, C); what stands behind `same` is overwritten
+        first = log_softmax(subject.model, x[torch.arange(len(part)), same - 1][:, None])[:, 0]  # (B, V)
+        owner = torch.tensor([b for b, (_, wholes, _) in enumerate(part) for _ in wholes])  # (R,): a row an option
+        rest = [whole[n:] for _, wholes, n in part for whole in wholes]
+        skip = [len(question) - n for question, wholes, n in part for _ in wholes]  # rest's tokens that are question
+        after, n_after = pad(rest, encoding)  # (R, K)
+        log_p = first[owner].gather(-1, after[:, :1])  # (R, 1): of each option's first token
+        if after.shape[1] > 1:
+            x = subject.model.hidden(after[:, :-1], cache=take(cache, owner, after.shape[1] - 1))  # (R, K - 1, C)
+            log_p = torch.cat([log_p, log_softmax(subject.model, x).gather(-1, after[:, 1:, None])[..., 0]], dim=1)
+        sums = [log_p[r, skip[r]:n].sum().item() for r, n in enumerate(n_after.tolist())]
+        for b, item in enumerate(asked):
+            mine, sums = sums[:len(item.options)], sums[len(item.options):]
+            norm = [p / max(1, len(option.removeprefix(" "))) for p, option in zip(mine, item.options)]
+            out.append({"logprobs": mine, "picked": mine.index(max(mine)), "picked_norm": norm.index(max(norm)),
+                        "chosen": int(chosen[b])})
+    return out
+
+
+def log_softmax(model, x):
+    """Log-probabilities (..., V) of the next token, in float32, from the last block's output x (..., C)."""
+    return F.log_softmax(model.head(x).float(), dim=-1)
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ import torch
 import data
 import recover
 from idp import PromptPool, prefill, select
-from model import GPT, GPTConfig
-from tasks import CONTEXT, Subject, answer, is_right, perplexity, tokenized
+from model import Cache, GPT, GPTConfig
+from tasks import CONTEXT, Item, Subject, answer, choose, cut_options, is_right, perplexity, tokenized
 from test_model import naive
 
 CONFIG = data.WorldConfig(seen=6, heldout=4, validation=2, novel=3, vocab_size=400, seed=1)
@@ -224,6 +224,113 @@ def test_the_choice_does_not_see_the_answer(trained):
     assert len({row["chosen"] for row in first}) > 1
     assert asked == [fact.question for fact in FACTS] * 2  # and a question is all that it was given
     assert [row["logprob"] for row in first] != [row["logprob"] for row in second]
+
+
+# ---- multiple choice
+
+def naive_choice(model, item, prompt=None):
+    """Log-probability of each option, one row and one token at a time, everything tokenized together, in float64."""
+    question = [ENCODING.eot_token, *ENCODING.encode_ordinary(item.question)]
+    out = []
+    for option in item.options:
+        whole = [ENCODING.eot_token, *ENCODING.encode_ordinary(item.question + option)]
+        vectors = model.wte(torch.tensor(whole))
+        vectors = vectors if prompt is None else torch.cat([prompt, vectors])
+        log_p = naive(model, vectors)[0][-len(whole):].log_softmax(-1)
+        out.append(sum(log_p[t - 1, whole[t]].item() for t in range(len(question), len(whole))))
+    return out
+
+
+def items_of(facts, n=4):
+    """Each fact with n - 1 other values of its attribute, the gold one going round."""
+    out = []
+    for i, fact in enumerate(facts):
+        others = [" " + value for value in data.VALUES[fact.attribute] if " " + value != fact.answer][i % 7:][:n - 1]
+        out.append(Item(fact.question, others[:i % n] + [fact.answer] + others[i % n:], i % n))
+    return out
+
+
+ITEMS = [*items_of(FACTS[:7]), Item("Bala", [" Balvek was born in Tarmere.", " Corsen", "vek works as a miller"], 1),
+         Item("Bala Balvek", [" works", " was", " and", " the", " is"], 0)]
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_options_are_scored_as_the_naive_loop_does(trained, prompted):
+    """P1, E1: questions of any length, options of one token and of many, with and without a prompt in front."""
+    prompts = pool(5)
+    subject = with_pool(trained, prompts) if prompted else Subject(trained)
+    for item, row in zip(ITEMS, choose(subject, ITEMS, ENCODING), strict=True):
+        assert row["logprobs"] == pytest.approx(naive_choice(trained, item, prompts.prompts[0] if prompted else None),
+                                                abs=1e-3)
+
+
+def test_an_option_is_what_stands_behind_the_question():
+    """E1, worked by hand: a trailing space moves to the option, a token across the border counts once, none is empty."""
+    question, wholes, same = cut_options(Item("Bala Balvek comes from ", ["Tarmere", "Zanburg"], 0), ENCODING, [7])
+    assert question == [7, *ENCODING.encode_ordinary("Bala Balvek comes from")] and same == len(question)
+    assert [ENCODING.decode(whole[same:]) for whole in wholes] == [" Tarmere", " Zanburg"]
+    plain = data.make_encoding({**{bytes([b]): b for b in range(256)}, b"ab": 256})
+    assert cut_options(Item("xa", ["by", "c"], 0), plain, [9]) == (
+        [9, 120, 97], [[9, 120, 256, 121], [9, 120, 97, 99]], 2)  # the option "by" is "y" behind the token "ab"
+    for bad in (Item("xa", ["b"], 0), Item("xa", [""], 0), Item("xa", [], 0)):
+        with pytest.raises(ValueError, match="xa"):
+            cut_options(bad, plain, [9])
+    with pytest.raises(ValueError, match="nothing stands"):
+        cut_options(Item("", [" b"], 0), plain, [])
+
+
+def test_a_token_across_the_border_is_scored_like_the_harness_does():
+    """What is cached of the question ends before that token; what is scored starts behind the question's length."""
+    plain = data.make_encoding({**{bytes([b]): b for b in range(256)}, b"ab": 256})
+    model = GPT(GPTConfig(vocab_size=258, context=32, n_layer=2, n_head=2, n_embd=32, n_hidden=48))
+    model.init_weights(torch.Generator().manual_seed(3))
+    row, = choose(Subject(model), [Item("xa", ["by", "c", "czz"], 0)], plain)
+    for whole, got in zip(([257, 120, 256, 121], [257, 120, 97, 99], [257, 120, 97, 99, 122, 122]), row["logprobs"]):
+        log_p = naive(model, model.wte(torch.tensor(whole)))[0].log_softmax(-1)
+        assert got == pytest.approx(sum(log_p[t - 1, whole[t]].item() for t in range(3, len(whole))), abs=1e-4)
+
+
+class Fixed:
+    """A model that finds token id likelier by weight[id], wherever it stands."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def new_cache(self, batch, slots):
+        return Cache(GPTConfig(n_layer=1), batch, slots)
+
+    def hidden(self, ids, cache, lengths=None):
+        return torch.zeros(*ids.shape, 1)
+
+    def head(self, x):
+        return self.weight.expand(*x.shape[:-1], len(self.weight))
+
+
+def test_acc_norm_divides_by_characters():
+    """E2, by hand: " aa" costs 2 tokens of ln 4, " b" one of ln 8 and " c" the same; a character, " aa" is the cheapest.
+
+    A tie goes to the first; the leading space is not counted.
+    """
+    plain = data.make_encoding({**{bytes([b]): b for b in range(256)}, b" a": 256, b" b": 257, b" c": 258})
+    weight = torch.full((260,), -50.0)
+    weight[[256, 97]], weight[[257, 258]] = math.log(1 / 4), math.log(1 / 8)
+    weight[0] = math.log(1 - 1 / 4 - 1 / 4 - 1 / 8 - 1 / 8)
+    row, = choose(Subject(Fixed(weight)), [Item("x", [" aa", " b", " c"], 1)], plain)
+    assert row["logprobs"] == pytest.approx([-2 * math.log(4), -math.log(8), -math.log(8)], abs=1e-4)
+    assert (row["picked"], row["picked_norm"]) == (1, 0)
+
+
+def test_batch_size_and_neighbours_change_no_choice(trained):
+    """E6, E4, P8: batches of any size give the same to 1e-5; the pool's choice is the question's; a row an item."""
+    for subject in (Subject(trained), with_pool(trained, pool(5, 2, 3))):
+        whole = choose(subject, ITEMS, ENCODING)
+        assert len(whole) == len(ITEMS) and whole == choose(subject, ITEMS, ENCODING)  # E7: to the last bit
+        for batch_size in (1, 4):
+            for a, b in zip(whole, choose(subject, ITEMS, ENCODING, batch_size), strict=True):
+                assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
+                assert (a["picked"], a["picked_norm"], a["chosen"]) == (b["picked"], b["picked_norm"], b["chosen"])
+        other = choose(subject, [item._replace(options=[" miller"] * 2) for item in ITEMS], ENCODING)
+        assert [row["chosen"] for row in other] == [row["chosen"] for row in whole]
 
 
 # ---- perplexity
