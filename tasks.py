@@ -165,12 +165,16 @@ def choose(subject, items, encoding, batch_size=100, start=None):
         owner = torch.tensor([b for b, (_, wholes, _) in enumerate(part) for _ in wholes])  # (R,): a row an option
         rest = [whole[n:] for _, wholes, n in part for whole in wholes]
         skip = [len(question) - n for question, wholes, n in part for _ in wholes]  # rest's tokens that are question
-        after, n_after = pad(rest, encoding)  # (R, K)
-        log_p = first[owner].gather(-1, after[:, :1])  # (R, 1): of each option's first token
-        if after.shape[1] > 1:
-            x = subject.model.hidden(after[:, :-1], cache=take(cache, owner, after.shape[1] - 1))  # (R, K - 1, C)
-            log_p = torch.cat([log_p, log_softmax(subject.model, x).gather(-1, after[:, 1:, None])[..., 0]], dim=1)
-        sums = [log_p[r, skip[r]:n].sum().item() for r, n in enumerate(n_after.tolist())]
+        sums = [0.0] * len(rest)
+        for n in sorted(set(map(len, rest))):  # options of one length together: nothing is computed for padding
+            of = [r for r, tokens in enumerate(rest) if len(tokens) == n]
+            after = torch.tensor([rest[r] for r in of])  # (R, n)
+            log_p = first[owner[of]].gather(-1, after[:, :1])  # (R, 1): of each option's first token
+            if n > 1:
+                x = subject.model.hidden(after[:, :-1], cache=take(cache, owner[of], n - 1))  # (R, n - 1, C)
+                log_p = torch.cat([log_p, log_softmax(subject.model, x).gather(-1, after[:, 1:, None])[..., 0]], dim=1)
+            for i, r in enumerate(of):
+                sums[r] = log_p[i, skip[r]:].sum().item()
         for b, item in enumerate(asked):
             mine, sums = sums[:len(item.options)], sums[len(item.options):]
             norm = [p / max(1, len(option.removeprefix(" "))) for p, option in zip(mine, item.options)]
