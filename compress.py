@@ -38,7 +38,7 @@ def rtn(W, bits, group_size=None, symmetric=False):
     """Round every weight of W (out, in) to the nearest of 2**bits values -> Quantized.
 
     One grid a row, or one for every group_size columns of a row; the last group may be shorter.
-   
+    Raises ValueError for bad input: W with NaN or infinity, bits not in 2 .. 8, group_size below 1.
     """
     W = check_weight(W)
     check_settings(bits, group_size)
@@ -65,7 +65,9 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     mask        (out, in) bool, True = keep; the others come out as exact zeros, compensated like any other error
     search      a second sweep, on grids as narrow as makes the loss of their own columns, (w_j - q_j)² / U_jj², least;
                 each row stays with the sweep that lost less. Without it a grid spans all of its weights
-   
+
+    Raises ValueError for bad input: NaN or infinity, shapes that do not fit, H not symmetric or not positive
+    semidefinite, settings out of range. Source: Algorithm 1 of the paper; `sweep.py` says how it is done here.
     """
     W = check_weight(W)
     check_settings(bits, group_size, block_size)
@@ -114,7 +116,9 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
     sparsity    the share of zeros, exactly round(sparsity * weights) of them in every block of block_size columns; or
     n_m         (N, M): at most N weights that are not zero in every aligned group of M inputs
     bits        quantize what stays in the same pass, on grids as in `gptq`
-   
+
+    Raises ValueError as `gptq` does, and for a group_size that cuts through a pattern of M. Source: Algorithm 1 of
+    the paper, with "Extension to Semi-Structured Sparsity" and "Joint Sparsification & Quantization".
     """
     W = check_weight(W)
     check_pattern(sparsity, n_m)
@@ -257,16 +261,29 @@ def output_error(D, H):
     return float(((D @ H) * D).sum(dtype=torch.float64).clamp(min=0))
 
 
+def histogram(change, bins=29):
+    """{"edges": bins + 1 numbers, "counts": bins whole ones} of the values in `change`: bins of one width, 0 in the
+    middle of the middle one (where all that was not changed stands), out to the largest change on either side.
+
+    The edges are rounded to four digits: they are there to be drawn.
+    """
+    most = float(change.abs().max())
+    most = most if most > 0 else 1.0  # nothing changed: any width will do
+    counts = torch.histc(change.float(), bins, -most, most).long()
+    return {"edges": [float(f"{most * (2 * k / bins - 1):.4g}") for k in range(bins + 1)], "counts": counts.tolist()}
+
+
 def report_row(W, new, done, plain, H, how, s):
     """What became of one weight; W, new, plain (out, in): before, after, and by the simplest method instead."""
-    D, n = W - new, W.shape[1]
+    D, n, rms = W - new, W.shape[1], float(W.square().mean().sqrt())
     zeros, after, size = float((new == 0).float().mean()), output_error(D, H), output_error(W, H)
     return {"shape": list(W.shape), "method": s.method, "bits": s.bits or 32, "group_size": min(s.group_size or n, n),
             "zeros": zeros, "sparsity": zeros if done.keep is not None else 0.0,
             "damp": how.damp if how else 0.0, "retries": how.retries if how else 0,
             "error_before": output_error(W - plain, H), "error_after": after,
             "relative_output_error": (after / size)**0.5 if size else 0.0,
-            "weight_change": float(D.norm() / W.norm().clamp(min=1e-30))}
+            "weight_change": float(D.norm() / W.norm().clamp(min=1e-30)),
+            "histogram": histogram((new - W) / max(rms, 1e-30))}
 
 
 def compress(model, ids, method, lengths=None, **settings):
@@ -275,8 +292,9 @@ def compress(model, ids, method, lengths=None, **settings):
     ids (N, T) is calibration text, lengths (N,) as in `calibrate`; method and settings are those of `Settings`.
     Quantized and N:M layers become kernels.PackedLinear; other pruned ones stay nn.Linear, with exact zeros. In a
     row: error_before is tr(D H Dᵀ) of rounding to nearest, or of magnitude pruning, at the same settings, error_after
-    that of the method; relative_output_error is |X Dᵀ| / |X Wᵀ| and weight_change |D| / |W|; zeros and sparsity are
-    counted in the result.
+    that of the method; relative_output_error is |X Dᵀ| / |X Wᵀ| and weight_change |D| / |W|; histogram counts the single
+    changes, in units of the root mean square of W, so that weight_change is its width; zeros and sparsity are counted
+    in the result. Raises ValueError for settings that do not fit, and for a layer that holds NaN.
     """
     s = Settings(method, **settings)
     simplest = Settings("magnitude" if s.prunes else "rtn", s.bits, s.group_size, s.symmetric,
@@ -376,7 +394,8 @@ def print_layers(report):
     for r in report:
         shape = "x".join(map(str, r["shape"]))
         print(f"{r['name']:24s} {shape:>12s} {r['bits']:4d} {r['zeros']:6.3f} {r['damp']:8.2g} "
-              f"{r['error_before']:12.4g} {r['error_after']:9.3g} {r['relative_output_error']:9.4f} {r['seconds']:4.1f}")
+              f"{r['error_before']:12.4g} {r['error_after']:9.3g} {r['relative_output_error']:9.4f} "
+              f"{r['seconds']:4.1f}")
     retried = sum(r["retries"] > 0 for r in report)
     print(f"calibrated on {report[0]['tokens']:,} tokens; "
           f"{retried} of {len(report)} layers needed more damping than asked for")
@@ -395,6 +414,7 @@ def print_size(path, dense, model):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     import study  # here, not above: compressing needs nothing of the study, only its text does
     from model import load, save
     args = vars(settings_parser().parse_args())

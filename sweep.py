@@ -232,7 +232,7 @@ def free(W, R, lo, hi, U=None):
     """Columns lo .. hi - 1 as Algorithm 1 has them once all before lo are done: (columns, out).
 
     W (in, out) holds W - Q in the rows that are done; U is these columns' block of U.
-   
+    Source: the last of the three lines at the top of this file.
     """
     if lo == 0:
         return W[:hi].clone()

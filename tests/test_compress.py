@@ -1,4 +1,4 @@
-""" compress.py against oracles that share nothing with it: Algorithm 1 written out in float64 with the inverse it
+"""compress.py against oracles that share nothing with it: Algorithm 1 written out in float64 with the inverse it
 never forms, closed forms, cases worked by hand, and properties on random shapes.
 
     python -m pytest tests/test_compress.py
@@ -464,6 +464,14 @@ def test_compress_gives_a_new_model_and_an_honest_report(method, settings, tmp_p
         assert r["damp"] == (0.01 if method in ("gptq", "sparsegpt") else 0) and r["retries"] == 0
         if method in ("gptq", "sparsegpt") and "attn" not in r["name"]:
             assert r["error_after"] < r["error_before"]
+    for r in json.loads(json.dumps(report)):
+        edges, counts = r["histogram"]["edges"], r["histogram"]["counts"]
+        assert len(edges) == len(counts) + 1 <= 31 and sum(counts) == r["shape"][0] * r["shape"][1]
+        assert all(a < b for a, b in zip(edges, edges[1:])) and edges[0] == -edges[-1]
+        middle = [(a + b) / 2 for a, b in zip(edges, edges[1:])]  # the root mean square, but for the width of a bin
+        width = (sum(n * x**2 for n, x in zip(counts, middle)) / sum(counts))**0.5
+        assert width == pytest.approx(r["weight_change"], abs=(edges[1] - edges[0]) / 2)
+        assert len(json.dumps(r["histogram"])) < 500
     X = inputs_of(model, ids, 0, "attn.v").flatten(0, 1)
     D, W = new.blocks[0].attn.v, model.blocks[0].attn.v.weight.detach().double()
     D = W - (D.packed.dequantize() if hasattr(D, "packed") else D.weight.detach())
@@ -471,6 +479,15 @@ def test_compress_gives_a_new_model_and_an_honest_report(method, settings, tmp_p
     assert report[2]["relative_output_error"] == pytest.approx(float((X @ D.T).norm() / (X @ W.T).norm()), rel=1e-4)
     save(new, tmp_path / "new.safetensors")
     assert torch.equal(load(tmp_path / "new.safetensors")(ids), new(ids))
+
+
+def test_histogram_by_hand():
+    change = torch.tensor([[-3.0, -0.4, 0, 0, 0.9], [1.1, 0, 3.0, 2.9, 0]])
+    assert compress_module.histogram(change, 3) == {"edges": [-3.0, -1.0, 1.0, 3.0], "counts": [1, 6, 3]}
+    assert compress_module.histogram(0 * change, 3)["counts"] == [0, 10, 0]  # nothing changed
+    change = torch.cat([torch.zeros(500), torch.randn(500, generator=torch.Generator().manual_seed(0))])
+    drawn = compress_module.histogram(change)
+    assert drawn["counts"][14] > 500 and drawn["edges"][14] == -drawn["edges"][15]  # one bin for what did not change
 
 
 def test_report_names_more_damping():  # Q6
