@@ -15,10 +15,12 @@ of such numbers; a number that was not measured is said to be missing, never fil
     python report.py --results elsewhere/results.json --out page.html
 """
 import argparse
+import base64
 import json
 import math
 import os
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,9 +152,9 @@ def check_model(model: dict, known: dict[str, set]) -> None:
 def fold(predictions: list[dict], ids: set[str]) -> dict:
     """The predictions as the page holds them, at a twentieth of their size.
 
-    `words` holds every string once; word k is words[k - 1], and 0 is none. `facts`: for each fact its split, person,
-    attribute and gold answer, then the question as what stands before the person's name and after it (0: the question
-    does not name them). `answers`, for each model: `said`, a word a fact (0: the gold answer's own text); `odd`, the
+    `words` holds every string once; word k is words[k - 1], and 0 is none. `facts` are columns, a word a fact: split,
+    person, attribute, gold answer, then the question as what stands before the person's name and after it (0: the
+    question does not name them). `answers`, for each model: `said`, a word a fact (0: the gold answer's own text); `odd`, the
     facts where being right is not the same as saying that text; `logprob`, in hundredths of a nat.
     Raises ValueError when a model answers a fact twice, or answers only some of the facts: the file was cut off.
     """
@@ -181,7 +183,7 @@ def fold(predictions: list[dict], ids: set[str]) -> dict:
         said, odd, logprob = zip(*(mine[row] for row in range(len(rows))))
         columns[model] = {"said": list(said), "odd": [row for row, is_odd in enumerate(odd) if is_odd],
                           "logprob": list(logprob)}
-    return {"words": list(words), "facts": [list(fact) for fact in rows], "answers": columns}
+    return {"words": list(words), "facts": [list(column) for column in zip(*rows)], "answers": columns}
 
 
 def hundredths(x):
@@ -209,9 +211,11 @@ def spoken(value):
 
 
 def embed(data) -> str:
-    """JSON that may stand inside <script>: there, only "<" can end the script or open a comment. ASCII only, so that it
-    survives whatever encoding the page is read with."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    """The data as JSON, deflated, in letters: a third of its length, and the browser inflates it by itself (its
+    DecompressionStream reads what zlib writes). None of base64's 64 letters means anything to HTML, so whatever the
+    names and answers hold, it can neither end the script nor be spoilt by an encoding."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
 
 
 def page(study: dict, predictions: list[dict], template: str) -> str:
