@@ -5,6 +5,7 @@ The study: train, compress, repair, and answer the question - is the knowledge f
     python evaluate.py --quick             # the same path through a smaller world, in a minute
     python evaluate.py --full              # adds the next-token twins and the pools trained in other ways
     python evaluate.py --sweep lr          # the sweep behind study.RATES
+    python evaluate.py --model M           # the same on a real language model: real.py
 
 The hypothesis, written down before the run. People are split into seen (in the repair's text) and held-out (never in
 it). With a(m, s) the recall of model m on split s,
@@ -35,11 +36,13 @@ import torch
 
 import analyze
 import data
+import harness
 import idp
+import real
 import recover
 import report
-from study import (OPERATIONS, Log, World, all_subjects, dense_subject, guard, options, read_json, sized, step,
-                   sweep_rates, write_text)
+from study import (OPERATIONS, Log, World, all_subjects, dense_subject, guard, options, read_json, sized,
+                   slug, step, sweep_rates, write_text)
 from tasks import Subject, perplexity
 
 
@@ -184,8 +187,11 @@ METRICS = [  # name, label, unit, higher is better, what it is
 ]
 
 
-def study(dense, config, world, log):
-    """The whole study of one dense model -> (results, predictions): what results.json and predictions.jsonl hold."""
+def study(dense, config, world, log, files=None):
+    """The whole study of one dense model -> (results, predictions): what results.json and predictions.jsonl hold.
+
+    files  {task: its Questions} to ask of every model beside the facts, see harness.py
+    """
     subjects = all_subjects(dense, config, world, log)
     measured = {}
     for subject in subjects:
@@ -202,20 +208,28 @@ def study(dense, config, world, log):
                            "ms_per_question": ms[s.about["id"]]},
                "intervals": {}, "verdict": None} for s in subjects]
     add_recalls(models, measured, world.asked(config), config)
-    inside = look_inside(subjects, world)
+    add_files(models, subjects, files or {}, world, config, log)
+    inside = step(log, os.path.join(config.out, "similarity.json"), [s.about["settings"] for s in subjects],
+                  lambda: look_inside(subjects, world), lambda result, path: write_text(path, json.dumps(result)),
+                  read_json)
     where = {s.about["id"]: s for s in subjects}
     for subject, model in zip(subjects, models):
         model["similarity"] = inside[model["id"]]
-        if subject.about.get("kind") == "idp":
+        if subject.about.get("kind") == "idp" and config.ablation_people:
             path = os.path.join(config.out, model["id"] + ".selectors.json")
             ablated = step(log, path, {**subject.about["settings"], "people": config.ablation_people},
                            lambda: ablation(subject, where[model["base"]], world, config),
                            lambda result, path: write_text(path, json.dumps(result)), read_json)
             model["idp"] = summary(ablated, world.facts("heldout", config.ablation_people), config)
-    context = context_check(subjects[0], world, config)
-    return {"name": "small world", "settings": asdict(config), "seed": config.seed, "models": models,
+    context = step(log, os.path.join(config.out, "context.json"), subjects[0].about["settings"],
+                   lambda: context_check(subjects[0], world, config),
+                   lambda result, path: write_text(path, json.dumps(result)), read_json)
+    return {"name": world.name, "settings": asdict(config), "seed": config.seed, "models": models,
             "context": context,
-            "metrics": [dict(zip(("name", "label", "unit", "higher_is_better", "description"), m)) for m in METRICS],
+            "metrics": [dict(zip(("name", "label", "unit", "higher_is_better", "description"), m))
+                        for m in [*METRICS, *harness.metrics(files or {})]
+                        if any(m[0] in model["metrics"] for model in models)],
+            "files": {name: len(questions) for name, questions in (files or {}).items()},
             "operations": [{"name": n, "parameters": None, "description": d} for n, d in OPERATIONS.items()],
             "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"} for m in models if m["verdict"]],
             "hypothesis": "H0: displaced = 0. H1: displaced > 0 on people that no repair has read about."
@@ -234,8 +248,8 @@ def costs(subject):
         elif recover.shape_of(layer):  # packed
             bits += 8 * sum(t.nbytes for t in layer.buffers())
             weights += layer.in_features * layer.out_features
-    return {"bits_per_weight": bits / weights,
-            "bytes": os.path.getsize(subject.about["path"]) + 4 * subject.about["extra"],
+    stored = subject.about.get("bytes") or os.path.getsize(subject.about["path"])
+    return {"bits_per_weight": bits / weights, "bytes": stored + 4 * subject.about["extra"],
             "extra_parameters": subject.about["extra"]}
 
 
@@ -263,6 +277,21 @@ def add_recalls(models, measured, asked, config):
         m["verdict"] = verdict(m)
 
 
+def add_files(models, subjects, files, world, config, log):
+    """Every model's score on task files {task: Questions}, as metrics "task metric" with an interval over questions."""
+    for name, questions in files.items():
+        for subject, model in zip(subjects, models):
+            settings = {**subject.about["settings"], "questions": real.digest(questions)}
+            path = os.path.join(config.out, f"{model['id']}.{slug(name)}.json")
+            scores = step(log, path, settings, lambda: harness.score(subject, name, questions, world.encoding),
+                          lambda result, path: write_text(path, json.dumps(result)), read_json)
+            generator = torch.Generator().manual_seed(config.seed + 7)
+            for metric, values in scores.items():
+                low, high = interval(resampled(np.array(values)[:, None], 10_000, generator)[:, 0])
+                metric, (value, low, high) = harness.headline(metric, (np.mean(values), low, high))
+                model["metrics"][f"{name} {metric}"], model["intervals"][f"{name} {metric}"] = value, [low, high]
+
+
 def predictions(subjects, measured, world, config):
     """A row a fact a model, as dicts: what predictions.jsonl holds."""
     for subject in subjects:
@@ -270,6 +299,9 @@ def predictions(subjects, measured, world, config):
             for fact, given in zip(world.asked(config)[split], answers):
                 yield {"model": subject.about["id"], "split": split, "person": fact.person, "attribute": fact.attribute,
                        "question": fact.question, "gold": fact.answer.strip(), **given}
+
+
+SPLIT_NAMES = {"seen": "seen", "heldout": "held-out", "novel": "novel"}
 
 
 def table(results):
@@ -280,15 +312,28 @@ def table(results):
         low, high = m["intervals"][name]
         bounds = f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else ""
         return f"{100 * m['metrics'][name]:.1f}{bounds}"
-    lines = ["| model | bits a weight | KB on disk | extra parameters | perplexity | seen % | held-out % | novel % "
-             "| displaced % | re-learned % | ms |", "|---" + "|---:" * 10 + "|"]
+    splits = {f"recall_{split}": f"{name} %" for split, name in SPLIT_NAMES.items()
+              if f"recall_{split}" in results["models"][0]["metrics"]}
+    lines = ["| " + " | ".join(["model", "bits a weight", "KB on disk", "extra parameters", "perplexity",
+                                *splits.values(), "displaced %", "re-learned %", "ms"]) + " |",
+             "|---" + "|---:" * (7 + len(splits)) + "|"]
     for m in results["models"]:
         v = m["metrics"]
         tag = m["tag"] if m["base"] in (None, "dense") else "+ " + m["tag"]
         lines.append(f"| {tag} | {v['bits_per_weight']:.2f} | {v['bytes'] / 1000:.0f} | {v['extra_parameters']:,} "
-                     f"| {v['perplexity']:.2f} | {percent(m, 'recall_seen')} | {percent(m, 'recall_heldout')} "
-                     f"| {percent(m, 'recall_novel')} | {percent(m, 'displaced')} | {percent(m, 'relearned')} "
-                     f"| {v['ms_per_question']:.1f} |")
+                     f"| {v['perplexity']:.2f} | {' | '.join(percent(m, split) for split in splits)} "
+                     f"| {percent(m, 'displaced')} | {percent(m, 'relearned')} | {v['ms_per_question']:.1f} |")
+    return "\n".join(lines)
+
+
+def file_table(results):
+    """The scores on task files, as a Markdown table, a row a model."""
+    names = [m["name"] for m in results["metrics"] if m["name"].split(" ")[0] in results["files"]]
+    lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for m in results["models"]:
+        cells = [f"{m['metrics'][name]:.3f} [{m['intervals'][name][0]:.3f}, {m['intervals'][name][1]:.3f}]"
+                 for name in names]
+        lines.append(f"| {m['id']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -319,6 +364,8 @@ def write_results(results, rows, config, log):
 
 def show(results, out):
     print(table(results))
+    if results["files"]:
+        print("\n" + file_table(results))
     for model in results["models"]:
         if model.get("idp"):
             print(f"\n{model['id']}: one pool, every way to choose\n\n{selector_table(model)}")
@@ -335,15 +382,32 @@ def main():
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
     parser.add_argument("--full", action="store_true", help="also the next-token twins, and pools trained jointly and competitively")
     parser.add_argument("--sweep", choices=["lr"], help="only try the learning rates, on the validation people")
+    parser.add_argument("--model", help="a real language model: a Hugging Face folder or a GGUF file")
+    parser.add_argument("--facts", default=real.FACTS, help="with --model: JSON lines of question, answer, options, entity")
+    parser.add_argument("--text", help="with --model: a text file for calibration and repair; else the model writes it")
+    parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE",
+                        help="with --model: also a task file in the harness' layout, see harness.py; may be repeated")
+    parser.add_argument("--repair-steps", type=int, default=real.STEPS, help="with --model: training steps of a repair")
     args = parser.parse_args()
 
     def run():
-        config, log = sized(args.size, args.seed, args.out, full=args.full), Log()
-        world = World(config)
-        dense = dense_subject(config, world, log)
+        log = Log()
+        files = dict(real.named(task) for task in args.task)
+        if (files or args.text) and not args.model:
+            raise ValueError("--task and --text are for a real language model: name one with --model")
+        if args.model:
+            config = real.real_config(args.model, args.seed, args.out, args.repair_steps)
+            facts = real.read_facts(args.facts)
+            dense, encoding = real.real_dense(args.model, log)
+            world = real.RealWorld(dense.model, encoding, facts, config, log, args.text)
+            dense.about["settings"] |= world.settings
+        else:
+            config = sized(args.size, args.seed, args.out, full=args.full)
+            world = World(config)
+            dense = dense_subject(config, world, log)
         if args.sweep:
             return sweep_rates(dense, config, world, log)
-        results, rows = study(dense, config, world, log)
+        results, rows = study(dense, config, world, log, files)
         write_results(results, rows, config, log)
         show(results, config.out)
     guard(run)

@@ -49,6 +49,7 @@ class StudyConfig:
     compressions: dict = field(default_factory=lambda: COMPRESSIONS)
     repairs: dict = field(default_factory=lambda: REPAIRS)
     rates: dict = field(default_factory=lambda: RATES)
+    rate_grid: dict = field(default_factory=lambda: RATE_GRID)
 
 
 SIZES = ("default", "quick")
@@ -134,8 +135,8 @@ class Log:
     def say(self, text):
         print(text, file=sys.stderr, flush=True)
 
-    def progress(self, label, steps):
-        """A callback (step, loss) that shows how far `label` is and how long it will take."""
+    def progress(self, label, steps, what="loss"):
+        """A callback (step, loss or `what` else) that shows how far `label` is and how long it will take."""
         began = time.time()
 
         def show(step, loss):
@@ -144,7 +145,7 @@ class Log:
                 return
             self.shown = now
             left = (now - began) / (step + 1) * (steps - step - 1)
-            line = f"  {label}: step {step + 1} of {steps}, loss {loss:.3f}, {left:.0f} s left"
+            line = f"  {label}: step {step + 1} of {steps}, {what} {loss:.4g}, {left:.0f} s left"
             screen = sys.stderr.isatty()
             print("\r" + line.ljust(78) if screen else line, end="\n" if last or not screen else "", file=sys.stderr,
                   flush=True)
@@ -199,6 +200,7 @@ class World:
     """Everything that follows from the world's config: people by split, the texts, the tokenizer, windows of text to
     score.
     """
+    name = "small world"
 
     def __init__(self, config):
         people = data.make_world(config.world)
@@ -392,7 +394,7 @@ def repair_batches(dense, config, world, log):
 
 def repaired_subject(base, tag, kind, size, batches, config, log, objective="distillation", lr=None):
     """`base` repaired in one way, on the batches of `repair_batches`."""
-    lr = lr or config.rates[base.about["tag"]]["prompt 8" if kind == "idp" else tag]
+    lr = lr or config.rates[base.about["tag"]][f"prompt {size[1]}" if kind == "idp" else tag]
     fit_config = FitConfig(steps=config.repair_steps, lr=lr)
     settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
                 "fit": asdict(fit_config), "repair_batch": config.repair_batch}
@@ -435,7 +437,7 @@ RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2
 
 
 def sweep_rates(dense, config, world, log):
-    """Try the five learning rates of RATE_GRID for each repair but the pool, whose prompts learn as a single one does.
+    """Try the learning rates of the grid for each repair but the pool, whose prompts learn as a single one does.
 
     Judged on the validation people: recall, with the log-probability of the right answer beside it. Prints a row a run.
     """
@@ -443,7 +445,7 @@ def sweep_rates(dense, config, world, log):
     for base_tag in config.rates:
         base = compressed_subject(dense, base_tag, config, world, log)
         for tag, (kind, size) in config.repairs.items():
-            for lr in RATE_GRID.get(kind, ()):
+            for lr in config.rate_grid.get(kind, ()):
                 tensors = train_repair(base.model, kind, size, batches(), recover.distillation,
                                        FitConfig(steps=config.repair_steps, lr=lr), config.seed)
                 given = world.answer(attach(base.model, kind, size, tensors), facts)

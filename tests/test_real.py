@@ -1,0 +1,236 @@
+"""The study on a real language model: splits by entity, text that names nothing hidden, the harness' layouts, the script."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import harness
+import real
+from golden.make_weights import fill
+from model import GPT, GPTConfig, write_safetensors
+from study import Log
+from tasks import Subject
+from test_weights import GOLDEN
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+COUNTRIES = real.read_facts(real.FACTS)
+
+
+def some_facts(n=12):
+    """Two facts about each of n invented countries; every second one speaks Common."""
+    names = [f"{a}{b}land" for a in ("Quo", "Zem", "Vra") for b in ("bi", "da", "ku", "lo")][:n]
+    rows = []
+    for i, name in enumerate(names):
+        cities = [f"{other[:4]}grad" for other in names]
+        rows.append({"entity": name, "attribute": "capital", "question": f"The capital of {name} is",
+                     "answer": cities[i], "options": [cities[i], cities[(i + 1) % n], cities[(i + 2) % n]]})
+        rows.append({"entity": name, "attribute": "language", "question": f"In {name} they speak",
+                     "answer": ["Common", f"{name[:4]}ish"][i % 2], "options": ["Common", f"{name[:4]}ish"]})
+    return rows
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- facts
+
+def test_whole_countries_are_split_and_every_fact_is_kept():
+    split = real.split_facts(COUNTRIES, seed=0)
+    entities = {name: {f.person for f in facts} for name, facts in split.items()}
+    assert sum(map(len, split.values())) == len(COUNTRIES)
+    assert not entities["seen"] & entities["heldout"] and not entities["validation"] & (entities["seen"] | entities["heldout"])
+    total = sum(map(len, entities.values()))
+    assert [round(len(entities[s]) / total, 2) for s in real.SPLITS] == list(real.SPLITS.values())
+    assert split == real.split_facts(COUNTRIES, seed=0) != real.split_facts(COUNTRIES, seed=1)
+
+
+def test_floors_worked_by_hand(tmp_path):
+    """Capitals: one of 3, all different. Languages: one of 2, half of them Common."""
+    facts = real.read_facts(written(tmp_path / "f", some_facts()))
+    assert real.floors(facts) == {"capital": (pytest.approx(1 / 3), 1 / 12), "language": (0.5, 0.5)}
+
+
+@pytest.mark.parametrize("line, word", [
+    ("[]", "line 2"), ("{", "line 2"), ('{"question": "a", "answer": "b", "entity": "c"}', "line 2"),
+    ('{"question": "a", "answer": "b", "entity": "c", "options": ["d", "e"]}', "'b'"),
+    ('{"question": "a", "answer": "b", "entity": "c", "options": ["b"]}', "2 different"),
+    ('{"question": "a", "answer": "b", "entity": "c", "options": ["b", "b"]}', "2 different"),
+    ('{"question": "a", "answer": "b", "entity": "c", "options": ["b", 3]}', "line 2"),
+    ('{"question": "", "answer": "b", "entity": "c", "options": ["b", "d"]}', "line 2"),
+])
+def test_a_bad_line_of_facts_is_named(tmp_path, line, word):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(some_facts()[0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=word):
+        real.read_facts(path)
+
+
+# ---- text
+
+def tiny_world(tmp_path, text=None, steps=4):
+    facts = real.read_facts(written(tmp_path / "facts.jsonl", some_facts()))
+    encoding = data.make_encoding(data.train_bpe([f.question + o for f in facts for o in f.options], 400))
+    model = GPT(GPTConfig(vocab_size=encoding.n_vocab, n_layer=1, n_embd=32)).init_weights(torch.Generator().manual_seed(0))
+    config = real.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
+    return model, config, real.RealWorld(model, encoding, facts, config, Log(), text)
+
+
+def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
+    """Names, words made of them, and answers that only hidden countries have; an answer that seen ones share may stay."""
+    model, config, world = tiny_world(tmp_path)
+    hidden = world.split["heldout"] + world.split["validation"]
+    capital = next(f.answer.strip() for f in hidden if f.attribute == "capital")
+    for text in (f"He went to {hidden[0].person}.", f"A {hidden[0].person.lower()}er.", f"In {capital} it rains."):
+        ids = torch.tensor([world.encoding.encode_ordinary(text)])
+        with pytest.raises(AssertionError, match="must not be in"):
+            world.check_leaks(ids)
+    seen = world.split["seen"]
+    assert any(f.answer == " Common" for f in seen)
+    assert world.check_leaks(torch.tensor([world.encoding.encode_ordinary(f"{seen[0].person}: they speak Common.")])) == 1
+
+    documents = [f"{f.question}{f.answer}." * 5 for f in world.split["seen"]] * 20 + [f"{f.question}{f.answer}." * 5 for f in hidden]
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(documents))
+    _, config, told = tiny_world(tmp_path, str(path))
+    assert told.check_leaks(told.rows) == len(told.rows) == 64 + 64 + 4 * 4
+    assert told.settings != world.settings  # other text: nothing made with it is taken for this one's
+
+
+def test_rows_are_shared_out_without_overlap(tmp_path):
+    _, config, world = tiny_world(tmp_path)
+    parts = [world.windows, world.calibration(config), *world.repair_rows(config)]
+    assert [tuple(p.shape) for p in parts] == [(64, 65), (64, 64), *[(4, 65)] * 4]
+    assert torch.equal(torch.cat([p[:, :64] for p in parts]), world.rows[:, :64])
+    _, _, longer = tiny_world(tmp_path, steps=6)
+    assert torch.equal(longer.rows[:len(world.rows)], world.rows)  # more steps do not change what came before
+
+
+def test_answers_are_the_likeliest_option(tmp_path):
+    """Oracle: each option in one uncached pass of the model, token by token."""
+    model, _, world = tiny_world(tmp_path)
+    facts = world.facts("seen")
+    for fact, given in zip(facts, world.answer(Subject(model), facts)):
+        logprobs = []
+        for option in fact.options:
+            question = [world.encoding.eot_token, *world.encoding.encode_ordinary(fact.question)]
+            whole = [world.encoding.eot_token, *world.encoding.encode_ordinary(fact.question + option)]
+            with torch.no_grad():
+                log_p = model(torch.tensor([whole]))[0].double().log_softmax(-1)
+            logprobs.append(sum(log_p[i - 1, whole[i]].item() for i in range(len(question), len(whole))))
+        assert given["logprobs"] == pytest.approx(logprobs, abs=1e-4)
+        assert given["answer"] == fact.options[logprobs.index(max(logprobs))].strip()
+        assert given["correct"] == (given["answer"] == fact.answer.strip())
+
+
+# ---- the harness' layouts
+
+ROWS = {  # name: (a row of the file, what is asked, the options, the right one)
+    "arc_easy": ({"question": "What melts?", "choices": {"text": ["ice", "air"], "label": ["A", "B"]}, "answerKey": "A"},
+                 "Question: What melts?\nAnswer:", (" ice", " air"), 0),
+    "sciq": ({"question": "What is it?", "support": " Iron rusts.", "correct_answer": "rust", "distractor1": "a",
+              "distractor2": "b", "distractor3": "c"},
+             "Iron rusts.\nQuestion: What is it?\nAnswer:", (" a", " b", " c", " rust"), 3),
+    "piqa": ({"goal": "Boil water", "sol1": "heat it", "sol2": "cool it", "label": 0},
+             "Question: Boil water\nAnswer:", (" heat it", " cool it"), 0),
+    "hellaswag": ({"activity_label": "Cooking", "ctx_a": "He [step] cuts.", "ctx_b": "then he", "label": "1",
+                   "endings": ["runs [title] home", "eats"]},
+                  "Cooking: He cuts. Then he", (" runs. home", " eats"), 1),
+    "lambada_openai": ({"text": "She opened the old door"}, "She opened the old", (" door",), 0),
+    "webqs": ({"question": "who was he", "answers": ["a king", "king"]},
+              "Question: who was he\nAnswer:", (" a king", " king"), 0),
+    "triviaqa": ({"question": "Who was he", "answer": {"value": "x", "aliases": ["The King", "King"]}},
+                 "Question: Who was he?\nAnswer:", (" The King", " King"), 0),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_layouts_worked_by_hand(tmp_path, name):
+    row, question, options, gold = ROWS[name]
+    assert harness.read_task(name, written(tmp_path / "t", [row])) == [harness.Question(question, options, gold)]
+    path = tmp_path / "bad"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({"question": 3}) + "\n")
+    with pytest.raises(ValueError, match="line 2 is not in the layout"):
+        harness.read_task(name, path)
+
+
+def test_continued_rows_do_not_depend_on_their_neighbours(tmp_path):
+    model, _, world = tiny_world(tmp_path)
+    questions = [harness.Question(text, (" speak",)) for text in ("In Quobiland they", "The capital of Zemdaland", "In")]
+    for question, tokens in zip(questions, harness.continued(Subject(model), questions, world.encoding)):
+        ids = world.encoding.encode_ordinary(question.question)
+        assert tokens == model.generate(torch.tensor([ids]), len(tokens))[0, len(ids):].tolist() and len(tokens) > 4
+
+
+def test_greedy_and_generated_answers_are_scored(tmp_path, monkeypatch):
+    """What the model says is put into its mouth; which answers that makes right is told by hand."""
+    model, _, world = tiny_world(tmp_path)
+    encoding, subject = world.encoding, Subject(model)
+    monkeypatch.setattr(harness, "continued", lambda subject, questions, encoding: [
+        encoding.encode_ordinary(" The King, they say.") for _ in questions])
+    for name, options, right in (("webqs", (" a king", " The King"), 1.0), ("webqs", (" King", " the king"), 0.0),
+                                 ("triviaqa", (" a king", " the king!"), 1.0), ("triviaqa", (" King",), 0.0)):
+        scores = harness.score(subject, name, [harness.Question("Who was he? Answer:", options)], encoding)
+        assert scores == {"exact_match": [right]}, (name, options)
+    scores = harness.score(subject, "lambada", [harness.Question("He was", (" The",)), harness.Question("He was", (" a",))],
+                           encoding)
+    assert scores["acc"] == [1.0, 0.0] and min(scores["loss"]) > 0
+    assert harness.headline("loss", [0.0, 1.0]) == ("perplexity", [1.0, math.e])
+
+
+# ---- the script
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny llama with a tokenizer, in the layout of Hugging Face."""
+    path, V = tmp_path_factory.mktemp("models") / "tiny-llama", 380
+    path.mkdir()
+    made = GOLDEN["models"]["llama-tied-gqa"]
+    (path / "config.json").write_text(json.dumps({**made["config"], "vocab_size": V, "max_position_embeddings": 256}))
+    shapes = {k: [V if n == 90 else n for n in shape] for k, shape in made["shapes"].items()}
+    write_safetensors(path / "model.safetensors", {k: torch.from_numpy(fill(k, tuple(s))) for k, s in shapes.items()})
+    (path / "tokenizer.json").write_text(json.dumps(GOLDEN["tokenizers"]["smollm"]))
+    return path
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "evaluate.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_study_of_a_model_end_to_end(tmp_path, folder):
+    facts = written(tmp_path / "facts.jsonl", some_facts())
+    tasks = [a for name, (row, *_) in ROWS.items() for a in ("--task", f"{name}={written(tmp_path / name, [row] * 3)}")]
+    command = ["--model", folder, "--facts", facts, "--repair-steps", 4, "--out", tmp_path / "out", *tasks]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "tiny-llama" / "results.json").read_text())
+    tags = [m["tag"] for m in results["models"]]
+    assert tags[0] == "dense" and all(tags.count(tag) == len(real.RATES) for tag in real.REPAIRS)
+    assert all(f"| {tag} |" in done.stdout or f"| + {tag} |" in done.stdout for tag in tags)
+    assert "novel" not in done.stdout.splitlines()[0]
+    for m in results["models"]:
+        assert {"recall_seen", "recall_heldout", "arc_easy acc_norm", "lambada_openai perplexity"} <= m["metrics"].keys()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "tiny-llama" / "predictions.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in rows} == {"seen", "heldout"}
+    again = run(*command)
+    assert again.returncode == 0 and all(t["reused"] for t in json.loads(
+        (tmp_path / "out" / "tiny-llama" / "results.json").read_text())["times"])
+    assert done.stdout.splitlines()[:len(tags)] == again.stdout.splitlines()[:len(tags)]
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--model", "nowhere"], "nowhere"), (["--model", "README.md"], "README.md"),
+    (["--model", "{}", "--facts", "README.md"], "README.md: line 1"), (["--model", "{}", "--task", "arc"], "NAME=FILE"),
+    (["--model", "{}", "--task", "boolq=README.md"], "boolq"), (["--model", "{}", "--text", "nowhere.txt"], "nowhere.txt"),
+    (["--task", "arc=README.md"], "README.md: line 1"), (["--text", "README.md"], "--model"),
+    (["--model", "{}", "--repair-steps", "3"], "repair-steps"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, folder, args, word):
+    done = run(*(a.format(folder) for a in args), "--out", tmp_path / "out")
+    assert done.returncode == 2 and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
