@@ -60,7 +60,7 @@ def selectors(model, pool, facts, validation, encoding, generator):
     right, M = each["right"], len(pool)
 
     def took(score):
-        return right.gather(1, score.argmax(1, keepdim=True))[:, 0]
+        return right.gather(1, idp.highest(score)[:, None])[:, 0]
     loudness = tuning["attention"].mean(0)  # (M,) the attention a prompt draws whatever is asked
     joined = Subject(model, idp.prefill(model, idp.PromptPool([torch.cat(list(pool.prompts))])))
     untuned = idp.PromptPool([prompt_init(model, len(p), generator=generator) for p in pool.prompts])

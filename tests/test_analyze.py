@@ -19,7 +19,8 @@ def scene():
     people = data.make_world(data.WorldConfig(seen=8, heldout=8, validation=8, novel=8))
     encoding = data.make_encoding(data.train_bpe(data.statements(people), 700))
     generator = torch.Generator().manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=encoding.n_vocab, n_layer=2, n_embd=32, n_head=4, n_kv_head=2)).init_weights(generator)
+    config = GPTConfig(vocab_size=encoding.n_vocab, n_layer=2, n_embd=32, n_head=4, n_kv_head=2)
+    model = GPT(config).init_weights(generator)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)
@@ -86,7 +87,7 @@ def test_a_model_is_like_itself_and_only_itself(scene):
     model, pool, encoding, _ = scene
     ids = torch.randint(600, (3, 12), generator=torch.Generator().manual_seed(2))
     same = analyze.similarity(Subject(model), Subject(model), ids)
-    assert all(abs(x - 1) < 1e-5 for row in same["attention"] for x in row) and all(abs(x - 1) < 1e-5 for x in same["output"])
+    assert all(abs(x - 1) < 1e-5 for row in [*same["attention"], same["output"]] for x in row)
     prompted = analyze.similarity(pool_subject(model, pool), Subject(model), ids)
     assert min(prompted["output"]) < 0.999
 
@@ -106,7 +107,8 @@ def test_inside_attention_is_the_softmax_row_by_row(scene):
         for t in range(6):
             logits = [(q[0, head, 5 + t] @ k[0, head // 2, s]).item() / math.sqrt(8) for s in range(5 + t + 1)]
             weights = [math.exp(v) for v in logits][5:]
-            assert attention[0, 0, head, t, :t + 1].tolist() == pytest.approx([w / sum(weights) for w in weights], abs=1e-5)
+            expected = [w / sum(weights) for w in weights]
+            assert attention[0, 0, head, t, :t + 1].tolist() == pytest.approx(expected, abs=1e-5)
     for block, out in zip(model.blocks, outputs):
         x = block(x)
         assert torch.allclose(out[0], x[0, 5:], atol=1e-4)

@@ -89,8 +89,13 @@ def test_length_buys_no_votes():
 
 
 def test_a_tie_goes_to_the_lowest_index():
-    model, ids, prompt = gpt(), tokens(8, 5), make_pool(4).prompts[0]
-    assert select(model, PromptPool([prompt] * 5), ids).tolist() == [0] * 8
+    """Also where the same probabilities are added up in another order: many shapes, and scores made by hand."""
+    model = gpt()
+    for n, length, T, B in ((5, 4, 5, 8), (3, 5, 12, 1), (9, 2, 7, 3), (12, 1, 16, 1), (2, 16, 3, 8)):
+        prompt = make_pool(length).prompts[0]
+        assert select(model, PromptPool([prompt] * n), tokens(B, T)).tolist() == [0] * B
+    by_hand = torch.tensor([[0.1, 0.3, 0.3 + 1e-7], [0.3, 0.301, 0.2], [-0.2, -0.1, -0.1], [0, 0, 0]])
+    assert idp.highest(by_hand).tolist() == [1, 1, 1, 0]
 
 
 @family
@@ -153,6 +158,25 @@ def test_one_prompt_in_the_pool_is_the_plain_prompt(name):
     cache = take(prefill(model, pool), torch.zeros(3, dtype=torch.long), 6 + 4)
     plain = model.generate(ids, 4, lengths, prompt=pool.prompts[0])
     assert torch.equal(model.generate(ids, 4, lengths, cache=cache), plain)
+
+
+@family
+@torch.no_grad()
+def test_start_hands_the_first_layer_on(name):
+    """Choose, gather and generate in one: the same tokens, cache and hidden states, bit for bit, as step by step."""
+    model, pool, ids = gpt(name), make_pool(4, 2, 5), tokens(4, 6)
+    filled = prefill(model, pool)
+    cache, first = idp.start(model, filled, ids, LENGTHS, room=3)
+    chosen = select(model, pool, ids, LENGTHS)
+    plain = take(filled, chosen, 6 + 3)
+    assert torch.equal(cache.first, plain.first) and cache.slots == plain.slots
+    assert torch.equal(model.hidden(ids, None, copy.deepcopy(cache), LENGTHS, first),
+                       model.hidden(ids, None, copy.deepcopy(plain), LENGTHS))
+    given, expected = (model.generate(ids, 3, LENGTHS, cache=c, first=f) for c, f in ((cache, first), (plain, None)))
+    assert torch.equal(given, expected) and all(map(torch.equal, cache.k + cache.v, plain.k + plain.v))
+    other = [t + 1 for t in first]  # and what is handed on is used: another q, k, v is another answer
+    assert not torch.equal(model.hidden(ids, None, take(filled, chosen, 6), LENGTHS, other),
+                           model.hidden(ids, None, take(filled, chosen, 6), LENGTHS))
 
 
 def test_equal_lengths_are_the_prompt_alone_in_float64():
