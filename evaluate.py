@@ -83,7 +83,7 @@ def fractions(dense, compressed, repaired):
     """displaced and relearned (module docstring) from recalls by split: numbers, or arrays of bootstrap samples."""
     with np.errstate(divide="ignore", invalid="ignore"):
         back = {s: (repaired[s] - compressed[s]) / (dense[s] - compressed[s]) for s in ("seen", "heldout")}
-    return back["heldout"], back["seen"] - back["heldout"]
+        return back["heldout"], back["seen"] - back["heldout"]
 
 
 def clause(value, bounds, gains, loses, neither):

@@ -40,6 +40,7 @@ class StudyConfig:
     calibration: tuple = (128, 64)
     repair_batch: tuple = (32, 32)
     repair_steps: int = 250
+    pool_steps: int = 250                    # of each prompt of a pool
     test_people: int = 500                   # of each split, at most, that the table asks about
     timing_rounds: int = 15                  # times that each model answers one question, taking turns
     ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
@@ -62,7 +63,7 @@ def sized(size, seed=0, out="out", **more):
         config.world = data.WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
         config.gpt = {"n_layer": 2, "n_embd": 64}
         config.pretrain.steps, config.pretrain_batch = 300, (16, 64)
-        config.repair_steps, config.out = 30, os.path.join(out, "quick")
+        config.repair_steps, config.pool_steps, config.out = 30, 30, os.path.join(out, "quick")
     return config
 
 
@@ -117,7 +118,8 @@ def guard(run):
     try:
         run()
     except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+        print(f"{name}: {what}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; every finished step is kept and will be reused", file=sys.stderr)
@@ -395,7 +397,7 @@ def repair_batches(dense, config, world, log):
 def repaired_subject(base, tag, kind, size, batches, config, log, objective="distillation", lr=None):
     """`base` repaired in one way, on the batches of `repair_batches`."""
     lr = lr or config.rates[base.about["tag"]][f"prompt {size[1]}" if kind == "idp" else tag]
-    fit_config = FitConfig(steps=config.repair_steps, lr=lr)
+    fit_config = FitConfig(steps=config.pool_steps if kind == "idp" else config.repair_steps, lr=lr)
     settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
                 "fit": asdict(fit_config), "repair_batch": config.repair_batch}
     if objective != "distillation":

@@ -27,6 +27,7 @@ def tiny(out):
     config = StudyConfig(world=data.WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600), out=str(out))
     config.full, config.gpt = True, {"n_layer": 1, "n_embd": 32, "n_head": 2}
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
+    config.pool_steps = 4
     config.calibration, config.repair_batch, config.timing_rounds = (8, 32), (4, 24), 2
     return config
 
