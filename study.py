@@ -23,6 +23,7 @@ import torch
 
 import data
 import idp
+import items
 import recover
 from compress import compress
 from kernels import PackedLinear
@@ -45,7 +46,13 @@ class StudyConfig:
     timing_rounds: int = 15                  # times that each model answers one question, taking turns
     ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
     seed: int = 0
+    seeds: int = 1                           # compression data, repair and prompts are drawn so many times
+    repeat: int = 0                          # which of those times this is
     full: bool = False
+    skills: bool = False                     # whether pretraining also reads the lessons of items.py
+    task_items: int = 200                    # of each task and split
+    task_repairs: tuple = ("LoRA rank 8", "IDP 4 x 8")  # whom tasks are asked of beside the unrepaired models
+    all_tasks: bool = False                  # asked of every model
     out: str = "out"
     compressions: dict = field(default_factory=lambda: COMPRESSIONS)
     repairs: dict = field(default_factory=lambda: REPAIRS)
@@ -53,17 +60,25 @@ class StudyConfig:
     rate_grid: dict = field(default_factory=lambda: RATE_GRID)
 
 
-SIZES = ("default", "quick")
+SIZES = ("default", "quick", "medium")
 
 
 def sized(size, seed=0, out="out", **more):
-    """The study's settings. "quick": fewer people and steps, the same path in a minute, in OUT/quick."""
+    """The study's settings. "quick": fewer people and steps, the same path in a minute, in OUT/quick. "medium": a wider
+    GPT that pretraining also teaches to read a text, compare, summarize and follow instructions, in OUT/medium.
+    """
     config = StudyConfig(world=data.WorldConfig(seed=seed), seed=seed, out=out, **more)
     if size == "quick":
         config.world = data.WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
         config.gpt = {"n_layer": 2, "n_embd": 64}
         config.pretrain.steps, config.pretrain_batch = 300, (16, 64)
-        config.repair_steps, config.pool_steps, config.out = 30, 30, os.path.join(out, "quick")
+        config.repair_steps, config.pool_steps, config.task_items = 30, 30, 40
+        config.out = os.path.join(out, "quick")
+    if size == "medium":
+        config.world.vocab_size, config.skills = 1280, True
+        config.gpt = {"n_embd": 128, "context": 128}
+        config.pretrain.steps, config.pretrain_batch = 6400, (16, 128)
+        config.calibration, config.repair_batch, config.out = (128, 128), (16, 96), os.path.join(out, "medium")
     return config
 
 
@@ -185,10 +200,14 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
-
 def read_json(path):
     with open(path) as f:
         return json.load(f)
+
+
+def json_step(log, path, settings, make):
+    """A `step` whose result is kept as JSON."""
+    return step(log, path, settings, make, lambda result, path: write_text(path, json.dumps(result)), read_json)
 
 
 def slug(tag):
@@ -208,12 +227,16 @@ class World:
         people = data.make_world(config.world)
         self.people = {split: [p for p in people if p.split == split] for split in data.SPLITS}
         told = [p for p in people if p.split != "novel"]
-        self.text = data.statements(told) + data.taught_questions(told)
+        first = [p for split in data.SPLITS[:3] for p in self.people[split][:len(self.people[split]) // 10]]
+        self.text, self.first_text, self.repair_text = (  # pretraining, where it begins, and what repairs read
+            data.statements(who) + data.taught_questions(who) for who in (told, first, self.people["seen"]))
+        if config.skills:  # lessons are about seen people; facts, told in fewer tokens, are read four times as often
+            few = [p for p in first if p.split == "seen"]
+            self.text, self.first_text, self.repair_text = (
+                4 * text + items.lessons(who, config.seed) for text, who in
+                ((self.text, self.people["seen"]), (self.first_text, few), (self.repair_text, self.people["seen"])))
         self.ranks = data.train_bpe(self.text, config.world.vocab_size)
         self.encoding = data.make_encoding(self.ranks)
-        self.repair_text = data.statements(self.people["seen"]) + data.taught_questions(self.people["seen"])
-        first = [p for split in data.SPLITS[:3] for p in self.people[split][:len(self.people[split]) // 10]]
-        self.first_text = data.statements(first) + data.taught_questions(first)  # where pretraining begins
         self.windows = next(data.batches(data.statements(self.people["heldout"]), self.encoding, 100, 63,
                                          torch.Generator().manual_seed(config.seed), aligned=True))  # (100, 64)
         self.inside = self.windows[:50, :-1]  # the text on which attention and activations are compared
@@ -225,6 +248,13 @@ class World:
     def asked(self, config):
         """{split: facts} that the table asks about."""
         return {split: self.facts(split, config.test_people) for split in ("seen", "heldout", "novel")}
+
+    def tasks(self, config):
+        """{task: {split: items}} of items.py that this GPT was prepared for."""
+        told = [p for split in data.SPLITS[:3] for p in self.people[split]]
+        return {name: {split: items.make_items(name, self.people[split], told, config.task_items, config.seed)
+                       for split in ("seen", "heldout", "novel")}
+                for name, task in items.TASKS.items() if config.skills or not task.skill}
 
     def answer(self, subject, facts):
         """One dict a fact: what `subject` answers, see tasks.answer."""
@@ -240,12 +270,12 @@ class World:
         """The ids (N, T) that compression is calibrated on: text about seen people."""
         rows, T = config.calibration
         return next(data.batches(self.repair_text, self.encoding, rows, T - 1,
-                                 torch.Generator().manual_seed(config.seed + 1)))
+                                 torch.Generator().manual_seed(again(config) + 1)))
 
     def repair_rows(self, config):
         """The ids (rows, T + 1) of every step of a repair: text about seen people."""
         stream = data.batches(self.repair_text, self.encoding, *config.repair_batch,
-                              torch.Generator().manual_seed(config.seed + 2), aligned=True)
+                              torch.Generator().manual_seed(again(config) + 2), aligned=True)
         return [next(stream) for _ in range(config.repair_steps)]
 
     def check_leaks(self, ids):
@@ -349,7 +379,8 @@ def shared_copy(model):
 
 def dense_subject(config, world, log):
     settings = {"world": asdict(config.world), "gpt": config.gpt, "pretrain": asdict(config.pretrain),
-                "batch": config.pretrain_batch, "seed": config.seed, "torch": torch.__version__}
+                "batch": config.pretrain_batch, "seed": config.seed, "torch": torch.__version__,
+                **({"lessons": items.LESSONS} if config.skills else {})}
     os.makedirs(config.out, exist_ok=True)
     path = os.path.join(config.out, "dense.safetensors")
     model = step(log, path, settings, lambda: train_dense(config, world, log), save, load)
@@ -360,12 +391,19 @@ def dense_subject(config, world, log):
                                  "path": path, "extra": 0, "layers": None})
 
 
+def again(config):
+    """The seed of what `--seeds` draws again: calibration text, repair text, the start of every repair."""
+    return config.seed + 1000 * config.repeat
+
+
 def compressed_subject(dense, tag, config, world, log):
     operation, method, how = config.compressions[tag]
     calibration = world.calibration(config)
     world.check_leaks(calibration)
-    settings = {**dense.about["settings"], "method": method, **how, "calibration": config.calibration}
-    path = os.path.join(config.out, slug(tag) + ".safetensors")
+    settings = {**dense.about["settings"], "method": method, **how, "calibration": config.calibration,
+                **({"repeat": config.repeat} if config.repeat else {})}
+    name = slug(tag) + (f"-seed-{config.repeat}" if config.repeat else "")
+    path = os.path.join(config.out, name + ".safetensors")
 
     def make():
         model, rows = compress(dense.model, calibration, method, **how)
@@ -374,7 +412,7 @@ def compressed_subject(dense, tag, config, world, log):
     model = step(log, path, settings, make, save, load)
     with open(path + ".layers.json") as f:
         rows = json.load(f)
-    return Subject(model, about={"id": slug(tag), "tag": tag, "base": "dense", "settings": settings, "path": path,
+    return Subject(model, about={"id": name, "tag": tag, "base": "dense", "settings": settings, "path": path,
                                  "extra": 0, "layers": rows,
                                  "operation": {"name": operation, "parameters": {"method": method, **how}}})
 
@@ -406,7 +444,7 @@ def repaired_subject(base, tag, kind, size, batches, config, log, objective="dis
     path = os.path.join(config.out, name + ".safetensors")
     tensors = step(log, path, settings,
                    lambda: train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config,
-                                        config.seed, log.progress(name, fit_config.steps)),
+                                        again(config), log.progress(name, fit_config.steps)),
                    lambda tensors, path: write_safetensors(path, {f"{i:03d}": t for i, t in enumerate(tensors)}),
                    lambda path: list(read_safetensors(path)[0].values()))
     subject = attach(base.model, kind, size, tensors)
