@@ -118,7 +118,7 @@ def score(subject, name, questions, encoding):
 
 def accepted(question, encoding):
     """The tokens of each accepted answer behind the question, tokenized together with it."""
-    return [whole[len(q):] for q, wholes, _ in [tasks.cut_options(question, encoding, [])] for whole in wholes]
+    return tasks.cut_options(question, encoding, [])[1]
 
 
 def plain(text):

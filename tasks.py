@@ -5,7 +5,7 @@ A `Subject` is whatever answers: a model, and what stands in front of every inpu
 prompt, a prefix, or a pool of which `choose` picks one row an input). Every number of the study comes from a Subject
 through this file.
 
-    recall       the question is continued greedily; the generated part up to the first full stop must be the value, exactly
+    recall       the question is continued greedily; the generated part up to the first full stop must be the value
     logprob      the sum of log-probabilities of the value's tokens behind the question, in nats
     acc          multiple choice: the option with the highest logprob is the right one
     acc_norm     the same with each logprob divided by the option's characters, so that length does not decide
@@ -75,8 +75,13 @@ def answer(subject, facts, encoding, batch_size=250):
         ids, lengths = pad([question for question, _ in part], encoding)  # (B, T), (B,)
         chosen = subject.pick(ids, lengths)
         cache = subject.cache(chosen, ids.shape[1] + longest)
+        length, used = cache.length, cache.used
         given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token)
-        logprobs = gold_logprobs(subject, part, chosen, encoding)
+        cache.length, cache.used = length + lengths - 1, used + ids.shape[1] - 1  # back to the question's last token
+        after, _ = pad([question[-1:] + gold for question, gold in part], encoding)  # (B, 1 + answer)
+        log_p = F.log_softmax(subject.model(after[:, :-1], cache=cache).float(), dim=-1)  # (B, answer, V)
+        log_p = log_p.gather(-1, after[:, 1:, None])[..., 0]  # (B, answer)
+        logprobs = [log_p[b, :len(gold)].sum().item() for b, (_, gold) in enumerate(part)]
         for b, (question, _) in enumerate(part):
             tokens = given[b, len(question):len(question) + longest].tolist()
             text, ended = until_stop(tokens, encoding)
@@ -118,24 +123,18 @@ class Item(NamedTuple):
 
 
 def cut_options(item, encoding, start):
-    """(question tokens, [question and option tokens] an option, n): the first n tokens are the same in all of them.
+    """(question tokens, [tokens of each option]), `start` in front of the question.
 
-    Each option is tokenized together with its question, as training saw them; a space at the question's end belongs to
-    the option. n is shorter than the question where a token reaches across the border; the option is then what stands
-    behind as many tokens as the question has alone (as the EleutherAI harness cuts).
+    Each option is tokenized together with its question, as training saw them, and is what stands behind as many tokens
+    as the question has alone; a space at the question's end belongs to the option. So cuts the EleutherAI harness.
     """
     text = item.question.rstrip(" ")
     moved = item.question[len(text):]
     question = [*start, *encoding.encode_ordinary(text)]
-    wholes = [[*start, *encoding.encode_ordinary(text + moved + option)] for option in item.options]
-    if not wholes or min(map(len, wholes)) <= len(question):
-        raise ValueError(f"the question {item.question!r} has no options, or one that is empty: {item.options!r}")
-    same = 0
-    while same < len(question) and all(whole[same] == question[same] for whole in wholes):
-        same += 1
-    if same == 0:
-        raise ValueError(f"nothing stands in front of the options {item.options!r}")
-    return question, wholes, same
+    options = [encoding.encode_ordinary(text + moved + option)[len(question) - len(start):] for option in item.options]
+    if not (question and options and all(options)):
+        raise ValueError(f"{item.question!r} is no question with options behind it, or one is empty: {item.options!r}")
+    return question, options
 
 
 @torch.no_grad()
@@ -152,29 +151,27 @@ def choose(subject, items, encoding, batch_size=100, start=None):
     A question is computed once, however many options it has; of the options, only what stands behind it.
     """
     start = [encoding.eot_token] if start is None else start
-    rows = [cut_options(item, encoding, start) for item in items]
     out = []
-    for i in range(0, len(rows), batch_size):
-        part, asked = rows[i:i + batch_size], items[i:i + batch_size]
-        ids, lengths = pad([question for question, _, _ in part], encoding)  # (B, T), (B,)
+    for i in range(0, len(items), batch_size):
+        asked = items[i:i + batch_size]
+        part = [cut_options(item, encoding, start) for item in asked]
+        ids, lengths = pad([question for question, _ in part], encoding)  # (B, T), (B,)
         chosen = subject.pick(ids, lengths)
         cache = subject.cache(chosen, ids.shape[1])
-        same = torch.tensor([n for _, _, n in part])
-        x = subject.model.hidden(ids, cache=cache, lengths=same)  # (B, T, C); what stands behind `same` is overwritten
-        first = log_softmax(subject.model, x[torch.arange(len(part)), same - 1][:, None])[:, 0]  # (B, V)
-        owner = torch.tensor([b for b, (_, wholes, _) in enumerate(part) for _ in wholes])  # (R,): a row an option
-        rest = [whole[n:] for _, wholes, n in part for whole in wholes]
-        skip = [len(question) - n for question, wholes, n in part for _ in wholes]  # rest's tokens that are question
-        sums = [0.0] * len(rest)
-        for n in sorted(set(map(len, rest))):  # options of one length together: nothing is computed for padding
-            of = [r for r, tokens in enumerate(rest) if len(tokens) == n]
-            after = torch.tensor([rest[r] for r in of])  # (R, n)
+        x = subject.model.hidden(ids, cache=cache, lengths=lengths)  # (B, T, C)
+        first = log_softmax(subject.model, x[torch.arange(len(part)), lengths - 1][:, None])[:, 0]  # (B, V)
+        owner = torch.tensor([b for b, (_, options) in enumerate(part) for _ in options])  # whose option each is
+        rows = [tokens for _, options in part for tokens in options]
+        sums = [0.0] * len(rows)
+        for n in sorted(set(map(len, rows))):  # options of one length together: nothing is computed for padding
+            of = [r for r, tokens in enumerate(rows) if len(tokens) == n]
+            after = torch.tensor([rows[r] for r in of])  # (R, n)
             log_p = first[owner[of]].gather(-1, after[:, :1])  # (R, 1): of each option's first token
             if n > 1:
                 x = subject.model.hidden(after[:, :-1], cache=take(cache, owner[of], n - 1))  # (R, n - 1, C)
                 log_p = torch.cat([log_p, log_softmax(subject.model, x).gather(-1, after[:, 1:, None])[..., 0]], dim=1)
-            for i, r in enumerate(of):
-                sums[r] = log_p[i, skip[r]:].sum().item()
+            for r, total in zip(of, log_p.sum(1).tolist()):
+                sums[r] = total
         for b, item in enumerate(asked):
             mine, sums = sums[:len(item.options)], sums[len(item.options):]
             norm = [p / max(1, len(option.removeprefix(" "))) for p, option in zip(mine, item.options)]
