@@ -4,7 +4,10 @@ The study: train, compress, repair, and answer the question - is the knowledge f
     python evaluate.py                     # the whole study: out/results.json, out/predictions.jsonl, out/report.html
     python evaluate.py --quick             # the same path through a smaller world, in a minute
     python evaluate.py --full              # adds the next-token twins and the pools trained in other ways
+    python evaluate.py --seeds 3           # compression data, repair and prompts drawn three times: adds the spread
+    python evaluate.py --size medium       # a second GPT, which has also been taught to read, compare and follow
     python evaluate.py --sweep lr          # the sweep behind study.RATES
+    torchrun --nproc-per-node 2 evaluate.py --sweep bits     # or sparsity, prompt-length, rank: see curves.py
     python evaluate.py --model M           # the same on a real language model: real.py
 
 The hypothesis, written down before the run. People are split into seen (in the repair's text) and held-out (never in
@@ -17,9 +20,8 @@ it). With a(m, s) the recall of model m on split s,
     H1  it is displaced: displaced > 0, on people that no repair has read about
 
 Every recall and fraction has a 95 % interval from a paired bootstrap over people (Efron & Tibshirani 1993; 10,000
-resamples), and the verdict in words follows from the intervals alone.
-
-What it leaves out: several seeds at once, a correction for many comparisons, tasks beyond recall and perplexity.
+resamples); every model is compared with the one it was made from by an exact test of the flips, all corrected together
+(compare.py). The verdict in words follows from these alone.
 """
 import argparse
 import json
@@ -28,56 +30,29 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import tiktoken
 import torch
 
 import analyze
+import compare
+import curves
 import data
+import findings
 import harness
 import idp
 import real
 import recover
 import report
-from study import (OPERATIONS, Log, World, all_subjects, dense_subject, guard, options, read_json, sized,
-                   slug, step, sweep_rates, write_text)
+from study import (OPERATIONS, Log, StudyConfig, World, all_subjects, dense_subject, guard, json_step, options, sized,
+                   slug, sweep_rates, write_text)
+from stats import by_person, interval, resampled
 from tasks import Subject, perplexity
 
 
-# ---- statistics
-
-def resampled(scores, resamples, generator, sizes=None):
-    """Bootstrap means (resamples, models) of scores (people, models): people are drawn with replacement, the same for
-    all models.
-
-    sizes  (people,) facts of each; scores are then sums over a person's facts, and the means are a fact's
-    """
-    n = len(scores)
-    draws = torch.randint(n, (resamples, n), generator=generator)
-    counts = torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n)).double()
-    total = n if sizes is None else counts @ torch.as_tensor(sizes, dtype=torch.float64)[:, None]
-    return counts @ torch.as_tensor(scores, dtype=torch.float64) / total
-
-
-def by_person(columns, facts):
-    """Scores of single facts, columns (models, facts), summed by whom they are about: (people, models), and (people,)
-    the facts of each."""
-    where = {person: i for i, person in enumerate(dict.fromkeys(f.person for f in facts))}
-    index = [where[f.person] for f in facts]
-    sums = np.zeros((len(where), len(columns)))
-    np.add.at(sums, index, np.array(columns, dtype=float).T)
-    return sums, np.bincount(index, minlength=len(where))
-
-
-def interval(samples):
-    """The middle 95 % of bootstrap samples, [low, high]; samples that are not finite make it [None, None]."""
-    samples = np.asarray(samples)
-    if not np.isfinite(samples).all():
-        return [None, None]
-    return [float(x) for x in np.percentile(samples, [2.5, 97.5])]
-
+# ---- forgotten or displaced
 
 def fractions(dense, compressed, repaired):
     """displaced and relearned (module docstring) from recalls by split: numbers, or arrays of bootstrap samples."""
@@ -92,14 +67,20 @@ def clause(value, bounds, gains, loses, neither):
     return f"{gains if low > 0 else loses if high < 0 else neither} {value:.0%} [{low:.0%}, {high:.0%}]"
 
 
-def verdict(model):
-    """What the intervals of one repaired model say in words: nothing in it is judged by hand."""
+def verdict(model, tests):
+    """What one repaired model's tests and intervals say in words: nothing in it is judged by hand.
+
+    tests  its comparison with the unrepaired model on held-out recall, one a seed: the corrected p of each must be
+           below 0.05, and all must agree on the side, for anything to be claimed
+    """
     value, bounds = model["metrics"], model["intervals"]
     if None in bounds["displaced"] + bounds["relearned"]:
         return "compression took too little recall to divide by"
-    return (clause(value["displaced"], bounds["displaced"], "held-out facts come back, displaced",
-                   "held-out facts are lost further, displaced",
-                   "held-out recall not distinguishable from unrepaired, displaced")
+    sides = {(t["difference"] > 0) - (t["difference"] < 0) if t["p_holm"] < 0.05 else 0 for t in tests}
+    said = {(1,): "held-out facts come back", (-1,): "held-out facts are lost further"}.get(
+        tuple(sides), "held-out recall not distinguishable from unrepaired")
+    low, high = bounds["displaced"]
+    return (f"{said}, displaced {value['displaced']:.0%} [{low:.0%}, {high:.0%}]"
             + "; " + clause(value["relearned"], bounds["relearned"], "seen facts gain more, re-learned",
                             "seen facts gain less, re-learned", "seen facts gain as much, re-learned"))
 
@@ -110,6 +91,23 @@ def measure(subject, world, config):
     """What a subject answers and how well it reads: {"facts": {split: [answers]}, "perplexity": float}."""
     return {"facts": {split: world.answer(subject, facts) for split, facts in world.asked(config).items()},
             "perplexity": perplexity(subject, world.windows)}
+
+
+def ask_all(subjects, config, world, log):
+    """What every subject answers, {id: see measure}: asked once, then read from its file."""
+    return {s.about["id"]: json_step(log, os.path.join(config.out, s.about["id"] + ".answers.json"),
+                                     {**s.about["settings"], "test_people": config.test_people},
+                                     lambda: measure(s, world, config)) for s in subjects}
+
+
+def repeated(dense, subjects, measured, config, world, log):
+    """The runs of the other seeds: compression data, repair and prompts drawn anew. Named as the first run's models."""
+    for repeat in range(1, config.seeds):
+        log.say(f"seed {repeat + 1} of {config.seeds}")
+        others = all_subjects(dense, replace(config, repeat=repeat), world, log)
+        run = ask_all(others[1:], config, world, log)
+        yield {dense.about["id"]: measured[dense.about["id"]],
+               **{s.about["id"]: run[o.about["id"]] for s, o in zip(subjects[1:], others[1:])}}
 
 
 def milliseconds(subjects, world, rounds):
@@ -193,39 +191,40 @@ def study(dense, config, world, log, files=None):
     files  {task: its Questions} to ask of every model beside the facts, see harness.py
     """
     subjects = all_subjects(dense, config, world, log)
-    measured = {}
-    for subject in subjects:
-        about = subject.about
-        path = os.path.join(config.out, about["id"] + ".answers.json")
-        measured[about["id"]] = step(log, path, {**about["settings"], "test_people": config.test_people},
-                                     lambda: measure(subject, world, config),
-                                     lambda result, path: write_text(path, json.dumps(result)), read_json)
-    ms = step(log, os.path.join(config.out, "milliseconds.json"), [s.about["settings"] for s in subjects],
-              lambda: milliseconds({s.about["id"]: s for s in subjects}, world, config.timing_rounds),
-              lambda result, path: write_text(path, json.dumps(result)), read_json)
+    measured = ask_all(subjects, config, world, log)
+    ms = json_step(log, os.path.join(config.out, "milliseconds.json"), [s.about["settings"] for s in subjects],
+                   lambda: milliseconds({s.about["id"]: s for s in subjects}, world, config.timing_rounds))
     models = [{**{k: s.about[k] for k in ("id", "tag", "base", "operation", "layers")},
                "metrics": {**costs(s), "perplexity": measured[s.about["id"]]["perplexity"],
                            "ms_per_question": ms[s.about["id"]]},
                "intervals": {}, "verdict": None} for s in subjects]
-    add_recalls(models, measured, world.asked(config), config)
+    runs = [measured, *repeated(dense, subjects, measured, config, world, log)]
+    add_recalls(models, runs, world.asked(config), config)
+    scored, tasks = compare.score_tasks(subjects, measured, world, config, log)
+    compare.add_tasks(models, scored, tasks, config.seed + 6)
+    compared, *again = [compare.comparisons(models, run, scored) for run in runs]
+    for m in models:
+        tests = [row for rows in (compared, *again) for row in rows
+                 if row["model"] == m["id"] and row["what"] == "recall, held-out"]
+        if m["base"] not in (None, "dense"):
+            m["verdict"] = verdict(m, tests)
     add_files(models, subjects, files or {}, world, config, log)
-    inside = step(log, os.path.join(config.out, "similarity.json"), [s.about["settings"] for s in subjects],
-                  lambda: look_inside(subjects, world), lambda result, path: write_text(path, json.dumps(result)),
-                  read_json)
+    inside = json_step(log, os.path.join(config.out, "similarity.json"), [s.about["settings"] for s in subjects],
+                       lambda: look_inside(subjects, world))
     where = {s.about["id"]: s for s in subjects}
     for subject, model in zip(subjects, models):
         model["similarity"] = inside[model["id"]]
         if subject.about.get("kind") == "idp" and config.ablation_people:
             path = os.path.join(config.out, model["id"] + ".selectors.json")
-            ablated = step(log, path, {**subject.about["settings"], "people": config.ablation_people},
-                           lambda: ablation(subject, where[model["base"]], world, config),
-                           lambda result, path: write_text(path, json.dumps(result)), read_json)
+            ablated = json_step(log, path, {**subject.about["settings"], "people": config.ablation_people},
+                                lambda: ablation(subject, where[model["base"]], world, config))
             model["idp"] = summary(ablated, world.facts("heldout", config.ablation_people), config)
-    context = step(log, os.path.join(config.out, "context.json"), subjects[0].about["settings"],
-                   lambda: context_check(subjects[0], world, config),
-                   lambda result, path: write_text(path, json.dumps(result)), read_json)
+    context = json_step(log, os.path.join(config.out, "context.json"), subjects[0].about["settings"],
+                        lambda: context_check(subjects[0], world, config))
+    noise = json_step(log, os.path.join(config.out, "noise.json"), [s.about["settings"] for s in subjects],
+                      lambda: compare.noise_floor(subjects, measured, config, world))
     return {"name": world.name, "settings": asdict(config), "seed": config.seed, "models": models,
-            "context": context,
+            "context": context, "comparisons": compared, "noise": noise,
             "metrics": [dict(zip(("name", "label", "unit", "higher_is_better", "description"), m))
                         for m in [*METRICS, *harness.metrics(files or {})]
                         if any(m[0] in model["metrics"] for model in models)],
@@ -253,16 +252,25 @@ def costs(subject):
             "extra_parameters": subject.about["extra"]}
 
 
-def add_recalls(models, measured, asked, config):
-    """Recalls, fractions, intervals and verdicts from each person's right answers: all models on the same people."""
-    generator = torch.Generator().manual_seed(config.seed + 3)
+def add_recalls(models, runs, asked, config):
+    """Recalls, fractions and intervals from each person's right answers: all models on the same people.
+
+    runs  [{model id: what it answered}], one a seed. With several, metrics are their mean, intervals are resampled over
+          people and over seeds, and each model's "seeds" holds the metric of each.
+    """
+    generator, K = torch.Generator().manual_seed(config.seed + 3), len(runs)
     where = {m["id"]: i for i, m in enumerate(models)}
-    means, samples = {}, {}
+    means, each, samples = {}, {}, {}
+    drawn = torch.randint(K, (10_000, K), generator=generator) if K > 1 else torch.zeros(10_000, 1, dtype=torch.long)
     for split, facts in asked.items():
-        people, sizes = by_person([[a["correct"] for a in measured[m["id"]]["facts"][split]] for m in models], facts)
-        means[split] = people.sum(0) / sizes.sum()  # (models,)
-        samples[split] = resampled(people, 10_000, generator, sizes).numpy()
+        right = [[a["correct"] for a in run[m["id"]]["facts"][split]] for run in runs for m in models]
+        people, sizes = by_person(right, facts)  # (people, K * models)
+        each[split] = (people.sum(0) / sizes.sum()).reshape(K, -1)  # (K, models)
+        means[split] = each[split].mean(0)
+        found = resampled(people, 10_000, generator, sizes).view(10_000, K, -1)
+        samples[split] = found.gather(1, drawn[:, :, None].expand(-1, -1, len(models))).mean(1).numpy()
         for i, m in enumerate(models):
+            m.setdefault("seeds", {})[f"recall_{split}"] = each[split][:, i].tolist()
             m["metrics"][f"recall_{split}"] = float(means[split][i])
             m["intervals"][f"recall_{split}"] = interval(samples[split][:, i])
     for i, m in enumerate(models):
@@ -274,7 +282,9 @@ def add_recalls(models, measured, asked, config):
                                       fractions(*({s: samples[s][:, j] for s in means} for j in (0, base, i)))):
             m["metrics"][name] = float(value) if np.isfinite(value) else None
             m["intervals"][name] = interval(drawn)
-        m["verdict"] = verdict(m)
+        by_seed = fractions(*({s: each[s][:, j] for s in means} for j in (0, base, i)))
+        m["seeds"] |= {name: [x if np.isfinite(x) else None for x in values.tolist()]
+                       for name, values in zip(("displaced", "relearned"), by_seed)}
 
 
 def add_files(models, subjects, files, world, config, log):
@@ -283,8 +293,7 @@ def add_files(models, subjects, files, world, config, log):
         for subject, model in zip(subjects, models):
             settings = {**subject.about["settings"], "questions": real.digest(questions)}
             path = os.path.join(config.out, f"{model['id']}.{slug(name)}.json")
-            scores = step(log, path, settings, lambda: harness.score(subject, name, questions, world.encoding),
-                          lambda result, path: write_text(path, json.dumps(result)), read_json)
+            scores = json_step(log, path, settings, lambda: harness.score(subject, name, questions, world.encoding))
             generator = torch.Generator().manual_seed(config.seed + 7)
             for metric, values in scores.items():
                 low, high = interval(resampled(np.array(values)[:, None], 10_000, generator)[:, 0])
@@ -305,13 +314,17 @@ SPLIT_NAMES = {"seen": "seen", "heldout": "held-out", "novel": "novel"}
 
 
 def table(results):
-    """The result as a Markdown table, a row a model; recalls in percent with their 95 % intervals."""
+    """The result as a Markdown table, a row a model; recalls in percent with their 95 % intervals, and with several
+    seeds the standard deviation over them behind ±.
+    """
     def percent(m, name):
         if m["metrics"].get(name) is None:
             return ""
         low, high = m["intervals"][name]
         bounds = f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else ""
-        return f"{100 * m['metrics'][name]:.1f}{bounds}"
+        seeds = [100 * x for x in m.get("seeds", {}).get(name, []) if x is not None]
+        spread = f" ± {statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
+        return f"{100 * m['metrics'][name]:.1f}{bounds}{spread}"
     splits = {f"recall_{split}": f"{name} %" for split, name in SPLIT_NAMES.items()
               if f"recall_{split}" in results["models"][0]["metrics"]}
     lines = ["| " + " | ".join(["model", "bits a weight", "KB on disk", "extra parameters", "perplexity",
@@ -369,9 +382,17 @@ def show(results, out):
     for model in results["models"]:
         if model.get("idp"):
             print(f"\n{model['id']}: one pool, every way to choose\n\n{selector_table(model)}")
+    for split, name in (("seen", "seen"), ("heldout", "held-out"), ("novel", "novel")):
+        if results["models"][0].get("tasks"):
+            print(f"\nthe tasks of items.py, {name} people, % [95 %]\n\n{compare.task_table(results, split)}")
+    print(f"\nevery model against the one it was made from\n\n{compare.comparison_table(results)}\n")
+    for row in results["noise"]:
+        print(f"noise floor, {row['model']} {row['what']}: {row['gained']} gained and {row['lost']} lost "
+              f"of {row['items']}, {100 * row['difference']:+.1f} points, p {row['p']:.2g}")
     print()
     for line in results["verdicts"]:
         print(f"{line['base']}, {line['text']}")
+    print("\nwhat others found, and we\n\n" + findings.show(results) + "\n")
     print(f"24 unrelated tokens in front of every question: held-out recall {results['context']['alone']:.1%} -> "
           f"{results['context']['behind_24_tokens']:.1%}")
     print(f"{results['seconds']:.0f} s; {out}/results.json, {out}/predictions.jsonl; to explore: {out}/report.html")
@@ -380,10 +401,16 @@ def show(results, out):
 def main():
     parser = options("Train, compress, repair, and say whether the knowledge was forgotten or displaced.")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
-    parser.add_argument("--full", action="store_true", help="also the next-token twins, and pools trained jointly and competitively")
-    parser.add_argument("--sweep", choices=["lr"], help="only try the learning rates, on the validation people")
+    parser.add_argument("--full", action="store_true",
+                        help="also the next-token twins, and pools trained jointly and competitively")
+    parser.add_argument("--seeds", type=int, default=StudyConfig.seeds, metavar="K",
+                        help="draw compression data, repair and prompts K times, and add the spread")
+    parser.add_argument("--all-tasks", action="store_true", help="ask every model every task of items.py, not a few")
+    parser.add_argument("--sweep", choices=["lr", *curves.SWEEPS],
+                        help="only vary one setting; lr: on validation people, printed; others: into results.json")
     parser.add_argument("--model", help="a real language model: a Hugging Face folder or a GGUF file")
-    parser.add_argument("--facts", default=real.FACTS, help="with --model: JSON lines of question, answer, options, entity")
+    parser.add_argument("--facts", default=real.FACTS,
+                        help="with --model: JSON lines of question, answer, options, entity")
     parser.add_argument("--text", help="with --model: a text file for calibration and repair; else the model writes it")
     parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE",
                         help="with --model: also a task file in the harness' layout, see harness.py; may be repeated")
@@ -395,6 +422,8 @@ def main():
         files = dict(real.named(task) for task in args.task)
         if (files or args.text) and not args.model:
             raise ValueError("--task and --text are for a real language model: name one with --model")
+        if args.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
         if args.model:
             config = real.real_config(args.model, args.seed, args.out, args.repair_steps)
             facts = real.read_facts(args.facts)
@@ -402,12 +431,19 @@ def main():
             world = real.RealWorld(dense.model, encoding, facts, config, log, args.text)
             dense.about["settings"] |= world.settings
         else:
-            config = sized(args.size, args.seed, args.out, full=args.full)
+            config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
             world = World(config)
-            dense = dense_subject(config, world, log)
-        if args.sweep:
+            dense = curves.one_first(lambda: dense_subject(config, world, log))
+        if args.sweep == "lr":
             return sweep_rates(dense, config, world, log)
+        if args.sweep:
+            points = curves.sweep(args.sweep, dense, config, world, log)
+            if points:
+                curves.keep(args.sweep, points, dense, config)
+                print(curves.sweep_table(args.sweep, points))
+            return
         results, rows = study(dense, config, world, log, files)
+        results["sweeps"] = curves.kept(os.path.join(config.out, "results.json"), dense)
         write_results(results, rows, config, log)
         show(results, config.out)
     guard(run)

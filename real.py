@@ -218,6 +218,10 @@ class RealWorld:
     def asked(self, config):
         return {split: self.facts(split, config.test_people) for split in ("seen", "heldout")}
 
+    def tasks(self, config):
+        """None of items.py: those are about the small world's people."""
+        return {}
+
     def answer(self, subject, facts):
         """One dict a fact: the option picked, whether it is right, the right one's log-probability in nats."""
         return [{"answer": fact.options[a["picked"]].strip(), "correct": a["picked"] == fact.gold,

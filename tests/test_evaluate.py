@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,42 +30,11 @@ def tiny(out):
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
     config.pool_steps = 4
     config.calibration, config.repair_batch, config.timing_rounds = (8, 32), (4, 24), 2
+    config.task_items = 6
     return config
 
 
-# ---- statistics
-
-def test_bootstrap_interval_is_the_normal_one_for_many_people():
-    """Oracle: mean ± 1.96 s / sqrt(n), which the bootstrap approaches."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(800, 1, generator=generator).double()
-    low, high = evaluate.interval(evaluate.resampled(scores, 10_000, generator)[:, 0])
-    mean, half = scores.mean().item(), 1.96 * scores.std().item() / math.sqrt(800)
-    assert abs(low - (mean - half)) < 0.05 * half and abs(high - (mean + half)) < 0.05 * half
-
-
-def test_bootstrap_is_paired():
-    """Two models that differ by a constant on every person differ by it in every resample: people, not models, are
-    drawn.
-    """
-    scores = torch.rand(50, 1, generator=torch.Generator().manual_seed(1)).double()
-    samples = evaluate.resampled(torch.cat([scores, scores + 0.25], dim=1), 500, torch.Generator().manual_seed(2))
-    assert torch.allclose(samples[:, 1] - samples[:, 0], torch.full((500,), 0.25, dtype=torch.float64), atol=1e-12)
-
-
-def test_bootstrap_draws_as_many_people_as_there_are():
-    ones = evaluate.resampled(torch.ones(7, 1), 100, torch.Generator().manual_seed(3))
-    assert torch.allclose(ones, torch.ones_like(ones))
-
-
-def test_people_with_more_facts_weigh_more():
-    """Ada has 3 facts, 2 right; Ben has 1, wrong: recall 2 of 4. Drawn: Ada twice, 2/3; both, 1/2; Ben twice, 0."""
-    facts = [SimpleNamespace(person=person) for person in ("Ada", "Ben", "Ada", "Ada")]
-    sums, sizes = evaluate.by_person([[1, 0, 0, 1]], facts)
-    assert sums.tolist() == [[2], [0]] and sizes.tolist() == [3, 1]
-    samples = evaluate.resampled(sums, 200, torch.Generator().manual_seed(0), sizes)
-    assert {round(x, 6) for x in samples[:, 0].tolist()} == {0.0, 0.5, round(2 / 3, 6)}
-
+# ---- forgotten or displaced
 
 def test_fractions_worked_by_hand():
     """dense 80, compressed 60 / 50, repaired 75 / 60: seen 15 of 20 points, held-out 10 of 30."""
@@ -78,11 +48,21 @@ def test_nothing_lost_is_no_fraction():
     assert not np.isfinite(displaced) and evaluate.interval([displaced]) == [None, None]
 
 
-@pytest.mark.parametrize("bounds, word", [([0.1, 0.3], "come back"), ([-0.3, -0.1], "lost further"),
-                                          ([-0.1, 0.3], "not distinguishable"), ([None, None], "too little")])
-def test_verdict_follows_from_the_interval_alone(bounds, word):
-    model = {"metrics": {"displaced": 0.2, "relearned": 0.0}, "intervals": {"displaced": bounds, "relearned": [-1, 1]}}
-    assert word in evaluate.verdict(model).split(";")[0]
+@pytest.mark.parametrize("tests, word", [
+    ([(0.04, 0.1)], "come back"), ([(0.04, -0.1)], "lost further"), ([(0.06, 0.1)], "not distinguishable"),
+    ([(0.04, 0.1), (0.01, 0.2)], "come back"), ([(0.04, 0.1), (0.06, 0.2)], "not distinguishable"),
+    ([(0.04, 0.1), (0.01, -0.2)], "not distinguishable"), ([(1.0, 0.0)], "not distinguishable")])
+def test_verdict_follows_from_the_corrected_tests(tests, word):
+    """Every seed's corrected p must be below 0.05, and all on one side; an interval alone claims nothing."""
+    model = {"metrics": {"displaced": 0.2, "relearned": 0.0},
+             "intervals": {"displaced": [0.1, 0.3], "relearned": [-1, 1]}}
+    said = evaluate.verdict(model, [{"p_holm": p, "difference": d} for p, d in tests])
+    assert word in said.split(";")[0] and "displaced 20% [10%, 30%]" in said and "seen facts gain as much" in said
+
+
+def test_nothing_lost_is_no_verdict():
+    model = {"metrics": {}, "intervals": {"displaced": [None, None], "relearned": [None, None]}}
+    assert "too little" in evaluate.verdict(model, [{"p_holm": 0.01, "difference": 0.1}])
 
 
 def test_recalls_and_fractions_of_a_table_worked_by_hand():
@@ -94,14 +74,29 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
     models = [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None}
               for name, base in (("dense", None), ("small", "dense"), ("back", "small"))]
     facts = [SimpleNamespace(person=person) for person in ("Ada", "Ben") for _ in range(5)]
-    evaluate.add_recalls(models, measured, dict.fromkeys(("seen", "heldout", "novel"), facts), StudyConfig())
+    evaluate.add_recalls(models, [measured], dict.fromkeys(("seen", "heldout", "novel"), facts), StudyConfig())
     assert [m["metrics"]["recall_heldout"] for m in models] == pytest.approx([1.0, 0.4, 0.7])
     assert [m["metrics"]["recall_seen"] for m in models] == pytest.approx([1.0, 0.5, 1.0])
     back = models[2]["metrics"]
     assert back["displaced"] == pytest.approx(0.5) and back["relearned"] == pytest.approx(0.5)
     # both people drawn twice, or one of each: (4 - 2) / 3, (3 - 2) / 3 and their mean are all that can be drawn
     assert models[2]["intervals"]["displaced"] == pytest.approx([1 / 3, 2 / 3])
-    assert [m["verdict"] is None for m in models] == [True, True, False]
+    assert models[2]["seeds"]["displaced"] == pytest.approx([0.5])
+
+
+def test_seeds_are_resampled_too():
+    """One person; the repair brings back all in one seed and nothing in the other: displaced 1/2, from 0 to 1."""
+    def given(right):
+        return [{"correct": i < right} for i in range(4)]
+    facts = {split: [SimpleNamespace(person="Ada")] * 4 for split in ("seen", "heldout", "novel")}
+    runs = [{name: {"facts": {split: given(n) for split in facts}}
+             for name, n in (("dense", 4), ("small", 2), ("back", back))} for back in (4, 2)]
+    models = [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None}
+              for name, base in (("dense", None), ("small", "dense"), ("back", "small"))]
+    evaluate.add_recalls(models, runs, facts, StudyConfig())
+    assert models[2]["metrics"]["displaced"] == 0.5 and models[2]["intervals"]["displaced"] == [0, 1]
+    assert models[2]["seeds"] == {"recall_seen": [1, 0.5], "recall_heldout": [1, 0.5], "recall_novel": [1, 0.5],
+                                  "displaced": [1, 0], "relearned": [0, 0]}
 
 
 def test_costs_count_what_is_stored(tmp_path):
@@ -153,6 +148,26 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
         results.append(json.dumps([found, list(rows)]))
     assert results[0] == results[1] == results[2]
     assert log.times and all(t["reused"] for t in log.times)
+
+
+def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path):
+    """Two seeds: the first is the run of one seed, digit for digit; the second calibrates and repairs on other text."""
+    config = tiny(tmp_path)
+    config.full, config.seeds = False, 2
+    config.repairs = {"LoRA rank 1": ("lora", 1), "prompt 8": ("prompt", 8)}
+    world = World(config)
+    dense = study.dense_subject(config, world, Log())
+    results, _ = evaluate.study(dense, config, world, Log())
+    assert all(len(m["seeds"]["recall_heldout"]) == 2 for m in results["models"])
+    once, _ = evaluate.study(dense, replace(config, seeds=1), world, Log())
+    for a, b in zip(results["models"], once["models"]):
+        assert a["seeds"]["recall_heldout"][0] == b["metrics"]["recall_heldout"]
+    assert "±" in evaluate.table(results) and "±" not in evaluate.table(once)
+    first, second = (tmp_path / f"gptq-3-bits{seed}-lora-rank-1.safetensors" for seed in ("", "-seed-1"))
+    assert first.read_bytes() != second.read_bytes()
+    assert [row["what"] for row in results["noise"]] == ["asked again in reverse",
+                                                         *["compressed again on other text"] * 2]
+    assert (results["noise"][0]["gained"], results["noise"][0]["lost"]) == (0, 0)  # E7
 
 
 def test_other_settings_are_computed_anew(tmp_path):
