@@ -9,14 +9,14 @@ work is in `sweep.py`; read it first.
 
 What it leaves out: embedding and head, which stay as they are; activations, which stay in floating point.
 
-    python compress.py --method gptq --bits 3 --group-size 32 --search   # out/dense.safetensors; written beside it
-    python compress.py --method sparsegpt --n-m 2 4 --bits 4             # half of the weights, 4 bits for the others
+    python compress.py --method gptq --bits 3 --group-size 32      # out/dense.safetensors; written beside it
+    python compress.py --method sparsegpt --n-m 2 4 --bits 4     # half of the weights, 4 bits for the others
 
-Where we deviate: N:M keeps N of every M (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros). Masks have
-exactly the promised number of zeros, ties included. An input that is zero in all of the data keeps its weights,
-rounded. A group's grid is fitted to fully compensated columns, so the result does not depend on `block_size`.
-Symmetric grids always reach the largest weight. GPTQ is greedy: on a weight of a few rows it can lose to rounding;
-the report has both errors.
+Where we deviate: GPTQ's grids are narrower than their weights where that costs less (`search`). N:M keeps N of every M
+(NVIDIA's and Wanda's meaning; SparseGPT counts the zeros). Masks have exactly the promised number of zeros, ties
+included. An input that is zero in all of the data keeps its weights, rounded. A group's grid is fitted to fully
+compensated columns, so the result does not depend on `block_size`. Symmetric grids always reach the largest weight.
+GPTQ is greedy: on a weight of a few rows it can lose to rounding; the report has both errors.
 """
 import argparse
 import contextlib
@@ -54,7 +54,7 @@ def rtn(W, bits, group_size=None, symmetric=False):
 
 
 def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.01, block_size=128, mask=None,
-         search=False):
+         search=True):
     """GPTQ of W (out, in) under H (in, in) -> Quantized.
 
     group_size  columns that share a grid, in the order they are swept; None: one grid a row
@@ -63,8 +63,8 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     damp        share of the mean diagonal of H added to it, raised if H needs more (see `factor`)
     block_size  columns in a lazy batch: a matter of speed, the result does not depend on it
     mask        (out, in) bool, True = keep; the others come out as exact zeros, compensated like any other error
-    search      a second sweep, on grids as narrow as makes the loss of their own columns, (w_j - q_j)² / U_jj², least;
-                each row stays with the sweep that lost less. Without it a grid spans all of its weights
+    search      each grid as narrow as makes the loss of its own columns, (w_j - q_j)² / U_jj², least: see `narrower`;
+                False, as in the paper: each grid spans all of its weights
 
     Raises ValueError for bad input: NaN or infinity, shapes that do not fit, H not symmetric or not positive
     semidefinite, settings out of range. Source: Algorithm 1 of the paper; `sweep.py` says how it is done here.
@@ -78,11 +78,17 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
 
 
 def quantized_sweep(W, how, bits, group_size, symmetric, keep, block_size, search):
-    swept = sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size)
-    if search:
-        narrow = sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size, search=True)
-        return better_rows(swept, narrow)
-    return swept
+    """The sweep of `gptq` -> Swept. A search judges a grid by its columns as they stand when it is chosen, and in a few
+    rows later errors push a weight far beyond it. A row that lost more than rounding on grids that span all loses on
+    average is swept again on those, and the better of the two stays; `repeated` says how many rows that were."""
+    swept = sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size, search=search)
+    if not search:
+        return swept
+    lost = (swept.loss > swept.expected).nonzero()[:, 0]
+    if not len(lost):
+        return swept
+    rows = None if keep is None else keep[lost]
+    return better_rows(swept, sweep(W[lost], how, bits, group_size, symmetric, rows, block_size=block_size), lost)
 
 
 # ---- one weight: pruning
@@ -215,7 +221,7 @@ class Settings:
     group_size: int | None = None  # columns that share a grid; None: one grid a row
     symmetric: bool = False        # the zero-point in the middle of every grid
     act_order: bool = False        # the most active columns first
-    search: bool = False           # narrower grids where they cost less
+    search: bool = True            # narrower grids where they cost less
     sparsity: float | None = None  # share of weights set to zero
     n_m: tuple | None = None       # or N weights kept of every M
     damp: float = 0.01             # share of the mean diagonal that is added to H
@@ -280,6 +286,7 @@ def report_row(W, new, done, plain, H, how, s):
     return {"shape": list(W.shape), "method": s.method, "bits": s.bits or 32, "group_size": min(s.group_size or n, n),
             "zeros": zeros, "sparsity": zeros if done.keep is not None else 0.0,
             "damp": how.damp if how else 0.0, "retries": how.retries if how else 0,
+            "repeated_rows": done.repeated,
             "error_before": output_error(W - plain, H), "error_after": after,
             "relative_output_error": (after / size)**0.5 if size else 0.0,
             "weight_change": float(D.norm() / W.norm().clamp(min=1e-30)),
@@ -292,9 +299,10 @@ def compress(model, ids, method, lengths=None, **settings):
     ids (N, T) is calibration text, lengths (N,) as in `calibrate`; method and settings are those of `Settings`.
     Quantized and N:M layers become kernels.PackedLinear; other pruned ones stay nn.Linear, with exact zeros. In a
     row: error_before is tr(D H Dᵀ) of rounding to nearest, or of magnitude pruning, at the same settings, error_after
-    that of the method; relative_output_error is |X Dᵀ| / |X Wᵀ| and weight_change |D| / |W|; histogram counts the single
-    changes, in units of the root mean square of W, so that weight_change is its width; zeros and sparsity are counted
-    in the result. Raises ValueError for settings that do not fit, and for a layer that holds NaN.
+    that of the method; relative_output_error is |X Dᵀ| / |X Wᵀ| and weight_change |D| / |W|; histogram counts the
+    single changes, in units of the root mean square of W, so that weight_change is its width; repeated_rows is how many
+    rows GPTQ swept twice (see `quantized_sweep`); zeros and sparsity are counted in the result.
+    Raises ValueError for settings that do not fit, and for a layer that holds NaN.
     """
     s = Settings(method, **settings)
     simplest = Settings("magnitude" if s.prunes else "rtn", s.bits, s.group_size, s.symmetric,
@@ -358,7 +366,8 @@ def settings_parser():
     parser.add_argument("--group-size", type=int, default=s["group_size"], help="columns that share a grid")
     parser.add_argument("--symmetric", action="store_true", help="zero-points in the middle of the grid (rtn, gptq)")
     parser.add_argument("--act-order", action="store_true", help="most active columns first (gptq)")
-    parser.add_argument("--search", action="store_true", help="narrower grids where they cost less (gptq)")
+    parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=s["search"],
+                        help="narrower grids where they cost less (gptq)")
     parser.add_argument("--sparsity", type=float, default=s["sparsity"], help="share of zeros (pruning methods)")
     parser.add_argument("--n-m", type=int, nargs=2, metavar=("N", "M"), default=s["n_m"], help="or keep N of every M")
     parser.add_argument("--damp", type=float, default=s["damp"], help="share of mean diag H added (gptq, sparsegpt)")

@@ -154,8 +154,8 @@ def fold(predictions: list[dict], ids: set[str]) -> dict:
 
     `words` holds every string once; word k is words[k - 1], and 0 is none. `facts` are columns, a word a fact: split,
     person, attribute, gold answer, then the question as what stands before the person's name and after it (0: the
-    question does not name them). `answers`, for each model: `said`, a word a fact (0: the gold answer's own text); `odd`, the
-    facts where being right is not the same as saying that text; `logprob`, in hundredths of a nat.
+    question does not name them). `answers`, for each model: `said`, a word a fact (0: the gold answer's own text);
+    `odd`, the facts where being right is not the same as saying that text; `logprob`, in hundredths of a nat.
     Raises ValueError when a model answers a fact twice, or answers only some of the facts: the file was cut off.
     """
     words, rows, answers = {}, {}, {}

@@ -35,6 +35,10 @@ three, and the better conditioned one; tests/test_compress.py compares the resul
 (QuIP, Chee et al. 2023, arXiv 2307.13304, proves the kindred fact that GPTQ is rounding with linear feedback from the
 factors of H.)
 
+Grids. A group's grid is fitted to its columns as all errors before them left them. These are spread wider than the
+original ones, so a grid that spans them all has larger steps than one fitted too early: at 2 and 3 bits that costs more
+than it gains. `narrower` is the remedy, and more than that: it takes the width that loses least.
+
 Floor: the block updates take in² * out multiplications and additions, the factorization in³ / 3, and the loop over
 the columns calls torch four or five times a column. `python tests/bench_compress.py` prints all three beside the
 time.
@@ -77,6 +81,9 @@ class Swept(NamedTuple):
     keep: Tensor | None          # (out, in) bool; None if nothing was pruned
     quantized: Quantized | None
     loss: Tensor | None = None   # (out,) sum over j of (w_j - q_j)² / (2 U_jj²): row i has (D H_damped Dᵀ)_ii / 2
+    expected: Tensor | None = None  # (out,) of rows that took narrower grids: the average loss on those that span all
+
+    repeated: int = 0            # rows that were swept twice
 
     def dequantize(self):
         """(out, in) float32."""
@@ -135,38 +142,44 @@ def check_pattern(sparsity, n_m):
 
 # ---- grids and masks
 
-def grid(W, bits, symmetric=False, weight=None):
+def grid(W, bits, symmetric=False):
     """Scale and zero-point of the grid that spans the last dimension of W (..., n), and 0 -> two tensors (...).
 
     Asymmetric: from min to max. Symmetric: from -|max| to |max| with the zero-point in the middle; the step is 2
     |max| / (2**bits - 1), so that the positive end, half a step beyond the last code, is off by no more than half a
-    step. With weight (n,), narrower grids are tried too, and the one with the least sum of weight * (w - q)² is
-    taken.
+    step.
     """
     top = 2**bits - 1
     low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)  # 0 is on every grid: a pruned weight stays pruned
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
+    scale = (high / top - low / top).float()  # divided before subtracted: the range itself may overflow
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0).to(W.dtype)  # all zero: any will do
+    return scale, torch.full_like(scale, 2**(bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
 
-    def spanning(low, high):
-        scale = (high / top - low / top).float()  # divided before subtracted: the range itself may overflow
-        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0).to(W.dtype)  # all zero: any will do
-        return scale, torch.full_like(scale, 2**(bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
 
-    def cost(scale, zero):
-        s, z = scale[..., None], zero[..., None]
-        q = (W / s).round_().clamp_(-z, top - z).mul_(s)
-        return q.sub_(W).square_() @ weight  # (...)
+def narrower(A, scale, zero, bits, weight):
+    """The scale (out,) of the grid, among this one and those that SHRINK makes of it, that costs the columns A
+    (columns, out) least: the sum of weight * (a - q)² over the columns; weight is (columns, 1).
 
-    best = spanning(low, high)
-    if weight is not None:
-        least = cost(*best)
-        for shrink in SHRINK:
-            tried = spanning(shrink * low, shrink * high)
-            now = cost(*tried)
-            best = tuple(torch.where(now < least, new, old) for new, old in zip(tried, best))
-            least = torch.minimum(now, least)
+    A narrower grid has smaller steps for all, and cuts off a few of the largest. Its zero-point is the same, as both
+    ends move alike.
+    """
+    low, high = -zero, 2**bits - 1 - zero
+
+    def cost(scale):
+        q = torch.div(A, scale).round_().clamp_(low, high).mul_(scale)
+        return q.sub_(A).square_().mul_(weight).sum(0)
+
+    best, least = scale, cost(scale)
+    for shrink in SHRINK:
+        tried = (shrink * scale).float().clamp(min=torch.finfo(torch.float32).tiny).to(A.dtype)
+        now = cost(tried)
+        better = now < least
+        if not better.any():
+            break  # the still narrower ones cut off still more
+        best, least = torch.where(better, tried, best), torch.minimum(now, least)
     return best
 
 
@@ -293,7 +306,8 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
     elif sparsity is not None or n_m is not None:
         keep = torch.ones_like(W)  # 1 = stays
     scale, zero, low, high, grids = 1.0, 0.0, None, None, []
-    loss = W.new_zeros(out, dtype=torch.float64)
+    loss, expected = W.new_zeros(out, dtype=torch.float64), W.new_zeros(out, dtype=torch.float64)
+    narrowed = torch.zeros(out, dtype=torch.bool, device=W.device)
     for i1, i2 in cuts(0, n, block):
         U = inverse(R[i1:i2, i1:i2])           # (columns, columns)
         A = free(W, R, i1, i2, U)              # (columns, out)
@@ -306,9 +320,13 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
             if bits is not None and j1 % size == 0:
                 end = min(j1 + size, n)  # a group may reach beyond its block
                 members = A[j1 - i1:end - i1] if end <= i2 else free(W, R, j1, end)  # (members, out)
-                members = members if keep is None else members * keep[j1:j1 + size]
-                weight = d[j1:j1 + size, 0].square() if search else None  # (members,) 1 / U_jj²
-                scale, zero = grid(members.T, bits, symmetric, weight)    # (out,)
+                members = members if keep is None else members * keep[j1:end]
+                scale, zero = grid(members.T, bits, symmetric)  # (out,)
+                if search:
+                    weight = d[j1:end].square()  # (members, 1) 1 / U_jj²
+                    expected += scale.square() * (weight.sum() / 24)  # a rounding error: step² / 12, on average
+                    widest, scale = scale, narrower(members, scale, zero, bits, weight)
+                    narrowed |= scale < widest
                 low, high = -zero, 2**bits - 1 - zero
                 grids.append((scale, zero))
             a = A[few] / scale  # (columns, out)
@@ -318,17 +336,21 @@ def sweep(W, factor, bits=None, group_size=None, symmetric=False, keep=None, spa
             A[later].addmm_(V[few, later].T, E, alpha=-1)
             W[here] -= q * scale
             Q[here] = q + zero
-    return result(Q.T, keep.T if keep is not None else None, order, grids, size, bits, loss)
+    expected = expected.masked_fill(~narrowed, float("inf"))
+    return result(Q.T, keep.T if keep is not None else None, order, grids, size, bits, loss, expected)
 
 
-def better_rows(a, b):
-    """Of two quantized sweeps over one weight, each row from the one that lost less: rows are separate problems."""
-    pick = b.loss < a.loss  # (out,)
-    rows = [torch.where(pick[:, None], y, x) for x, y in zip(a.quantized[:3], b.quantized[:3])]
-    return Swept(None, a.keep, Quantized(*rows, *a.quantized[3:]), torch.minimum(a.loss, b.loss))
+def better_rows(a, b, rows):
+    """Of two quantized sweeps, a over a whole weight and b over its `rows` (indices), each row from the one that lost
+    less: rows are separate problems."""
+    pick = b.loss < a.loss[rows]
+    at = rows[pick]
+    parts = [x.index_copy(0, at, y[pick]) for x, y in zip(a.quantized[:3], b.quantized[:3])]
+    return Swept(None, a.keep, Quantized(*parts, *a.quantized[3:]), a.loss.index_copy(0, at, b.loss[pick]),
+                 repeated=len(rows))
 
 
-def result(Q, keep, order, grids, size, bits, loss):
+def result(Q, keep, order, grids, size, bits, loss, expected):
     """Put the columns back in their own order -> Swept."""
     back = slice(None) if order is None else torch.argsort(order)
     keep = keep[:, back].bool().contiguous() if keep is not None else None
@@ -337,4 +359,4 @@ def result(Q, keep, order, grids, size, bits, loss):
     scale, zero = (torch.stack(t, dim=1) for t in zip(*grids))  # (out, groups)
     group = (torch.arange(Q.shape[1], device=Q.device) // size)[back]
     quantized = Quantized(Q[:, back].contiguous(), scale.float(), zero.to(torch.uint8), group, bits)
-    return Swept(None, keep, quantized, loss)
+    return Swept(None, keep, quantized, loss, expected)
