@@ -40,7 +40,7 @@ STEPS = 100  # of each repair, by default
 SPLITS = {"seen": 0.35, "heldout": 0.5, "validation": 0.15}  # shares: most where the question is decided
 COMPRESSIONS = {
     "RTN 3 bits": ("quantize", "rtn", {"bits": 3, "group_size": 64}),
-    "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 64}),
+    "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 64, "search": False}),  # as in its paper
     "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
 }
 REPAIRS = {
@@ -72,7 +72,8 @@ def real_config(path, seed=0, out="out", steps=STEPS):
     if steps < 4:
         raise ValueError(f"--repair-steps must be at least 4, a batch for each prompt of a pool, got {steps}")
     name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-    return StudyConfig(calibration=(64, 64), repair_batch=(4, 64), repair_steps=steps, pool_steps=steps // 2, test_people=10 ** 6, seed=seed,
+    return StudyConfig(calibration=(64, 64), repair_batch=(4, 64), repair_steps=steps, pool_steps=steps // 2,
+                       test_people=10 ** 6, seed=seed,
                        timing_rounds=3, ablation_people=0, out=os.path.join(out, name),
                        compressions=COMPRESSIONS, repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID)
 

@@ -1,0 +1,57 @@
+"""memory.py: parameters and activations counted by hand for small shapes; the published sizes of the paper's models."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import memory
+from model import GPT, GPTConfig
+from test_weights import HERE
+
+
+@pytest.mark.parametrize("name, billions", [("llama-7b", 6.738), ("opt-6.7b", 6.658), ("smollm2-135m", 0.1345)])
+def test_shapes_have_the_published_numbers_of_parameters(name, billions):
+    assert memory.on_meta(memory.SHAPES[name]).n_parameters() / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_what_autograd_keeps_is_what_a_real_run_keeps():
+    """Oracle: three layers with memory, counted directly. Attention without memory keeps the whole T x T matrices."""
+    config = GPTConfig(vocab_size=300, n_layer=3, n_embd=32, n_head=2)
+    model, B, T, P = GPT(config), 2, 16, 4
+    for p in model.parameters():
+        p.requires_grad_(False)
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(t):
+        if t.untyped_storage()._cdata not in own:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes(), t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        x = model.hidden(torch.zeros(B, T, dtype=torch.long), torch.zeros(P, 32).requires_grad_())
+    real, counted = sum(n for n, _ in kept.values()), memory.kept_by_autograd(config, B, T, P)
+    attention = 3 * B * config.n_head * (T + P) ** 2 * 4 * 3  # weights, mask, what the softmax keeps: at most
+    assert real <= counted <= real + attention and x.requires_grad
+
+
+def test_formulas_worked_by_hand():
+    """One layer, width 8, 4 x 8 hidden: Pb = 4 * 64 + 2 * 256; float32 holds 4 bytes a parameter."""
+    config = GPTConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)
+    steps = memory.plan(config, calibration=(2, 4), batch=(1, 4), prompt=2, rank=1, bits=3, group=64)
+    Pb, hidden = 4 * 64 + 2 * 8 * 32, 32
+    values = list(steps.values())
+    assert values[0] == 4 * (Pb + 300 * 8 + 3 * 8)
+    assert values[1] == int(Pb * (3 + 40 / 64) / 8 + 4 * 2 * 4 * 8 + 4 * 2 * 4 * (8 * 8 + 4 * hidden)
+                            + 8 * (3 * 64 + hidden ** 2) + 28 * hidden ** 2)
+    lora = 4 * (8 + 8) + 2 * (8 + hidden)
+    kept = memory.kept_by_autograd(config, 1, 4, 0, 1)
+    assert values[3] == 4 * Pb + kept + 12 * 4 * 300 + 16 * lora
+
+
+def test_the_script():
+    def run(*args):
+        return subprocess.run([sys.executable, "memory.py", *args], cwd=HERE.parent, capture_output=True, text=True, timeout=120)
+    assert run("--shape", "llama-7b", "--dtype", "bfloat16").stdout.count("|\n") == 6
+    done = run("--model", "nowhere")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
