@@ -4,7 +4,8 @@ made from are more than luck.
 
 A comparison is two models on the same items: a compressed model against the dense one, a repaired one against the
 compressed one. Each is an exact McNemar test of the flips, all of a table corrected together by Holm; beside it stands
-the smallest difference that the test would have found four times in five, given as many flips. The noise floor is the
+the smallest difference that the test would have found four times in five, given as many flips and at the level that
+Holm asks of the smallest p (0.05 over the number of tests). The noise floor is the
 same comparison where nothing should differ: a model asked again in other batches, and a compression made again from
 another sample of the calibration text.
 
@@ -125,7 +126,7 @@ def comparisons(models, measured, scored):
                 out.append(flips(f"{name}, held-out", m, base, *pair))
     for row, p in zip(out, holm([row["p"] for row in out])):
         row["p_holm"] = p
-        row["detectable"] = detectable(row["items"], row["gained"] + row["lost"], 0.05)
+        row["detectable"] = detectable(row["items"], row["gained"] + row["lost"], 0.05 / len(out))
     return out
 
 

@@ -67,11 +67,12 @@ def clause(value, bounds, gains, loses, neither):
     return f"{gains if low > 0 else loses if high < 0 else neither} {value:.0%} [{low:.0%}, {high:.0%}]"
 
 
-def verdict(model, tests):
+def verdict(model, tests, reach=None):
     """What one repaired model's tests and intervals say in words: nothing in it is judged by hand.
 
     tests  its comparison with the unrepaired model on held-out recall, one a seed: the corrected p of each must be
            below 0.05, and all must agree on the side, for anything to be claimed
+    reach  the smallest displaced share that the first of them would find four times in five
     """
     value, bounds = model["metrics"], model["intervals"]
     if None in bounds["displaced"] + bounds["relearned"]:
@@ -80,9 +81,10 @@ def verdict(model, tests):
     said = {(1,): "held-out facts come back", (-1,): "held-out facts are lost further"}.get(
         tuple(sides), "held-out recall not distinguishable from unrepaired")
     low, high = bounds["displaced"]
-    return (f"{said}, displaced {value['displaced']:.0%} [{low:.0%}, {high:.0%}]"
-            + "; " + clause(value["relearned"], bounds["relearned"], "seen facts gain more, re-learned",
-                            "seen facts gain less, re-learned", "seen facts gain as much, re-learned"))
+    power = f", detectable from {reach:.0%}" if reach else ""
+    return (f"{said}, displaced {value['displaced']:.0%} [{low:.0%}, {high:.0%}]{power}; "
+            + clause(value["relearned"], bounds["relearned"], "seen facts gain more, re-learned",
+                     "seen facts gain less, re-learned", "seen facts gain as much, re-learned"))
 
 
 # ---- measuring one subject
@@ -203,11 +205,7 @@ def study(dense, config, world, log, files=None):
     scored, tasks = compare.score_tasks(subjects, measured, world, config, log)
     compare.add_tasks(models, scored, tasks, config.seed + 6)
     compared, *again = [compare.comparisons(models, run, scored) for run in runs]
-    for m in models:
-        tests = [row for rows in (compared, *again) for row in rows
-                 if row["model"] == m["id"] and row["what"] == "recall, held-out"]
-        if m["base"] not in (None, "dense"):
-            m["verdict"] = verdict(m, tests)
+    add_verdicts(models, [compared, *again])
     add_files(models, subjects, files or {}, world, config, log)
     inside = json_step(log, os.path.join(config.out, "similarity.json"), [s.about["settings"] for s in subjects],
                        lambda: look_inside(subjects, world))
@@ -285,6 +283,17 @@ def add_recalls(models, runs, asked, config):
         by_seed = fractions(*({s: each[s][:, j] for s in means} for j in (0, base, i)))
         m["seeds"] |= {name: [x if np.isfinite(x) else None for x in values.tolist()]
                        for name, values in zip(("displaced", "relearned"), by_seed)}
+
+
+def add_verdicts(models, tests):
+    """Each repaired model's verdict, from its comparison on held-out recall in `tests`: [comparisons] a seed."""
+    recall = {m["id"]: m["metrics"].get("recall_heldout") for m in models}
+    for m in models:
+        if m["base"] not in (None, models[0]["id"]):
+            mine = [row for rows in tests for row in rows
+                    if (row["model"], row["what"]) == (m["id"], "recall, held-out")]
+            lost, found = recall[models[0]["id"]] - recall[m["base"]], mine[0]["detectable"]
+            m["verdict"] = verdict(m, mine, found / lost if found and lost > 0 else None)
 
 
 def add_files(models, subjects, files, world, config, log):
@@ -382,9 +391,10 @@ def show(results, out):
     for model in results["models"]:
         if model.get("idp"):
             print(f"\n{model['id']}: one pool, every way to choose\n\n{selector_table(model)}")
-    for split, name in (("seen", "seen"), ("heldout", "held-out"), ("novel", "novel")):
+    for split, name in SPLIT_NAMES.items():
         if results["models"][0].get("tasks"):
-            print(f"\nthe tasks of items.py, {name} people, % [95 %]\n\n{compare.task_table(results, split)}")
+            print(f"\nthe tasks of items.py, {results['settings']['size']} preset, {name} people, % [95 %]\n\n"
+                  + compare.task_table(results, split))
     print(f"\nevery model against the one it was made from\n\n{compare.comparison_table(results)}\n")
     for row in results["noise"]:
         print(f"noise floor, {row['model']} {row['what']}: {row['gained']} gained and {row['lost']} lost "

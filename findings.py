@@ -104,13 +104,13 @@ def retrieval_survives(results):
 
 def prompts_match_lora(results):
     """On every base that has both, the best pool of prompts brings back at least what the best LoRA does."""
-    said, holds = [], True
+    said, holds, tags = [], True, {m["id"]: m["tag"] for m in results["models"]}
     for base in {m["base"] for m in results["models"]}:
         pool, lora = made_by(results, "IDP", base), made_by(results, "LoRA", base)
         if not (pool and lora) or None in (pool[0]["metrics"]["displaced"], lora[0]["metrics"]["displaced"]):
             continue
         holds &= pool[0]["metrics"]["displaced"] >= lora[0]["metrics"]["displaced"]
-        said.append(f"{base}: " + ", ".join(
+        said.append(f"{tags[base]}: " + ", ".join(
             f"{m['tag']} brings back {percent(m['metrics']['displaced'])} with {m['metrics']['extra_parameters']:,} "
             "parameters" for m in (pool[0], lora[0])))
     return (holds, "; ".join(sorted(said))) if said else (None, "compression took too little to divide by")

@@ -45,6 +45,7 @@ class StudyConfig:
     test_people: int = 500                   # of each split, at most, that the table asks about
     timing_rounds: int = 15                  # times that each model answers one question, taking turns
     ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
+    size: str = "default"                    # the preset these settings are
     seed: int = 0
     seeds: int = 1                           # compression data, repair and prompts are drawn so many times
     repeat: int = 0                          # which of those times this is
@@ -67,7 +68,7 @@ def sized(size, seed=0, out="out", **more):
     """The study's settings. "quick": fewer people and steps, the same path in a minute, in OUT/quick. "medium": a wider
     GPT that pretraining also teaches to read a text, compare, summarize and follow instructions, in OUT/medium.
     """
-    config = StudyConfig(world=data.WorldConfig(seed=seed), seed=seed, out=out, **more)
+    config = StudyConfig(world=data.WorldConfig(seed=seed), size=size, seed=seed, out=out, **more)
     if size == "quick":
         config.world = data.WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
         config.gpt = {"n_layer": 2, "n_embd": 64}

@@ -5,6 +5,7 @@ import pytest
 
 import compare
 import data
+import stats
 
 
 def model(name, base=None):
@@ -35,7 +36,15 @@ def test_comparisons_by_hand():
         (0, 0, 0), (0, 6, -0.75), (0, 2, -0.25), (1, 0, 0.125)]
     assert [r["p"] for r in rows] == pytest.approx([1, 2 / 64, 0.5, 1])
     assert [r["p_holm"] for r in rows] == pytest.approx([1, 8 / 64, 1, 1])
-    assert rows[1]["detectable"] == pytest.approx(6 / 8, abs=0.06) and rows[2]["detectable"] is None
+    assert all(row["detectable"] is None for row in rows)  # six flips of a coin are never 0.05 / 4
+
+
+def test_what_is_detectable_among_many_tests():
+    """Forty flips, two tests: what the power finds at 0.025."""
+    measured = {name: {"facts": {"seen": facts(*[1] * 100), "heldout": facts(*[right] * 40, *[0] * 60)}}
+                for name, right in (("dense", 1), ("small", 0))}
+    rows = compare.comparisons(MODELS[:2], measured, {})
+    assert rows[1]["detectable"] == stats.detectable(100, 40, 0.025) > stats.detectable(100, 40)
 
 
 def test_tasks_are_compared_on_held_out_people_by_their_main_metric():

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import compare
 import data
 import evaluate
+import items
 import study
 from compress import compress
 from kernels import PackedLinear
@@ -58,6 +60,35 @@ def test_verdict_follows_from_the_corrected_tests(tests, word):
              "intervals": {"displaced": [0.1, 0.3], "relearned": [-1, 1]}}
     said = evaluate.verdict(model, [{"p_holm": p, "difference": d} for p, d in tests])
     assert word in said.split(";")[0] and "displaced 20% [10%, 30%]" in said and "seen facts gain as much" in said
+
+
+def test_verdicts_say_what_they_could_have_seen():
+    """Dense 90, compressed 50: a detectable difference of 4 points is a tenth of the 40 that were lost."""
+    models = [{"id": name, "base": base, "verdict": None,
+               "metrics": {"recall_heldout": r, "displaced": .5, "relearned": 0}, "intervals": {"displaced": [.4, .6], "relearned": [-1, 1]}}
+              for name, base, r in (("dense", None, .9), ("small", "dense", .5), ("back", "small", .7))]
+    row = {"model": "back", "what": "recall, held-out", "p_holm": 0.01, "difference": 0.2, "detectable": 0.04}
+    evaluate.add_verdicts(models, [[{**row, "what": "recall, seen"}, row, {**row, "model": "small"}]])
+    assert [m["verdict"] is None for m in models] == [True, True, False]
+    assert "come back, displaced 50% [40%, 60%], detectable from 10%;" in models[2]["verdict"]
+
+
+def test_lessons_are_for_seen_people_only(tmp_path):
+    """E8 with the lessons of the second preset: calibration and repair rows name nobody hidden; all skills are asked."""
+    config = tiny(tmp_path)
+    config.skills, config.gpt["context"], config.repair_batch = True, 128, (4, 64)
+    world = World(config)
+    for rows in (torch.cat(world.repair_rows(config)), world.calibration(config)):
+        assert world.check_leaks(rows) == len(rows) > 0
+    assert any("In short:" in text for text in world.repair_text) and any("In short:" in text for text in world.text)
+    dense = study.dense_subject(config, world, Log())
+    asked = {"dense": {"facts": {split: world.answer(dense, facts) for split, facts in world.asked(config).items()}}}
+    scored, tasks = compare.score_tasks([dense], asked, world, config, Log())
+    assert scored["dense"].keys() == tasks.keys() == {"trained", "unseen", *items.TASKS}
+    models = [{"id": "dense"}]
+    compare.add_tasks(models, scored, tasks, 0)
+    assert {"f1", "precision", "recall"} == models[0]["tasks"]["summary"]["novel"].keys()
+    assert "2 facts" in {item.attribute for item in tasks["summary"]["novel"]}
 
 
 def test_nothing_lost_is_no_verdict():
