@@ -7,13 +7,15 @@ The packed tensors are all there is, in memory and on disk: no float copy.
 
 What it leaves out: code of our own in C++ or CUDA, integer activations, a fast kernel for unstructured sparsity.
 
-    python kernels.py              # the benchmark: every competitor, several shapes, whole models (tests/bench_kernels.py)
-    python kernels.py --quick      # one shape
+    python kernels.py              # runs tests/bench_kernels.py: every competitor, several shapes, whole models
+    python kernels.py --quick      # only what a claim is made about
 
 Sources: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit kernel is fast when it generates one
 token at a time); Mishra et al. 2021 (2:4 sparsity, arXiv 2104.08378).
 """
 import math
+import pathlib
+import runpy
 import warnings
 from typing import NamedTuple
 
@@ -67,7 +69,7 @@ def from_words(words, bits):
     NB = words.shape[0]
     n_words, per = CELL[bits]
     cells = words.reshape(NB, -1, n_words, 1, LANES)
-    shifts = torch.arange(0, 32 - bits + 1, bits, dtype=torch.int32, device=words.device)  # of the codes whole in a word
+    shifts = torch.arange(0, 32 - bits + 1, bits, dtype=torch.int32, device=words.device)  # of codes whole in a word
     codes = (cells >> shifts[:, None]) & ((1 << bits) - 1)  # (NB, cells, words, codes a word, 16)
     codes = codes.flatten(2, 3)  # (NB, cells, codes, 16)
     split = [sum(((cells[:, :, word] >> at) & ((1 << n) - 1)) << low for word, at, low, n in code)
@@ -86,7 +88,7 @@ class Packed(NamedTuple):
     positions each has. Positions are cut into T tiles, the outermost dimension, so short that a tile's part of x stays
     in the fastest cache while all rows pass by.
     """
-    words: torch.Tensor          # (T, NB, P * n / m * bits / 32 / T, 16) int32; or float32, a value a word, when bits is 32
+    words: torch.Tensor          # (T, NB, P * n / m * bits / 32 / T, 16) int32; or float32 values, when bits is 32
     scale: torch.Tensor | None   # (NB, G, 16) float32; None for float values
     zero: torch.Tensor | None    # (NB, G, 16) uint8;   None for float values
     order: torch.Tensor | None   # (P,) int32
@@ -198,7 +200,7 @@ def pack(quantized):
 
 
 def pack_sparse(weight, n_m):
-    """An N:M sparse weight -> Packed: a float (N, K) with zeros, or a Quantized whose pruned codes equal their zero-point.
+    """An N:M sparse weight -> Packed: a float (N, K) with zeros, or a Quantized whose pruned codes are the zero-point.
 
     Raises ValueError where more than n of m neighbours are not zero, or where neighbours belong to different groups
     (act_order scatters them: such a weight is packed as a plain quantized one).
@@ -214,12 +216,14 @@ def pack_sparse(weight, n_m):
     kept = F.pad(values != zero, pad).view(N, -1, m)  # (N, cells, m)
     if int(kept.sum(-1).max()) > n:
         raise ValueError(f"not {n}:{m} sparse: {int(kept.sum(-1).max())} of {m} neighbours are not zero")
-    place = kept.byte().argsort(dim=-1, descending=True, stable=True)[..., :n].sort(dim=-1).values  # kept ones, then fillers
+    place = kept.byte().argsort(dim=-1, descending=True, stable=True)[..., :n]  # kept ones, then fillers
+    place = place.sort(dim=-1).values
     values = F.pad(values, pad).view(N, -1, m).gather(-1, place)  # (N, cells, n)
     group = F.pad(weight.group, pad, value=int(weight.group[-1])) if quantized else place.new_zeros(values.shape[1] * m)
     group = group.view(-1, m)
     if bool((group != group[:, :1]).any()):
-        raise ValueError(f"{m} neighbours belong to different groups of the quantization: act_order and N:M do not combine")
+        raise ValueError(f"{m} neighbours belong to different groups of the quantization: "
+                         "act_order and N:M do not combine")
     bits = weight.bits if quantized else 32
     stored, stored_place = stored_bits(bits) if quantized else 32, place_bits(m)
     unit = math.lcm(CELL[stored][1], CELL[stored_place][1], n)  # positions that fill whole cells of everything
@@ -289,12 +293,12 @@ class _Dequantized(torch.autograd.Function):
 # With many rows of x the multiplications cost more than the bytes. Then W is dequantized, so many rows at a time that
 # they stay in the cache, and a plain matmul reads them there.
 
-FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape, no more
+FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape
 UNROLL = 32      # positions written out in the loop body
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
 # Inductor's own limits would store the long expression half-way; "fast" lets it multiply and add in one go.
-OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20, "realize_acc_reads_threshold": 1 << 20,
-           "cpp.enable_floating_point_contract_flag": "fast"}
+OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20,
+           "realize_acc_reads_threshold": 1 << 20, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def _code(words, where):
@@ -331,7 +335,7 @@ def _fused(x, packed):
     tile = n_words // cell_words * per  # positions
     body = unit * math.gcd(max(1, UNROLL // unit), min(tile, packed.span) // unit)  # positions written out
     groups = max(1, tile // packed.span)
-    nest = (T, NB, groups, tile // groups // body)  # over tiles and row blocks; sums over groups and the bodies of a group
+    nest = (T, NB, groups, tile // groups // body)  # over tiles, row blocks; sums over groups and the bodies of a group
     x = x.float()
     if packed.order is not None:
         x = F.pad(x, (0, 1))[:, packed.order]
@@ -343,7 +347,8 @@ def _fused(x, packed):
         G = packed.scale.shape[1]
         scale, zero = (t.view(NB, T, groups, 1, LANES).transpose(0, 1) if G > 1 else t.view(1, NB, 1, 1, LANES)
                        for t in (packed.scale, packed.zero))  # (T or 1, NB, groups, 1, 16)
-        codes = [_code(words[c:c + cell_words], where) for c in range(0, len(words), cell_words) for where in pieces(bits)]
+        codes = [_code(words[c:c + cell_words], where)
+                 for c in range(0, len(words), cell_words) for where in pieces(bits)]
     if packed.n_m:
         at = pieces(place_bits(m))
         places = packed.place.view(*nest, -1, LANES).unbind(-2)
@@ -352,7 +357,8 @@ def _fused(x, packed):
                   for c in range(0, len(places), cell) for where in at]
         x = _stored(x).unflatten(-1, (-1, m))  # (M, T, 1, groups, bodies, cells, m)
         values = words if bits == 32 else [code.float() * (1 / factor) - zero.float() for code, factor in codes]
-        inputs = [[_chosen(x[i, ..., p // n, :], places[p], p % n, m - n + p % n) for p in range(body)] for i in range(M)]
+        inputs = [[_chosen(x[i, ..., p // n, :], places[p], p % n, m - n + p % n) for p in range(body)]
+                  for i in range(M)]
     else:
         values = [code.float() for code, _ in codes]
         sums = x.sum(-1)[..., None]  # (M, T, 1, groups, bodies, 1)
@@ -379,8 +385,8 @@ def few(packed):
 def _rows(packed, first, last):
     """Row blocks first .. last of a packed weight, as a packed weight."""
     N = min(packed.shape[0], last * LANES) - first * LANES
-    cut = {name: getattr(packed, name) for name in ("words", "place", "scale", "zero")}
-    cut = {name: t if t is None else t[:, first:last] if name in ("words", "place") else t[first:last] for name, t in cut.items()}
+    cut = {name: t[:, first:last] if name in ("words", "place") else t[first:last]
+           for name in ("words", "place", "scale", "zero") if (t := getattr(packed, name)) is not None}
     return packed._replace(shape=(N, packed.shape[1]), **cut)
 
 
@@ -473,7 +479,8 @@ class PackedLinear(nn.Module):
     def forward(self, x):
         if torch.compiler.is_compiling():  # part of a larger graph, such as a block's
             rows = x.reshape(-1, self.in_features)
-            y = _fused(rows, self.packed) if len(rows) <= few(self.packed) else F.linear(rows, _dequantized(self.packed, x.dtype))
+            y = _fused(rows, self.packed) if len(rows) <= few(self.packed) else \
+                F.linear(rows, _dequantized(self.packed, x.dtype))
             y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         else:
             y = matmul(x, self.packed, _State.enabled)
@@ -539,7 +546,9 @@ class Decoder:
 
 
 def compile_decode(model, enabled=True):
-    """Let `model.generate` run its tokens through one compiled block: dense, compressed or adapted models alike. Returns model.
+    """Let `model.generate` run its tokens through one compiled block: dense, compressed or adapted models alike.
+
+    Returns the model.
 
     The first token waits for the compiler (seconds, once a kind of block); a second cache size costs one compilation
     more, after which the size is free. The numbers are those of the eager path up to the order of additions.
@@ -548,6 +557,10 @@ def compile_decode(model, enabled=True):
     return model
 
 
+def main():
+    """The benchmark is a script of its own: run it."""
+    runpy.run_path(str(pathlib.Path(__file__).resolve().parent / "tests" / "bench_kernels.py"), run_name="__main__")
+
+
 if __name__ == "__main__":
-    from tests.bench_kernels import main
-    raise SystemExit(main())
+    main()
