@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
+import idp
 import kernels
 import model
+import recover
 from compress import Quantized
 from kernels import LANES, Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, to_words, unpack
 
@@ -39,7 +41,7 @@ def same(a, b):
 
 
 def relative_error(y, x, W):
-    """Largest error against the float64 product, relative to the largest sum of absolute products: rounding's own unit."""
+    """Largest error against the float64 product, relative to the largest sum of absolute products: rounding's unit."""
     exact = x.double() @ W.double().T
     return float((y.double() - exact).abs().max() / (x.double().abs() @ W.double().abs().T).max().clamp_min(1e-30))
 
@@ -113,7 +115,8 @@ def test_sparse_and_back_is_exact(n_m):
 
 def test_sparse_sizes():
     W = torch.where(keep(64, 256, 2, 4), 1.0, 0.0)
-    assert pack_sparse(W, (2, 4)).nbytes == 64 * 256 // 2 * 4 + 64 * 256 // 2 // 4  # half the floats, 2 bits each for the place
+    # half the floats, and 2 bits for the place of each
+    assert pack_sparse(W, (2, 4)).nbytes == 64 * 256 // 2 * 4 + 64 * 256 // 2 // 4
     q = quantized(64, 256, 4, 64)
     q = q._replace(codes=torch.where(W == 1, q.codes, q.zero[:, q.group]))
     assert pack_sparse(q, (2, 4)).nbytes == 64 * 256 // 2 * 6 // 8 + 64 * 4 * 5  # 4 + 2 bits for each one kept
@@ -145,7 +148,7 @@ def test_eager_matmul(bits, shape):
 
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 def test_fused_loop_equals_the_product(bits):
-    """K1. What is compiled is plain PyTorch: it can be run as it stands, over more shapes than there is time to compile."""
+    """K1. What is compiled is plain PyTorch: run as it stands, over more shapes than there is time to compile."""
     for N, K in SHAPES + [(16, 2304), (17, 3000)]:
         for group_size, act_order in ((None, False), (16, False), (48, True), (128, False)):
             p = pack(quantized(N, K, bits, group_size, act_order))
@@ -158,7 +161,8 @@ def test_fused_loop_equals_the_product(bits):
 def test_fused_sparse_loop_equals_the_product(n_m):
     for N, K in SHAPES + [(17, 4200)]:
         mask = keep(N, K, *n_m)
-        packed = [pack_sparse(torch.where(mask, torch.randn(N, K, generator=torch.Generator().manual_seed(1)), 0.0), n_m)]
+        W = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+        packed = [pack_sparse(torch.where(mask, W, 0.0), n_m)]
         for bits in (2, 3, 4, 8):
             q = quantized(N, K, bits, 64)
             packed.append(pack_sparse(q._replace(codes=torch.where(mask, q.codes, q.zero[:, q.group])), n_m))
@@ -176,14 +180,15 @@ def test_tiles_cut_no_group():
 
 
 def test_compiled_equals_eager_without_recompiling():
-    """K1 and K2: one graph for a single row, one for a few, one to dequantize; every other number of rows reuses them."""
+    """K1 and K2: one graph for a single row, one for a few, one to dequantize; other numbers of rows reuse them."""
     p = pack(quantized(40, 20, 4, 8, act_order=True))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for M in (1, 2, 3, 4, 5, 17, 128):
         x = torch.randn(M, 20, generator=torch.Generator().manual_seed(M))
         assert relative_error(matmul(x, p), x, p.dequantize()) < 1e-6
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 and not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
     y = matmul(x[:1].bfloat16(), p)
     assert y.dtype == torch.bfloat16 and relative_error(y, x[:1], p.dequantize()) < 2e-2
     assert kernels.compile_failure() is None
@@ -276,7 +281,8 @@ def test_spec_rebuilds_every_layer():
 
 def test_spec_refuses():
     spec = PackedLinear(layers()[0]).spec()
-    for bad in ({}, {**spec, "buffers": {"words": [[1], "float64"]}}, {**spec, "buffers": {"other": [[1], "int32"]}}, 7):
+    unknown = ({"words": [[1], "float64"]}, {"other": [[1], "int32"]})
+    for bad in ({}, 7, *({**spec, "buffers": buffers} for buffers in unknown)):
         with pytest.raises(ValueError, match="not the specification"):
             from_spec(bad)
 
@@ -293,7 +299,8 @@ def test_a_compressed_model_survives_the_disk(tmp_path):
 
 
 def small_packed_model():
-    gpt = model.GPT(model.GPTConfig(vocab_size=32, context=24, n_layer=3, n_head=2, n_kv_head=1, n_embd=16, n_hidden=32))
+    config = model.GPTConfig(vocab_size=32, context=24, n_layer=3, n_head=2, n_kv_head=1, n_embd=16, n_hidden=32)
+    gpt = model.GPT(config)
     gpt.init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
     for block in gpt.blocks:
         q = quantized(16, 16, 4, 8)
@@ -318,3 +325,33 @@ def test_compiled_decode_writes_the_same_tokens():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # head, block, block of any cache size
     assert not torch._dynamo.utils.counters["graph_break"]
     assert kernels.compile_decode(gpt, False).decoder is None
+
+
+def test_compiled_decode_of_every_repair():
+    """IDP, a prompt, a prefix and LoRA beneath them all go through one block, and write the tokens of the eager way."""
+    gpt = small_packed_model()
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 32, (1, 5), generator=g)
+    pool = idp.PromptPool([torch.randn(n, 16, generator=g) for n in (2, 4, 3)])
+    prefix = recover.Prefix(torch.randn(3, 2, 1, 4, 8, generator=g))
+    plain = gpt.generate(ids, 6)
+    with torch.no_grad():
+        for p in recover.add_lora(gpt, 2, targets=("q", "up"), generator=g):
+            p.normal_(generator=g)
+
+        def answers():
+            filled = idp.prefill(gpt, pool)
+            chosen = idp.select(gpt, pool, ids, filled=filled)
+            return [gpt.generate(ids, 6),
+                    gpt.generate(ids, 6, cache=model.take(filled, chosen, 11)),
+                    gpt.generate(ids, 6, prompt=pool.prompts[1]),
+                    gpt.generate(ids, 6, cache=prefix.cache(gpt, 1, 11))]
+
+        expected = answers()
+        assert not torch.equal(plain, expected[0])
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        kernels.compile_decode(gpt)
+        for got, want in zip(answers(), expected):
+            assert torch.equal(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # head, block, block of any cache size
