@@ -539,6 +539,9 @@ class Decoder:
     """
 
     def block(self, block, x, positions, mask, past):
+        if not hasattr(past[0], "_dynamo_weak_dynamic_indices"):  # a new cache: one compilation for caches of any size
+            for t, dim in ((past[0], 2), (past[1], 2), (mask, 3)):
+                torch._dynamo.maybe_mark_dynamic(t, dim)
         return _or_eager(compiled_block if len(x) <= FEW else _block, _block, block, x, positions, mask, past)
 
     def head(self, norm, lm_head, x):
@@ -550,8 +553,7 @@ def compile_decode(model, enabled=True):
 
     Returns the model.
 
-    The first token waits for the compiler (seconds, once a kind of block); a second cache size costs one compilation
-    more, after which the size is free. The numbers are those of the eager path up to the order of additions.
+    The first token waits for the compiler: seconds, once a kind of block, whatever the size of the cache. The numbers are those of the eager path up to the order of additions.
     """
     model.decoder = Decoder() if enabled else None
     return model

@@ -215,7 +215,6 @@ def first_token(model, compiled, ids, empty):
             torch._dynamo.reset()  # the compiled code is on the disk only: what a second process finds
             torch._inductor.utils.clear_caches()
             times.append(seconds_of(model.generate, ids, 2))
-        seconds_of(model.generate, ids, 3)  # another size of the cache: compiled for any size from here on
     return times
 
 
