@@ -27,8 +27,8 @@ def checklist(results):
 
 def made_by(results, operation, base="dense"):
     """The models that one operation made of one base, the best on held-out people first."""
-    return sorted((m for m in results["models"] if m["base"] == base and (m["operation"] or {}).get("name") == operation),
-                  key=lambda m: -m["metrics"]["recall_heldout"])
+    made = [m for m in results["models"] if m["base"] == base and (m["operation"] or {}).get("name") == operation]
+    return sorted(made, key=lambda m: -m["metrics"]["recall_heldout"])
 
 
 def missing(what):

@@ -101,10 +101,13 @@ def listed(i, person, people, rng):
 
 
 def comparison(i, person, people, rng):
-    """Who is at least ten years apart; even i asks about the older of the two."""
+    """With somebody at least ten years apart, None where nobody is; even i asks about the older of the two."""
     def years(p):
         return int(p.values["year"])
-    other = rng.choice([p for p in people if abs(years(p) - years(person)) >= 10])
+    far = [p for p in people if abs(years(p) - years(person)) >= 10]
+    if not far:
+        return None
+    other = rng.choice(far)
     older, younger = sorted([person, other], key=years)
     a, b = (older, younger) if i % 2 == 0 else (younger, older)
     question = f"Compared with {b.name}, {a.name} is"
