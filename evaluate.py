@@ -133,10 +133,10 @@ def ablation(subject, base, world, config):
     """Every way to choose from a repaired subject's pool on each fact, and attention against log-probability."""
     facts, validation = (world.facts(split, config.ablation_people) for split in ("heldout", "validation"))
     pool, generator = idp.PromptPool(subject.about["tensors"]), torch.Generator().manual_seed(config.seed + 4)
-    out, each = analyze.selectors(base.model, pool, facts, validation, world.encoding, generator)
+    out, each = world.selectors(base.model, pool, facts, validation, generator)
     chosen = idp.highest(each["attention"])
     by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
-                    for a in data.VALUES}
+                    for a in dict.fromkeys(f.attribute for f in facts)}
     gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)
     points = torch.stack([each["attention"], gain], dim=-1).flatten(0, 1)
     return {"rows": [{"name": name, "right": right.tolist(), "passes": n} for name, (right, n) in out.items()],
@@ -206,6 +206,7 @@ def study(dense, config, world, log, files=None):
     compare.add_tasks(models, scored, tasks, config.seed + 6)
     compared, *again = [compare.comparisons(models, run, scored) for run in runs]
     add_verdicts(models, [compared, *again])
+    add_attributes(models, measured, world.asked(config), config)
     add_files(models, subjects, files or {}, world, config, log)
     inside = json_step(log, os.path.join(config.out, "similarity.json"), [s.about["settings"] for s in subjects],
                        lambda: look_inside(subjects, world))
@@ -294,6 +295,33 @@ def add_verdicts(models, tests):
                     if (row["model"], row["what"]) == (m["id"], "recall, held-out")]
             lost, found = recall[models[0]["id"]] - recall[m["base"]], mine[0]["detectable"]
             m["verdict"] = verdict(m, mine, found / lost if found and lost > 0 else None)
+
+
+def add_attributes(models, measured, asked, config):
+    """Recall by attribute over seen and held-out facts together: {attribute: [mean, low, high]} in each model."""
+    generator = torch.Generator().manual_seed(config.seed + 8)
+    facts = [f for split in ("seen", "heldout") for f in asked[split]]
+    right = {m["id"]: [a["correct"] for split in ("seen", "heldout") for a in measured[m["id"]]["facts"][split]]
+             for m in models}
+    for m in models:
+        m["attributes"] = {}
+    for attribute in dict.fromkeys(f.attribute for f in facts):
+        own = [i for i, f in enumerate(facts) if f.attribute == attribute]
+        sums, sizes = by_person([[right[m["id"]][i] for i in own] for m in models], [facts[i] for i in own])
+        samples = resampled(sums, 10_000, generator, sizes).numpy()
+        for i, m in enumerate(models):
+            m["attributes"][attribute] = [float(sums[:, i].sum() / sizes.sum()), *interval(samples[:, i])]
+
+
+def attribute_table(results):
+    """Recall by attribute, seen and held-out together, as a Markdown table."""
+    names = list(results["models"][0]["attributes"])
+    lines = [f"| model | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
+    for m in results["models"]:
+        tag = m["tag"] if m["base"] in (None, "dense") else "+ " + m["tag"]
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in m["attributes"][name])) for name in names]
+        lines.append(f"| {tag} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def add_files(models, subjects, files, world, config, log):
@@ -385,7 +413,7 @@ def write_results(results, rows, config, log):
 
 
 def show(results, out):
-    print(table(results))
+    print(table(results) + "\n\nby attribute, seen and held-out together, %\n\n" + attribute_table(results))
     if results["files"]:
         print("\n" + file_table(results))
     for model in results["models"]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+import analyze
 import data
 import idp
 import items
@@ -41,7 +42,6 @@ class StudyConfig:
     calibration: tuple = (128, 64)
     repair_batch: tuple = (32, 32)
     repair_steps: int = 250
-    pool_steps: int = 250                    # of each prompt of a pool
     test_people: int = 500                   # of each split, at most, that the table asks about
     timing_rounds: int = 15                  # times that each model answers one question, taking turns
     ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
@@ -73,7 +73,7 @@ def sized(size, seed=0, out="out", **more):
         config.world = data.WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
         config.gpt = {"n_layer": 2, "n_embd": 64}
         config.pretrain.steps, config.pretrain_batch = 300, (16, 64)
-        config.repair_steps, config.pool_steps, config.task_items = 30, 30, 40
+        config.repair_steps, config.task_items = 30, 40
         config.out = os.path.join(out, "quick")
     if size == "medium":
         config.world.vocab_size, config.skills = 1280, True
@@ -261,6 +261,10 @@ class World:
         """One dict a fact: what `subject` answers, see tasks.answer."""
         return answer(subject, facts, self.encoding)
 
+    def selectors(self, model, pool, facts, validation, generator):
+        """Every way to choose from a pool, see analyze.selectors."""
+        return analyze.selectors(model, pool, facts, validation, self.encoding, generator)
+
     def unrelated(self):
         """24 tokens (24,) of sentences about people that no question asked behind them is about."""
         told = data.statements(self.people["validation"])[::len(data.VALUES) * 3 + 1]  # each about somebody else
@@ -436,7 +440,7 @@ def repair_batches(dense, config, world, log):
 def repaired_subject(base, tag, kind, size, batches, config, log, objective="distillation", lr=None):
     """`base` repaired in one way, on the batches of `repair_batches`."""
     lr = lr or config.rates[base.about["tag"]][f"prompt {size[1]}" if kind == "idp" else tag]
-    fit_config = FitConfig(steps=config.pool_steps if kind == "idp" else config.repair_steps, lr=lr)
+    fit_config = FitConfig(steps=config.repair_steps, lr=lr)
     settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
                 "fit": asdict(fit_config), "repair_batch": config.repair_batch}
     if objective != "distillation":

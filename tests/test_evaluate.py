@@ -30,7 +30,6 @@ def tiny(out):
     config = StudyConfig(world=data.WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600), out=str(out))
     config.full, config.gpt = True, {"n_layer": 1, "n_embd": 32, "n_head": 2}
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
-    config.pool_steps = 4
     config.calibration, config.repair_batch, config.timing_rounds = (8, 32), (4, 24), 2
     config.task_items = 6
     return config
@@ -128,6 +127,17 @@ def test_seeds_are_resampled_too():
     assert models[2]["metrics"]["displaced"] == 0.5 and models[2]["intervals"]["displaced"] == [0, 1]
     assert models[2]["seeds"] == {"recall_seen": [1, 0.5], "recall_heldout": [1, 0.5], "recall_novel": [1, 0.5],
                                   "displaced": [1, 0], "relearned": [0, 0]}
+
+
+def test_recall_by_attribute_worked_by_hand():
+    """Ada's and Ben's cities, one seen and one held-out: 1 of 2; Ada's year alone: 0."""
+    asked = {"seen": [SimpleNamespace(person="Ada", attribute=a) for a in ("city", "year")],
+             "heldout": [SimpleNamespace(person="Ben", attribute="city")]}
+    models = [{"id": "m", "tag": "m", "base": None}]
+    evaluate.add_attributes(models, {"m": {"facts": {"seen": [{"correct": True}, {"correct": False}],
+                                                     "heldout": [{"correct": False}]}}}, asked, StudyConfig())
+    assert models[0]["attributes"] == {"city": [0.5, 0.0, 1.0], "year": [0.0, 0.0, 0.0]}
+    assert evaluate.attribute_table({"models": models}).splitlines()[-1] == "| m | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] |"
 
 
 def test_costs_count_what_is_stored(tmp_path):

@@ -10,10 +10,11 @@ import torch
 
 import data
 import harness
+import idp
 import real
 from golden.make_weights import fill
 from model import GPT, GPTConfig, write_safetensors
-from study import Log
+from study import Log, pool_subject
 from tasks import Subject
 from test_weights import GOLDEN
 
@@ -127,6 +128,23 @@ def test_answers_are_the_likeliest_option(tmp_path):
         assert given["logprobs"] == pytest.approx(logprobs, abs=1e-4)
         assert given["answer"] == fact.options[logprobs.index(max(logprobs))].strip()
         assert given["correct"] == (given["answer"] == fact.answer.strip())
+
+
+def test_every_way_to_choose_follows_from_each_prompt_alone(tmp_path):
+    """Oracle: the study's own Subject of one prompt at a time, asked again; then the rows by hand."""
+    model, config, world = tiny_world(tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    pool = idp.PromptPool([torch.randn(n, 32, generator=generator) for n in (3, 5)])
+    facts, validation = world.facts("heldout"), world.facts("validation")
+    rows, each = world.selectors(model, pool, facts, validation, generator)
+    alone = [[a["correct"] for a in world.answer(pool_subject(model, idp.PromptPool([p])), facts)] for p in pool.prompts]
+    assert each["right"].T.tolist() == [[float(x) for x in row] for row in alone]
+    chosen = [a["chosen"] for a in world.answer(pool_subject(model, pool), facts)]
+    assert rows["attention-max (the paper's rule)"][0].tolist() == [float(alone[m][i]) for i, m in enumerate(chosen)]
+    assert rows["oracle"][0].tolist() == [float(a or b) for a, b in zip(*alone)]
+    assert rows["random"][0].tolist() == [(a + b) / 2 for a, b in zip(*alone)]
+    top = rows["floor: compressed model, gold among its top 2"][0].tolist()
+    assert [f for f, near in zip(facts, top) if not near and f.attribute == "language"] == []  # of two options
 
 
 # ---- the harness' layouts
