@@ -142,6 +142,8 @@ def lora_files(model):
 def prompt_files(model, kind, repair):
     """(config, tensors) of a prompt, a prefix or a pool."""
     c = model.config
+    if getattr(repair, "probe", None) is not None:
+        raise ValueError("a pool's probe has no place in this layout: save its prompts, PromptPool(pool.prompts)")
     if kind == "idp":
         tensors = {f"prompt_embeddings.{i}": p for i, p in enumerate(getattr(repair, "prompts", repair))}
     else:

@@ -31,13 +31,17 @@ from recover import inputs, objective
 
 
 class PromptPool(nn.Module):
-    """M soft prompts, `PromptPool([(P_1, C), (P_2, C), ...])`; lengths may differ."""
+    """M soft prompts, `PromptPool([(P_1, C), (P_2, C), ...])`; lengths may differ.
 
-    def __init__(self, prompts):
+    probe  (M, C), the weights of a selector trained with them (`selected`); without it, the paper's rule chooses
+    """
+
+    def __init__(self, prompts, probe=None):
         super().__init__()
         if not prompts:
             raise ValueError("a pool needs at least one prompt")
         self.prompts = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in prompts)
+        self.probe = None if probe is None else nn.Parameter(probe.detach().clone())
 
     def __len__(self):
         return len(self.prompts)
@@ -142,6 +146,17 @@ def start(model, filled, ids, lengths=None, room=0):
     return take(filled, chosen, ids.shape[1] + room), first
 
 
+def probed(model, pool, ids, lengths=None):
+    """(B, M): what the pool's trained probe makes of ids (B, T), in place of attention; the highest is its choice.
+
+    It reads what the first layer's queries are made of, averaged over real tokens: one product of (B, C) and (C, M).
+    """
+    x = model.blocks[0].norm1(model.wte(ids))  # (B, T, C)
+    lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths
+    text = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T): real tokens
+    return (x * text[..., None]).sum(1) / (lengths[:, None] * x.shape[-1]) @ pool.probe.T
+
+
 def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
     """Logits (B, T, V) of ids (B, T), each row under the prompt it selected (or was given in `chosen`)."""
     filled = filled or prefill(model, pool)
@@ -149,7 +164,7 @@ def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
     return model(ids, cache=take(filled, chosen, ids.shape[1]), lengths=lengths)
 
 
-# ---- three ways to train a pool: each returns what `recover.fit` trains on, batch -> scalar
+# ---- four ways to train a pool: each returns what `recover.fit` trains on, batch -> scalar
 
 def independent(model, pool, losses, m):
     """Prompt m alone; called for each m on a shard of the data of its own, the pool is M prompts that never met."""
@@ -181,12 +196,31 @@ def competitive(model, pool, losses):
     """Each row trains the prompt under which its loss is lowest: the winner takes the row, and prompts specialise."""
     def loss(batch):
         ids, filled = inputs(batch), prefill(model, pool)
-        rows = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         with torch.no_grad():
-            each = torch.stack([losses(model(ids, cache=take(filled, rows + m, ids.shape[1])), batch).mean(-1)
-                                for m in range(len(pool))])  # (M, B)
+            each = under_all(model, filled, losses, batch)  # (M, B)
         return losses(model(ids, cache=take(filled, each.argmin(0), ids.shape[1])), batch).mean()
     return loss
+
+
+def selected(model, pool, losses, look=8):
+    """Prompts and the probe that chooses among them, together: a mixture of experts (Jacobs et al. 1991).
+
+    With g_m the probe's softmax on a row's first `look` tokens and E_m the row's summed loss under prompt m, it lowers
+    -log sum_m g_m exp(-E_m): a prompt learns the rows that it does well on and that the probe can tell.
+    """
+    def loss(batch):
+        ids = inputs(batch)
+        errors = ids.shape[1] * under_all(model, prefill(model, pool), losses, batch)  # (M, B)
+        gate = probed(model, pool, ids[:, :look]).log_softmax(-1).T  # (M, B)
+        return -(gate - errors).logsumexp(0).mean() / ids.shape[1]
+    return loss
+
+
+def under_all(model, filled, losses, batch):
+    """(M, B): the mean loss of each row of the batch under each prompt."""
+    ids, rows = inputs(batch), torch.zeros(len(inputs(batch)), dtype=torch.long, device=filled.length.device)
+    return torch.stack([losses(model(ids, cache=take(filled, rows + m, ids.shape[1])), batch).mean(-1)
+                        for m in range(len(filled.length))])
 
 
 def main():
@@ -195,7 +229,7 @@ def main():
     parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
     parser.add_argument("--prompts", type=int, default=4, help="M, prompts in the pool")
     parser.add_argument("--length", type=int, default=8, help="P, tokens of each prompt")
-    parser.add_argument("--way", choices=["independent", "joint", "competitive"], default="independent",
+    parser.add_argument("--way", choices=["independent", "joint", "competitive", "selected"], default="independent",
                         help="of training the pool")
     parser.add_argument("--lr", type=float, default=3e-2, help="peak learning rate")
     args = parser.parse_args()

@@ -97,9 +97,10 @@ REPAIRS = {  # tag: (kind, size: a rank (and layers), a length, or prompts x len
     "prefix 8": ("prefix", 8),
     "IDP 4 x 8": ("idp", (4, 8, "independent")),
 }
-POOLS = {  # the other two ways to train a pool: with --full
+POOLS = {  # the other ways to train a pool: with --full
     "IDP 4 x 8 joint": ("idp", (4, 8, "joint")),
     "IDP 4 x 8 competitive": ("idp", (4, 8, "competitive")),
+    "IDP 4 x 8 selected": ("idp", (4, 8, "selected")),  # chosen by a probe that was trained with the prompts
 }
 RATES = {  # of what the paper repairs. Winners of `python evaluate.py --sweep lr`; a pool's prompts learn as one does
     "GPTQ 3 bits": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 1e-1, "prefix 8": 3e-2},
@@ -324,15 +325,16 @@ def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=
         recover.fit(model, prefix.parameters(), batches, loss, fit_config, progress=progress)
         return [prefix.weight]
     M, P, way = size if kind == "idp" else (1, size, "independent")
-    pool = idp.PromptPool([recover.prompt_init(model, P, generator=generator) for _ in range(M)])
+    pool = idp.PromptPool([recover.prompt_init(model, P, generator=generator) for _ in range(M)],
+                          torch.zeros(M, model.config.n_embd) if way == "selected" else None)
     if way == "independent":
         for m, prompt in enumerate(pool.prompts):  # each on a shard of its own
             loss = idp.independent(model, pool, losses, m)
             recover.fit(model, [prompt], batches[m::M], loss, fit_config, progress=progress)
     else:
-        loss = {"joint": idp.joint, "competitive": idp.competitive}[way](model, pool, losses)
+        loss = {"joint": idp.joint, "competitive": idp.competitive, "selected": idp.selected}[way](model, pool, losses)
         recover.fit(model, pool.parameters(), batches, loss, fit_config, progress=progress)
-    return list(pool.prompts)
+    return [*pool.prompts] + ([pool.probe] if way == "selected" else [])
 
 
 def lora_size(size):
@@ -352,15 +354,25 @@ def attach(model, kind, size, tensors):
     if kind == "prefix":
         with torch.no_grad():
             return Subject(model, recover.Prefix(tensors[0]).cache(model, 1, 0))
-    return pool_subject(model, idp.PromptPool(tensors))
+    return pool_subject(model, make_pool(kind, size, tensors))
+
+
+def make_pool(kind, size, tensors):
+    """The pool of a trained prompt or pool: its prompts and, of one that was trained with it, its probe."""
+    M = size[0] if kind == "idp" else 1
+    return idp.PromptPool(tensors[:M], *tensors[M:])
 
 
 def pool_subject(model, pool):
-    """The Subject of a pool under the paper's rule; with one prompt there is nothing to choose."""
+    """The Subject of a pool under the paper's rule, or its probe if it has one; one prompt leaves nothing to choose."""
     with torch.no_grad():
         filled = idp.prefill(model, pool)
-    choose = (lambda ids, lengths: idp.select(model, pool, ids, lengths, filled)) if len(pool) > 1 else None
-    return Subject(model, filled, choose)
+
+    def choose(ids, lengths):
+        if pool.probe is None:
+            return idp.select(model, pool, ids, lengths, filled)
+        return idp.highest(idp.probed(model, pool, ids, lengths))
+    return Subject(model, filled, choose if len(pool) > 1 else None)
 
 
 def unpacked(model):

@@ -7,6 +7,7 @@ import torch
 import idp
 import recover
 from idp import PromptPool, attention_scores, prefill, select, take
+from study import pool_subject
 from test_model import close, family, gpt, naive, naive_layer, tokens
 
 LENGTHS = torch.tensor([3, 6, 5, 1])  # real tokens of four rows
@@ -284,6 +285,38 @@ def test_independent_is_one_prompt_at_its_place(name):
         value.backward()
         assert pool.prompts[m].grad.abs().max() > 0
     assert pool.prompts[0].grad is not pool.prompts[1].grad
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_selected_is_a_mixture_of_experts(name):
+    """-log sum of gate times likelihood, a row at a time in float64; the gate reads the first `look` tokens."""
+    model, pool, batch = gpt(name).requires_grad_(False), make_pool(4, 2, 5), tokens(5, 7)
+    pool = PromptPool(list(pool.prompts), 9 * torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
+    each, expected = by_hand(model, pool, batch), 0
+    for b, row in enumerate(batch):
+        x = torch.stack([model.blocks[0].norm1(model.wte(token)) for token in row[:3]]).mean(0).double() / 32
+        gate = (pool.probe.double() @ x).softmax(0)
+        expected -= sum(gate[m] * (-6 * each[m, b]).exp() for m in range(3)).log() / 6 / 5
+    value = idp.selected(model, pool, recover.next_token, look=3)(batch)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    value.backward()
+    assert all(p.grad.abs().max() > 0 for p in pool.parameters()) and len(list(pool.parameters())) == 4
+
+
+def test_the_probe_reads_the_question_only():
+    """Other tokens behind a row's length, other neighbours: the same scores. A pool with a probe answers by it."""
+    model, pool, ids = gpt(), make_pool(4, 2, 5), tokens(4, 6)
+    pool = PromptPool(list(pool.prompts), torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
+    scores = idp.probed(model, pool, ids, LENGTHS)
+    other = torch.where(torch.arange(6) < LENGTHS[:, None], ids, (ids + 7) % 50)
+    assert not torch.equal(ids, other)
+    close(idp.probed(model, pool, other, LENGTHS), scores, atol=1e-7)
+    for b, n in enumerate(LENGTHS.tolist()):
+        close(idp.probed(model, pool, ids[b:b + 1, :n])[0], scores[b], atol=1e-7)
+    chosen = pool_subject(model, pool).pick(ids, LENGTHS)
+    assert chosen.tolist() == scores.argmax(-1).tolist() and len(set(chosen.tolist())) > 1
+    assert pool_subject(model, PromptPool(list(pool.prompts))).pick(ids, LENGTHS).tolist() == \
+        select(model, pool, ids, LENGTHS).tolist()
 
 
 def test_fit_trains_the_pool_and_nothing_else():
