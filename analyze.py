@@ -10,12 +10,14 @@ The look inside: why attention should choose well - does it? - and what repairs 
 
 What it leaves out: causal interventions on single heads.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
 import idp
 from recover import prompt_init
+from stats import interval, resampled
 from tasks import Subject, answer, gold_logprobs, is_right, tokenized, until_stop
 
 
@@ -30,6 +32,7 @@ def under_each(model, pool, facts, encoding):
 
     right        1.0 where the answer is right        logprob  of the right answer, nats
     confidence   log-probability of the answer given  attention, attention_last: the score in the first, the last layer
+    probe        the score by the pool's probe, if it has one
     """
     filled, rows = idp.prefill(model, pool), tokenized(facts, encoding)
     right, logprob, confidence = [], [], []
@@ -44,7 +47,8 @@ def under_each(model, pool, facts, encoding):
     first, last = (torch.cat([idp.attention_scores(model, filled, part, n, layer)
                               for part, n in zip(ids.split(250), lengths.split(250))])
                    for layer in (0, len(model.blocks) - 1))  # each (N, M)
-    return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T,
+    probe = {} if pool.probe is None else {"probe": idp.probed(model, pool, ids, lengths)}
+    return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T, **probe,
             "confidence": torch.tensor(confidence).T, "attention": first, "attention_last": last}
 
 
@@ -69,6 +73,7 @@ def selectors(model, pool, facts, validation, encoding, generator):
         "attention-min": (took(-each["attention"]), 0),
         "attention-max over a prompt's mean": (took(each["attention"] / loudness), 0),
         "attention-max in the last layer": (took(each["attention_last"]), 1),
+        **({"probe trained with the prompts": (took(each["probe"]), 0)} if "probe" in each else {}),
         "random": (right.mean(1), 0),
         **{f"prompt {m} alone": (right[:, m], 0) for m in range(M)},
         "best single on validation": (right[:, tuning["right"].mean(0).argmax()], 0),
@@ -131,8 +136,8 @@ def rank_correlation(a, b):
 @torch.no_grad()
 def inside(subject, ids):
     """What happens in each layer on text ids (B, T): attention rows over text tokens, renormalised (L, B, nh, T, T),
-    and block
-    outputs (L, B, T, C). What stands in front of the text takes its part of the attention first."""
+    and block outputs (L, B, T, C).
+    """
     model, (B, T) = subject.model, ids.shape
     cache = subject.cache(subject.pick(ids, torch.full((B,), T)), T)
     positions = cache.length[:, None] + torch.arange(T)  # (B, T)
@@ -143,14 +148,71 @@ def inside(subject, ids):
         q, _, _ = block.attn.qkv(block.norm1(x), positions)  # (B, nh, T, hs)
         x = block(x, positions, mask, (cache.k[i], cache.v[i]))  # fills the cache with this layer's keys
         k = cache.k[i].repeat_interleave(q.shape[1] // cache.k[i].shape[1], dim=1)  # (B, nh, S, hs)
-        p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)[..., -T:]
-        attention.append(p / p.sum(-1, keepdim=True))
+        score = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        attention.append(score[..., -T:].softmax(-1))  # text alone: what a loud prompt leaves may be 0.0
         outputs.append(x)
     return torch.stack(attention), torch.stack(outputs)
 
 
 def similarity(subject, dense, ids):
-    """Cosine similarity to the dense model on ids (B, T): {"attention": [[a head] a layer], "output": [a layer]}."""
+    """Cosine similarity to the dense model on ids (B, T): {"attention": [[a head] a layer], "output": [a layer]}, and
+    the means over layers and heads, one a text: {"texts": {"attention": [..], "output": [..]}}.
+    """
     (a, x), (b, y) = inside(subject, ids), inside(dense, ids)
-    rows = F.cosine_similarity(a, b, dim=-1)[:, :, :, 1:].mean(dim=(1, 3))  # (L, nh); the first row has one entry only
-    return {"attention": rows.tolist(), "output": F.cosine_similarity(x, y, dim=-1).mean(dim=(1, 2)).tolist()}
+    rows = F.cosine_similarity(a, b, dim=-1)[..., 1:].mean(-1)  # (L, B, nh); the first row has one entry only
+    outputs = F.cosine_similarity(x, y, dim=-1).mean(-1)  # (L, B)
+    return {"attention": rows.mean(1).tolist(), "output": outputs.mean(1).tolist(),
+            "texts": {"attention": rows.mean(dim=(0, 2)).tolist(), "output": outputs.mean(0).tolist()}}
+
+
+def nearer(after, before, seed):
+    """How much nearer to the dense model a repair brought attention and outputs: {name: 95 % interval} over texts."""
+    generator = torch.Generator().manual_seed(seed)
+    change = np.array([np.subtract(after[name], before[name]) for name in ("attention", "output")]).T  # (texts, 2)
+    samples = resampled(change, 10_000, generator).numpy()
+    return {name: interval(samples[:, i]) for i, name in enumerate(("attention", "output"))}
+
+
+# ---- of results.json, as Markdown tables
+
+def pool_table(results):
+    """Every pool in one row: what its choice reaches, and what the best choice would, beside an oracle's floor."""
+    short = {"rule": "attention-max (the paper's rule)", "probe": "probe trained with the prompts",
+             "best single": "best single on validation", "oracle": "oracle",
+             "floor": "floor: oracle over an untuned pool"}
+    lines = [f"| pool | {' | '.join(short)} | rank correlation |", "|---" + "|---:" * (1 + len(short)) + "|"]
+    for m in results["models"]:
+        if m.get("idp"):
+            rows, c = {row["name"]: row for row in m["idp"]["selectors"]}, m["idp"]["correlation"]
+            cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (rows[n]["recall"], *rows[n]["interval"])))
+                     if n in rows else "" for n in short.values()]
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(c["rho"], *c["interval"]))
+            lines.append(f"| {m['id']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def twin_table(results):
+    """Each repair trained by distillation beside its twin on the next token: what came back and what was re-learned."""
+    where = {m["id"]: m for m in results["models"]}
+    lines = ["| repair | displaced %, distilled | next token | re-learned %, distilled | next token |",
+             "|---|---:|---:|---:|---:|"]
+    for name, m in where.items():
+        twin = where.get(f"{name}-next-token")
+        if twin:
+            cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (t["metrics"][key], *t["intervals"][key])))
+                     if t["metrics"][key] is not None else "" for key in ("displaced", "relearned") for t in (m, twin)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def inside_table(results):
+    """How near each model's attention and block outputs are to the dense model's, as a Markdown table."""
+    lines = ["| model | attention | change by repair | output | change by repair |", "|---" + "|---:" * 4 + "|"]
+    for m in results["models"][1:]:
+        cells = []
+        for name in ("attention", "output"):
+            bounds = m["similarity"].get("nearer", {}).get(name)
+            cells.append(f"{np.mean(m['similarity']['texts'][name]):.4f} | "
+                         + ("[{:+.4f}, {:+.4f}]".format(*bounds) if bounds else ""))
+        lines.append(f"| {'' if m['base'] == 'dense' else '+ '}{m['tag']} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -46,8 +46,8 @@ import idp
 import real
 import recover
 import report
-from study import (OPERATIONS, Log, StudyConfig, World, all_subjects, dense_subject, guard, json_step, options, sized,
-                   slug, sweep_rates, write_text)
+from study import (OPERATIONS, Log, StudyConfig, World, all_subjects, dense_subject, guard, json_step, make_pool,
+                   options, sized, slug, sweep_rates, write_text)
 from stats import by_person, interval, resampled
 from tasks import Subject, perplexity
 
@@ -132,7 +132,8 @@ def look_inside(subjects, world):
 def ablation(subject, base, world, config):
     """Every way to choose from a repaired subject's pool on each fact, and attention against log-probability."""
     facts, validation = (world.facts(split, config.ablation_people) for split in ("heldout", "validation"))
-    pool, generator = idp.PromptPool(subject.about["tensors"]), torch.Generator().manual_seed(config.seed + 4)
+    pool = make_pool("idp", subject.about["operation"]["parameters"]["size"], subject.about["tensors"])
+    generator = torch.Generator().manual_seed(config.seed + 4)
     out, each = world.selectors(base.model, pool, facts, validation, generator)
     chosen = idp.highest(each["attention"])
     by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
@@ -208,11 +209,14 @@ def study(dense, config, world, log, files=None):
     add_verdicts(models, [compared, *again])
     add_attributes(models, measured, world.asked(config), config)
     add_files(models, subjects, files or {}, world, config, log)
-    inside = json_step(log, os.path.join(config.out, "similarity.json"), [s.about["settings"] for s in subjects],
-                       lambda: look_inside(subjects, world))
+    settings = {"texts": len(world.inside), "models": [s.about["settings"] for s in subjects]}
+    inside = json_step(log, os.path.join(config.out, "similarity.json"), settings, lambda: look_inside(subjects, world))
     where = {s.about["id"]: s for s in subjects}
     for subject, model in zip(subjects, models):
         model["similarity"] = inside[model["id"]]
+        if model["base"] not in (None, "dense"):
+            texts = (inside[name]["texts"] for name in (model["id"], model["base"]))
+            model["similarity"]["nearer"] = analyze.nearer(*texts, config.seed + 8)
         if subject.about.get("kind") == "idp" and config.ablation_people:
             path = os.path.join(config.out, model["id"] + ".selectors.json")
             ablated = json_step(log, path, {**subject.about["settings"], "people": config.ablation_people},
@@ -419,6 +423,10 @@ def show(results, out):
     for model in results["models"]:
         if model.get("idp"):
             print(f"\n{model['id']}: one pool, every way to choose\n\n{selector_table(model)}")
+    print(f"\nthe pools, held-out %\n\n{analyze.pool_table(results)}")
+    print(f"\ncosine similarity to the dense model, over layers and heads\n\n{analyze.inside_table(results)}")
+    if results["settings"]["full"]:
+        print(f"\ndistillation and the next token\n\n{analyze.twin_table(results)}")
     for split, name in SPLIT_NAMES.items():
         if results["models"][0].get("tasks"):
             print(f"\nthe tasks of items.py, {results['settings']['size']} preset, {name} people, % [95 %]\n\n"
@@ -440,7 +448,7 @@ def main():
     parser = options("Train, compress, repair, and say whether the knowledge was forgotten or displaced.")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
     parser.add_argument("--full", action="store_true",
-                        help="also the next-token twins, and pools trained jointly and competitively")
+                        help="also the next-token twins, and pools trained in other ways")
     parser.add_argument("--seeds", type=int, default=StudyConfig.seeds, metavar="K",
                         help="draw compression data, repair and prompts K times, and add the spread")
     parser.add_argument("--all-tasks", action="store_true", help="ask every model every task of items.py, not a few")

@@ -128,6 +128,55 @@ def longer_prompts_read_better(results):
     return (holds, "; ".join(said)) if said else missing("python evaluate.py --sweep prompt-length")
 
 
+def pools_and_lora(results):
+    """[(base's id, the smallest pool made of it, the largest LoRA)] of every base that has both."""
+    out = []
+    for base in sorted({m["base"] for m in results["models"] if m["base"]}):
+        pool, lora = (sorted(made_by(results, name, base), key=lambda m: m["metrics"]["extra_parameters"])
+                      for name in ("IDP", "LoRA"))
+        out += [(base, pool[0], lora[-1])] if pool and lora else []
+    return out
+
+
+def fewer_parameters(results):
+    """A pool's M P C are 21 times fewer than LoRA's sum of r (in + out) over its layers."""
+    said, holds = [], True
+    for base, pool, lora in pools_and_lora(results):
+        n, N = (m["metrics"]["extra_parameters"] for m in (pool, lora))
+        M = pool["operation"]["parameters"]["size"][0]
+        holds &= N >= 21 * n
+        said.append(f"{base}: M P C = {n:,}, sum of r (in + out) = {N:,}: {N / n:.1f} times fewer, "
+                    f"{N * M / n:.0f} times of the one prompt in use")
+    return (holds, "; ".join(said)) if said else missing("no base has both IDP and LoRA")
+
+
+def less_latency(results):
+    """A question takes 60 % less time with IDP than with LoRA beside the weights."""
+    said, holds = [], True
+    for base, pool, lora in pools_and_lora(results):
+        ms, MS = (m["metrics"]["ms_per_question"] for m in (pool, lora))
+        holds &= ms <= 0.4 * MS
+        said.append(f"{base}: {ms:.1f} ms against {MS:.1f}, {percent(1 - ms / MS)} less")
+    return (holds, "; ".join(said)) if said else missing("no base has both IDP and LoRA")
+
+
+def two_regimes(results):
+    """Every LoRA brings block outputs nearer to the dense model's than every prompt, prefix and pool does: the
+    intervals of the changes do not touch. (Stated after a first look at the means, before there were intervals.)
+    """
+    said, holds = [], True
+    for base in sorted({m["base"] for m in results["models"] if m["base"]}):
+        change = {name: [(m["similarity"]["nearer"]["output"], m["tag"]) for m in made_by(results, name, base)
+                         if "nearer" in (m.get("similarity") or {})] for name in ("LoRA", "prompt", "prefix", "IDP")}
+        inside, front = change["LoRA"], change["prompt"] + change["prefix"] + change["IDP"]
+        if inside and front:
+            low, high = min(inside), max(front, key=lambda x: x[0][1])
+            holds &= low[0][0] > high[0][1]
+            said.append(f"{base}, change of the outputs' similarity to the dense model's: " + ", ".join(
+                "{} [{:+.4f}, {:+.4f}]".format(tag, *bounds) for bounds, tag in (low, high)))
+    return (holds, "; ".join(said)) if said else missing("no base has both LoRA and prompts")
+
+
 FINDINGS = [
     ("LLM-KICK, the paper: perplexity hides what compression does to knowledge", perplexity_hides),
     ("LLM-KICK: 25 to 30 % sparsity already hurts knowledge", early_sparsity_hurts),
@@ -136,6 +185,9 @@ FINDINGS = [
     ("LLM-KICK: retrieval in context survives 50 % sparsity", retrieval_survives),
     ("the paper: prompts (IDP) recover as much as LoRA", prompts_match_lora),
     ("the paper: longer prompts lower perplexity", longer_prompts_read_better),
+    ("the paper: IDP has 21 times fewer parameters than LoRA", fewer_parameters),
+    ("the paper: IDP takes 60 % less time than LoRA", less_latency),
+    ("the paper: prompting and re-training work in two different regimes", two_regimes),
 ]
 
 

@@ -10,7 +10,7 @@ import idp
 from model import GPT, GPTConfig
 from recover import prompt_init
 from study import pool_subject
-from tasks import Subject, answer
+from tasks import Subject, answer, tokenized
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,10 @@ def test_under_each_is_each_prompt_alone(scene):
 def test_selectors_choose_what_they_say(scene):
     """Every selector's row from a table made up by hand: three prompts, and which is right is known."""
     model, pool, encoding, facts = scene
+    pool = idp.PromptPool(list(pool.prompts), torch.randn(3, 32, generator=torch.Generator().manual_seed(4)))
     out, each = analyze.selectors(model, pool, facts, facts, encoding, torch.Generator().manual_seed(1))
-    right = each["right"]
+    right, chosen = each["right"], pool_subject(model, pool).pick(*data.pad(
+        [question for question, _ in tokenized(facts, encoding)], encoding))
     for n in range(len(facts)):
         best = max(range(3), key=lambda m: each["attention"][n, m].item())
         worst = min(range(3), key=lambda m: each["attention"][n, m].item())
@@ -50,6 +52,7 @@ def test_selectors_choose_what_they_say(scene):
         assert out["attention-max (the paper's rule)"][0][n] == right[n, best]
         assert out["attention-min"][0][n] == right[n, worst]
         assert out["most confident"][0][n] == right[n, sure]
+        assert out["probe trained with the prompts"][0][n] == right[n, chosen[n]]
         assert out["oracle"][0][n] == max(right[n])
         assert out["random"][0][n] == pytest.approx(sum(right[n]).item() / 3)
 
@@ -90,6 +93,10 @@ def test_a_model_is_like_itself_and_only_itself(scene):
     assert all(abs(x - 1) < 1e-5 for row in [*same["attention"], same["output"]] for x in row)
     prompted = analyze.similarity(pool_subject(model, pool), Subject(model), ids)
     assert min(prompted["output"]) < 0.999
+    heads = [x for row in prompted["attention"] for x in row]
+    for name, whole in (("attention", heads), ("output", prompted["output"])):
+        assert len(prompted["texts"][name]) == 3  # one mean a text: over all of them it is the mean of the whole
+        assert sum(prompted["texts"][name]) / 3 == pytest.approx(sum(whole) / len(whole), abs=1e-6)
 
 
 def test_inside_attention_is_the_softmax_row_by_row(scene):
@@ -112,3 +119,28 @@ def test_inside_attention_is_the_softmax_row_by_row(scene):
     for block, out in zip(model.blocks, outputs):
         x = block(x)
         assert torch.allclose(out[0], x[0, 5:], atol=1e-4)
+
+
+def test_the_tables_beside_the_table_by_hand():
+    """One base, LoRA and a pool: texts of which one or both are drawn, a twin on the next token."""
+    nearer = analyze.nearer({"attention": [0.5, 0.7], "output": [0.9, 0.9]},
+                           {"attention": [0.4, 0.4], "output": [1.0, 0.8]}, 0)
+    assert nearer["attention"] == pytest.approx([0.1, 0.3]) and nearer["output"] == pytest.approx([-0.1, 0.1])
+
+    def model(name, base, extra, ms, **more):
+        return {"id": name, "tag": name, "base": base, "operation": {"parameters": {}}, **more,
+                "metrics": {"extra_parameters": extra, "ms_per_question": ms, "displaced": 0.25, "relearned": None},
+                "intervals": {"displaced": [0.2, 0.3], "relearned": [None, None]},
+                "similarity": {"texts": {"attention": [0.5, 0.7], "output": [0.9, 1.0]}, "nearer": nearer}}
+    rows = [{"name": n, "recall": r, "interval": [r, r]} for n, r in (("attention-max (the paper's rule)", 0.5),
+                                                                      ("oracle", 0.75))]
+    pool = {"selectors": rows, "correlation": {"rho": 0.5, "interval": [0.25, 0.75]}}
+    lora = [model(name, "b", 4200, 10) for name in ("b-lora-rank-8", "b-lora-rank-8-next-token")]
+    results = {"models": [model("dense", None, 0, 1), model("b", "dense", 0, 1), *lora,
+                          model("b-idp-4-x-8", "b", 200, 4, idp=pool)]}
+    assert analyze.pool_table(results).splitlines()[2:] == [
+        "| b-idp-4-x-8 | 50.0 [50.0, 50.0] |  |  | 75.0 [75.0, 75.0] |  | +0.500 [+0.250, +0.750] |"]
+    assert analyze.twin_table(results).splitlines()[2:] == [
+        "| b-lora-rank-8 | 25.0 [20.0, 30.0] | 25.0 [20.0, 30.0] |  |  |"]
+    assert analyze.inside_table(results).splitlines()[3] == (
+        "| + b-lora-rank-8 | 0.6000 | [+0.1000, +0.3000] | 0.9500 | [-0.1000, +0.1000] |")

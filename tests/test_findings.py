@@ -8,8 +8,9 @@ import findings
 
 
 def model(tag, base, operation, heldout, **metrics):
-    return {"id": tag, "tag": tag, "base": base, "operation": operation and {"name": operation},
-            "metrics": {"recall_heldout": heldout, "perplexity": 3.0, "bytes": 1000, "extra_parameters": 10, **metrics}}
+    return {"id": tag, "tag": tag, "base": base, "operation": operation and {"name": operation, "parameters": {"size": [4]}},
+            "metrics": {"recall_heldout": heldout, "perplexity": 3.0, "bytes": 1000, "extra_parameters": 10,
+                        "ms_per_question": 5, **metrics}}
 
 
 RESULTS = {"models": [
@@ -25,6 +26,12 @@ SWEEPS = {
                                   "perplexity_wrong_divisor": 3.05 - x / 99} for x in (1, 32)]}}
 
 
+def nearer(models, lora, pool):
+    """Give LoRA and the pool an interval of what they changed in the outputs' similarity."""
+    for m, bounds in zip(models[4:], (lora, pool)):
+        m["similarity"] = {"nearer": {"output": bounds}}
+
+
 def found(results):
     return {rule.__name__: findings.checklist(results)[i][1] for i, (_, rule) in enumerate(findings.FINDINGS)}
 
@@ -32,7 +39,8 @@ def found(results):
 def test_what_was_not_measured_is_open():
     assert found(RESULTS) == {
         "perplexity_hides": True, "early_sparsity_hurts": None, "n_m_is_worse": None, "quantization_is_gentler": True,
-        "retrieval_survives": None, "prompts_match_lora": False, "longer_prompts_read_better": None}
+        "retrieval_survives": None, "prompts_match_lora": False, "longer_prompts_read_better": None,
+        "fewer_parameters": False, "less_latency": False, "two_regimes": None}
     assert "python evaluate.py --sweep sparsity" in findings.show(RESULTS)
 
 
@@ -48,7 +56,14 @@ def test_sweeps_close_what_was_open():
     ("quantization_is_gentler", lambda m: m[2]["metrics"].update(bytes=2000), False),
     ("quantization_is_gentler", lambda m: m[3]["metrics"].update(recall_heldout=0.85), False),
     ("prompts_match_lora", lambda m: m[5]["metrics"].update(displaced=0.5), True),
-    ("prompts_match_lora", lambda m: m[5]["metrics"].update(displaced=None), None)])
+    ("prompts_match_lora", lambda m: m[5]["metrics"].update(displaced=None), None),
+    ("fewer_parameters", lambda m: m[4]["metrics"].update(extra_parameters=210), True),
+    ("fewer_parameters", lambda m: m[4]["metrics"].update(extra_parameters=209), False),
+    ("fewer_parameters", lambda m: m.pop(), None),
+    ("less_latency", lambda m: m[5]["metrics"].update(ms_per_question=2), True),
+    ("less_latency", lambda m: m[5]["metrics"].update(ms_per_question=2.1), False),
+    ("two_regimes", lambda m: nearer(m, [0.1, 0.2], [-0.2, 0.05]), True),
+    ("two_regimes", lambda m: nearer(m, [0.1, 0.2], [-0.2, 0.15]), False)])
 def test_a_rule_follows_the_numbers(name, change, now):
     results = copy.deepcopy(RESULTS)
     change(results["models"])
