@@ -3,8 +3,8 @@ What each repair costs when the model answers: IDP against no prompt, a prompt a
 
     OMP_NUM_THREADS=1 python tests/bench_latency.py    # two to three minutes; exit status 1 where a claim is missed
 
-The claims on time are judged where time is arithmetic: on the middle size, 21 million parameters. The prefill of the
-small GPT is some 150 operations of a few microseconds, to which the choice adds 20; its limit only shows a step back.
+The claim on prefill is judged where time is arithmetic: on the middle size. The small GPT's is spent on calling small
+operations, to which the choice adds its own; the limit there only shows a step back.
 
 The paper (arXiv 2310.00867, abstract) claims for IDP 21 times fewer extra parameters than LoRA and 60 % less latency.
 Here, of one text of `text` tokens:
