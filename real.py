@@ -53,8 +53,8 @@ REPAIRS = {
     "prefix 16": ("prefix", 16),
     "IDP 4 x 16": ("idp", (4, 16, "independent")),
 }
-RATE_GRID = {"lora": (1e-3, 3e-3, 1e-2), "prompt": (3e-3, 1e-2, 3e-2), "prefix": (3e-3, 1e-2, 3e-2)}
-WINNERS = {"LoRA rank 4, q and v": 1e-3, "LoRA rank 8": 1e-3, "prompt 16": 1e-2, "prefix 16": 1e-2}
+RATE_GRID = {"lora": (1e-3, 3e-3, 1e-2), "prompt": (3e-3, 1e-2, 3e-2), "prefix": (1e-3, 3e-3, 1e-2)}
+WINNERS = {"LoRA rank 4, q and v": 1e-3, "LoRA rank 8": 1e-3, "prompt 16": 3e-2, "prefix 16": 3e-3}
 RATES = {"GPTQ 3 bits": WINNERS, "SparseGPT 50 %": WINNERS}
 
 
