@@ -549,16 +549,23 @@ def main():
     import study  # here, not above: the model needs nothing of the study, only training it does
     import data
     from tasks import answer
-    args = study.options("Train the dense GPT on the small world, and ask it a few questions.").parse_args()
+    parser = study.options("Train the dense GPT on the small world, and ask it questions.")
+    parser.add_argument("--without", choices=list(study.RECIPE), default="",
+                        help="leave one ingredient of the training out, to see what it buys; in OUT/without-...")
+    args = parser.parse_args()
 
     def run():
-        config = study.sized(args.size, args.seed, args.out)
+        config = study.sized(args.size, args.seed, args.out, without=args.without)
+        if args.without:
+            config.out = os.path.join(config.out, f"without-{args.without}")
         world = study.World(config)
         dense = study.dense_subject(config, world, study.Log())
         for split in ("seen", "heldout", "novel"):
-            facts = data.facts(world.people[split][:1])
-            for fact, given in zip(facts, answer(dense, facts, world.encoding)):
-                print(f"{split:8s} {fact.question} {given['answer']}    (gold: {fact.answer.strip()})")
+            facts = data.facts(world.people[split][:config.test_people])
+            given = answer(dense, facts, world.encoding)
+            for fact, a in zip(facts[:5], given):
+                print(f"{split:8s} {fact.question} {a['answer']}    (gold: {fact.answer.strip()})")
+            print(f"{split:8s} recall {sum(a['correct'] for a in given) / len(facts):.1%} of {len(facts):,} facts")
     study.guard(run)
 
 
