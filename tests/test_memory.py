@@ -1,5 +1,4 @@
 """memory.py: parameters and activations counted by hand for small shapes; the published sizes of the paper's models."""
-import subprocess
 import sys
 
 import pytest
@@ -7,7 +6,6 @@ import torch
 
 import memory
 from model import GPT, GPTConfig
-from test_weights import HERE
 
 
 @pytest.mark.parametrize("name, billions", [("llama-7b", 6.738), ("opt-6.7b", 6.658), ("smollm2-135m", 0.1345)])
@@ -49,9 +47,12 @@ def test_formulas_worked_by_hand():
     assert values[3] == 4 * Pb + kept + 12 * 4 * 300 + 16 * lora
 
 
-def test_the_script():
-    def run(*args):
-        return subprocess.run([sys.executable, "memory.py", *args], cwd=HERE.parent, capture_output=True, text=True, timeout=120)
-    assert run("--shape", "llama-7b", "--dtype", "bfloat16").stdout.count("|\n") == 6
-    done = run("--model", "nowhere")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+def test_the_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--shape", "llama-7b", "--dtype", "bfloat16"])
+    memory.main()
+    assert capsys.readouterr().out.count("|\n") == 6
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--model", "nowhere"])
+    with pytest.raises(SystemExit) as stopped:
+        memory.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "nowhere" in said
