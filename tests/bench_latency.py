@@ -3,8 +3,8 @@ What each repair costs when the model answers: IDP against no prompt, a prompt a
 
     OMP_NUM_THREADS=1 python tests/bench_latency.py    # two to three minutes; exit status 1 where a claim is missed
 
-The claim on prefill is judged where time is arithmetic: on the middle size. The small GPT's is spent on calling small
-operations, to which the choice adds its own; the limit there only shows a step back.
+The small GPT's prefill is spent on calling small operations, to which the choice adds its own: there the limit is a close
+one, and on a busy machine it is missed. On the middle size time is arithmetic.
 
 The paper (arXiv 2310.00867, abstract) claims for IDP 21 times fewer extra parameters than LoRA and 60 % less latency.
 Here, of one text of `text` tokens:
@@ -55,13 +55,12 @@ class Bench:
     length: int = 16       # P, of each
     rank: int = 8          # of LoRA, on every linear layer
     rounds: int = 60
-    prefill: float = 1.25  # limit of IDP's prefill over the one with no prompt
+    prefill: float = 1.10  # limit of IDP's prefill over the one with no prompt
     steps: int = 24        # training steps that are timed, of each kind
     batch: int = 8         # rows of a training step, with a prompt of 8 tokens and 128 of text
 
 
-SIZES = {"small": Bench(), "middle": Bench(n_layer=12, n_embd=384, vocab_size=4096, new=2, rounds=20, steps=4, batch=2,
-                                          prefill=1.10)}
+SIZES = {"small": Bench(), "middle": Bench(n_layer=12, n_embd=384, vocab_size=4096, new=2, rounds=20, steps=4, batch=2)}
 
 
 class Way(NamedTuple):
