@@ -255,7 +255,7 @@ class RealWorld:
         alone = self.answer(Subject(model), facts)
 
         def took(score):
-            return right.gather(1, score.argmax(1, keepdim=True))[:, 0]
+            return right.gather(1, idp.highest(score)[:, None])[:, 0]
         together = torch.tensor([float(int(sum(p).argmax()) == f.gold) for f, *p in zip(facts, *shares)])
         near = torch.tensor([float(sum(p > a["logprob"] for p in a["logprobs"]) < M) for a in alone])
         return {

@@ -105,6 +105,18 @@ def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
     assert told.settings != world.settings  # other text: nothing made with it is taken for this one's
 
 
+def test_rows_of_the_models_own_that_name_what_is_hidden_are_dropped(tmp_path):
+    """A model whose every second row is about a hidden country: as many rows as wanted come, and none of those."""
+    _, _, world = tiny_world(tmp_path)
+    hidden, seen = (world.encoding.encode_ordinary(f"In {world.split[s][0].person} they ") * 9 for s in ("heldout", "seen"))
+
+    class Writer:
+        def generate(self, ids, new, lengths, temperature, generator):
+            return torch.tensor([(hidden if i % 2 else seen)[:33] for i in range(len(ids))])
+    rows = world.sampled(Writer(), 50, 33, 0, Log())
+    assert rows.tolist() == [seen[:33]] * 50
+
+
 def test_rows_are_shared_out_without_overlap(tmp_path):
     _, config, world = tiny_world(tmp_path)
     parts = [world.windows, world.calibration(config), *world.repair_rows(config)]
