@@ -12,7 +12,8 @@ What it leaves out: embedding and head, which stay as they are; activations, whi
     python compress.py --method gptq --bits 3 --group-size 32      # out/dense.safetensors; written beside it
     python compress.py --method sparsegpt --n-m 2 4 --bits 4     # half of the weights, 4 bits for the others
 
-Where we deviate: GPTQ's grids are narrower than their weights where that costs less (`search`). N:M keeps N of every M
+Where we deviate: the grids of GPTQ's groups are narrower than their weights where that costs less (`search`). On request
+scales, or the weights that stay, are fitted once more when all codes, or the mask, are known (`refit`). N:M keeps N of every M
 (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros). Masks have exactly the promised number of zeros, ties
 included. An input that is zero in all of the data keeps its weights, rounded. A group's grid is fitted to fully
 compensated columns, so the result does not depend on `block_size`. Symmetric grids always reach the largest weight.
@@ -31,6 +32,7 @@ import torch.nn as nn
 
 from sweep import (Quantized, Swept, better_rows, check_bits, check_count, check_hessian, check_pattern, check_weight,
                    factor, grid, smallest, sweep)
+from sweep import refit as refitted
 
 # ---- one weight: quantization
 
@@ -54,7 +56,7 @@ def rtn(W, bits, group_size=None, symmetric=False):
 
 
 def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.01, block_size=128, mask=None,
-         search=True):
+         search=None, refit=False):
     """GPTQ of W (out, in) under H (in, in) -> Quantized.
 
     group_size  columns that share a grid, in the order they are swept; None: one grid a row
@@ -64,7 +66,9 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     block_size  columns in a lazy batch: a matter of speed, the result does not depend on it
     mask        (out, in) bool, True = keep; the others come out as exact zeros, compensated like any other error
     search      each grid as narrow as makes the loss of its own columns, (w_j - q_j)² / U_jj², least: see `narrower`;
-                False, as in the paper: each grid spans all of its weights
+                False, as in the paper: each grid spans all of its weights; None: True where errors have spread the
+                columns a grid is fitted to, so with more than one group, and an H that is not diagonal
+    refit       when all codes are known, each scale as costs the calibration data least: see `sweep.refit`
 
     Raises ValueError for bad input: NaN or infinity, shapes that do not fit, H not symmetric or not positive
     semidefinite, settings out of range. Source: Algorithm 1 of the paper; `sweep.py` says how it is done here.
@@ -74,7 +78,14 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     if mask is not None and (mask.shape != W.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool of shape {tuple(W.shape)}, got {mask.dtype} of {tuple(mask.shape)}")
     how = factor(H, W.shape[1], damp, act_order, W.dtype)
-    return quantized_sweep(W, how, bits, group_size, symmetric, mask, block_size, search).quantized
+    search = spreads(H, group_size) if search is None else search
+    swept = quantized_sweep(W, how, bits, group_size, symmetric, mask, block_size, search)
+    return (refitted(W, H, swept) if refit else swept).quantized
+
+
+def spreads(H, group_size):
+    """Whether some grid is fitted to columns that the errors of others have changed."""
+    return bool(group_size and group_size < len(H) and H.triu(1).any())
 
 
 def quantized_sweep(W, how, bits, group_size, symmetric, keep, block_size, search):
@@ -116,12 +127,14 @@ def wanda(W, H, sparsity=None, n_m=None):
     return keep_largest(W.abs() * check_hessian(H, W.shape[1]).diagonal().sqrt().to(W.dtype), sparsity, n_m)
 
 
-def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.01, block_size=128):
+def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.01, block_size=128, refit=False):
     """SparseGPT of W (out, in) under H (in, in) -> (W_new (out, in) float32, keep-mask (out, in) bool).
 
     sparsity    the share of zeros, exactly round(sparsity * weights) of them in every block of block_size columns; or
     n_m         (N, M): at most N weights that are not zero in every aligned group of M inputs
     bits        quantize what stays in the same pass, on grids as in `gptq`
+    refit       when the mask is known, the weights that stay (or, with bits, the scales) by least squares: see
+                `sweep.refit`; False, as in the paper: a column is settled once and for all
 
     Raises ValueError as `gptq` does, and for a group_size that cuts through a pattern of M. Source: Algorithm 1 of
     the paper, with "Extension to Semi-Structured Sparsity" and "Joint Sparsification & Quantization".
@@ -131,6 +144,7 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
     check_settings(bits, group_size, block_size, n_m)
     how = factor(H, W.shape[1], damp, dtype=W.dtype)
     swept = sweep(W, how, bits, group_size, sparsity=sparsity, n_m=n_m, block_size=block_size)
+    swept = refitted(W, H, swept) if refit else swept
     return swept.dequantize(), swept.keep
 
 
@@ -207,10 +221,10 @@ def watched(block, mask, sums):
 
 METHODS = {  # and the settings that belong to each, beside group_size and targets
     "rtn": ("bits", "symmetric"),
-    "gptq": ("bits", "symmetric", "act_order", "search", "damp", "block_size"),
+    "gptq": ("bits", "symmetric", "act_order", "search", "refit", "damp", "block_size"),
     "magnitude": ("sparsity", "n_m", "bits"),
     "wanda": ("sparsity", "n_m", "bits"),
-    "sparsegpt": ("sparsity", "n_m", "bits", "damp", "block_size"),
+    "sparsegpt": ("sparsity", "n_m", "bits", "refit", "damp", "block_size"),
 }
 
 
@@ -221,7 +235,8 @@ class Settings:
     group_size: int | None = None  # columns that share a grid; None: one grid a row
     symmetric: bool = False        # the zero-point in the middle of every grid
     act_order: bool = False        # the most active columns first
-    search: bool = True            # narrower grids where they cost less
+    search: bool | None = None     # narrower grids where they cost less; None: with more than one group
+    refit: bool = False            # scales, or the weights that stay, by least squares in the end
     sparsity: float | None = None  # share of weights set to zero
     n_m: tuple | None = None       # or N weights kept of every M
     damp: float = 0.01             # share of the mean diagonal that is added to H
@@ -251,9 +266,12 @@ def compress_weight(W, H, how, s):
     W = check_weight(W)
     if s.method == "gptq":
         keep = W != 0 if (W == 0).any() else None
-        return quantized_sweep(W, how, s.bits, s.group_size, s.symmetric, keep, s.block_size, s.search)
+        search = spreads(H, s.group_size) if s.search is None else s.search
+        swept = quantized_sweep(W, how, s.bits, s.group_size, s.symmetric, keep, s.block_size, search)
+        return refitted(W, H, swept) if s.refit else swept
     if s.method == "sparsegpt":
-        return sweep(W, how, s.bits, s.group_size, sparsity=s.sparsity, n_m=s.n_m, block_size=s.block_size)
+        swept = sweep(W, how, s.bits, s.group_size, sparsity=s.sparsity, n_m=s.n_m, block_size=s.block_size)
+        return refitted(W, H, swept) if s.refit else swept
     keep = None
     if s.prunes:
         keep = magnitude(W, s.sparsity, s.n_m) if s.method == "magnitude" else wanda(W, H, s.sparsity, s.n_m)
@@ -368,6 +386,8 @@ def settings_parser():
     parser.add_argument("--act-order", action="store_true", help="most active columns first (gptq)")
     parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=s["search"],
                         help="narrower grids where they cost less (gptq)")
+    parser.add_argument("--refit", action=argparse.BooleanOptionalAction, default=s["refit"],
+                        help="scales, or the weights that stay, by least squares in the end (gptq, sparsegpt)")
     parser.add_argument("--sparsity", type=float, default=s["sparsity"], help="share of zeros (pruning methods)")
     parser.add_argument("--n-m", type=int, nargs=2, metavar=("N", "M"), default=s["n_m"], help="or keep N of every M")
     parser.add_argument("--damp", type=float, default=s["damp"], help="share of mean diag H added (gptq, sparsegpt)")

@@ -360,3 +360,39 @@ def result(Q, keep, order, grids, size, bits, loss, expected):
     group = (torch.arange(Q.shape[1], device=Q.device) // size)[back]
     quantized = Quantized(Q[:, back].contiguous(), scale.float(), zero.to(torch.uint8), group, bits)
     return Swept(None, keep, quantized, loss, expected)
+
+
+# ---- after the sweep
+
+def refit(W, H, done, steps=3):
+    """The same mask, or the same codes, with what is still free chosen anew: tr(D H Dᵀ) only falls -> Swept.
+
+    A sweep settles a column by what it knows then. Once all are settled, what stays is plain least squares: of the
+    kept weights, `steps` steps of conjugate gradients (Hestenes & Stiefel 1952), each the best along its direction; of
+    codes the scale of one group after another, in closed form. Each costs about two products with H.
+    """
+    H, D = H.to(W.dtype), W - done.dequantize()
+    G = D @ H  # (out, in): half the gradient by -weight
+    if done.quantized is None:
+        keep = done.keep.to(W.dtype)
+        Q, r = done.weight.to(W.dtype), G.mul_(keep)  # r: what is left to gain by the kept weights
+        P, size = r.clone(), r.square().sum(1, keepdim=True)
+        for _ in range(steps):
+            HP = (P @ H).mul_(keep)
+            length = size / (P * HP).sum(1, keepdim=True)
+            length = torch.where(length.isfinite(), length, 0.0)  # nothing left to gain in this row
+            Q, r = Q + length * P, r.sub_(length * HP)
+            last, size = size, r.square().sum(1, keepdim=True)
+            P = r + (size / last).nan_to_num_(0.0, 0.0, 0.0) * P
+        return done._replace(weight=Q.float())
+    codes, scale, zero, group, bits = done.quantized
+    scale, A = scale.clone(), codes.to(W.dtype) - zero[:, group]  # (out, in): a weight in units of its scale
+    for g in range(scale.shape[1]):
+        at = (group == g).nonzero()[:, 0]
+        AH = A[:, at] @ H[at]  # (out, in)
+        length = (G[:, at] * A[:, at]).sum(1) / (AH[:, at] * A[:, at]).sum(1)
+        better = scale[:, g] + length
+        better = torch.where(better.isfinite() & (better > torch.finfo(torch.float32).tiny), better, scale[:, g]).float()
+        G -= (better - scale[:, g])[:, None] * AH
+        scale[:, g] = better
+    return done._replace(quantized=Quantized(codes, scale, zero, group, bits))

@@ -15,7 +15,7 @@ from torch import nn
 import compress as compress_module
 from compress import METHODS, calibrate, compress, gptq, magnitude, rtn, sparsegpt, wanda
 from model import GPT, GPTConfig, load, save
-from sweep import factor, grid, narrower, sweep
+from sweep import factor, grid, narrower, refit, sweep
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -162,7 +162,52 @@ def test_never_above_the_published_grids(bits, symmetric):  # whole rows, and gr
         W, H = problem(24, 96, seed=seed)
         for size in (None, 32, 12):
             stale = naive(W, H, bits, size, symmetric, stale=True)[0]
-            assert error(W, gptq(W, H, bits, size, symmetric).dequantize(), H) < 0.98 * error(W, stale, H)
+            ours = gptq(W, H, bits, size, symmetric, search=True if size is None else None)
+            assert error(W, ours.dequantize(), H) < 0.98 * error(W, stale, H)
+
+
+@pytest.mark.parametrize("settings", [dict(bits=2), dict(bits=3, group_size=7, act_order=True), dict(bits=8),
+                                      dict(bits=4, symmetric=True, group_size=16)])
+def test_refit_scales_are_the_best_there_are(settings):
+    """Oracle: a step of any single scale either way costs more; one scale a row has a closed form."""
+    for seed in range(3):
+        W, H = problem(6, 40, seed=seed)
+        plain, best = (gptq(W, H, **settings, refit=refit) for refit in (False, True))
+        assert torch.equal(plain.codes, best.codes) and torch.equal(plain.zero, best.zero)
+        assert error(W, best.dequantize(), H) < error(W, plain.dequantize(), H)
+        A = best.codes.double() - best.zero[:, best.group]
+        if best.scale.shape[1] == 1:
+            exact = ((A @ H) * W).sum(1) / ((A @ H) * A).sum(1)
+            torch.testing.assert_close(best.scale[:, 0].double(), exact, rtol=1e-6, atol=0)
+        last = best.scale.shape[1] - 1  # the group that was fitted when all others were
+        for step in (0.999, 1.001):
+            scale = best.scale.clone()
+            scale[:, last] *= step
+            assert error(W, best._replace(scale=scale).dequantize(), H) > error(W, best.dequantize(), H)
+
+
+@pytest.mark.parametrize("pattern", [dict(sparsity=0.5), dict(n_m=(2, 4)), dict(sparsity=1.0), dict(sparsity=0.0)])
+def test_refit_weights_go_where_least_squares_has_them(pattern):
+    """Oracle: each row's kept weights by a solver, (H_kk) w_k = (H w)_k; as many steps as there are inputs get there."""
+    W, H = problem(5, 24)
+    f = factor(H, 24, dtype=torch.float64)
+    swept = sweep(W, f, **pattern)
+    few, many = refit(W, H, swept, steps=2), refit(W, H, swept, steps=60)
+    weight, keep = sparsegpt(W, H, **pattern, refit=True)
+    assert torch.equal(keep, swept.keep) and torch.equal(weight != 0, keep)
+    errors = [error(W, done.weight, H) for done in (swept, few, refit(W, H, swept), many)]
+    assert all(b <= a + 1e-12 for a, b in zip(errors, errors[1:]))
+    assert errors[2] == pytest.approx(error(W, weight, H), abs=1e-12)
+    assert keep.all() or not keep.any() or errors[2] < 0.9 * errors[0]
+    for w, k, got in zip(W, keep, many.weight):
+        exact = torch.linalg.solve(H[k][:, k], (H @ w)[k])
+        torch.testing.assert_close(got[k].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_diagonal_hessian_leaves_nothing_to_search_or_refit():  # Q3, S3 with all that is offered
+    W, H = problem(6, 32)[0].float(), torch.diag(torch.rand(32, generator=torch.Generator().manual_seed(0)) + 0.1)
+    assert torch.equal(gptq(W, H, 3, 8).dequantize(), rtn(W, 3, 8).dequantize())
+    assert torch.equal(sparsegpt(W, H, 0.5, refit=True)[0], sparsegpt(W, H, 0.5)[0])
 
 
 def test_narrower_grids_by_hand():
