@@ -1,8 +1,9 @@
 """
 Sweeps: one setting varied, everything else held, a point a run.
 
-    bits            RTN and GPTQ at 2 to 8 bits
-    sparsity        magnitude, Wanda and SparseGPT at 10 % to 70 %, and with 2 of every 4 weights kept
+    bits            RTN and GPTQ at 2 to 8 bits, GPTQ as published and with what `compress.gptq` adds
+    sparsity        magnitude, Wanda and SparseGPT at 10 % to 70 %, and with 2 of every 4 weights kept; SparseGPT as
+                    published and with `refit`
     prompt-length   a soft prompt of 1 to 32 tokens for each compressed model that the study repairs
     rank            LoRA of rank 1 to 32 for the same
 
@@ -43,14 +44,17 @@ def plan(name, config):
     """The runs of a sweep, in order: dicts with "series" and "x", and how to make the model."""
     if name == "bits":
         group = next((how["group_size"] for _, _, how in config.compressions.values() if "group_size" in how), None)
-        return [{"series": label, "x": bits, "method": method, "how": {"bits": bits, "group_size": group}}
-                for label, method in (("RTN", "rtn"), ("GPTQ", "gptq")) for bits in BITS]
+        ways = {"RTN": ("rtn", {}), "GPTQ": ("gptq", {"search": False}),
+                "GPTQ, search and refit": ("gptq", {"search": True, "refit": True})}
+        return [{"series": label, "x": bits, "method": method, "how": {"bits": bits, "group_size": group, **more}}
+                for label, (method, more) in ways.items() for bits in BITS]
     if name == "sparsity":
-        methods = {"magnitude": "magnitude", "Wanda": "wanda", "SparseGPT": "sparsegpt"}
-        return [*({"series": label, "x": s, "method": method, "how": {"sparsity": s}}
-                  for label, method in methods.items() for s in SPARSITIES),
-                *({"series": f"{label} 2:4", "x": 0.5, "method": method, "how": {"n_m": (2, 4)}}
-                  for label, method in methods.items())]
+        ways = {"magnitude": ("magnitude", {}), "Wanda": ("wanda", {}), "SparseGPT": ("sparsegpt", {}),
+                "SparseGPT, refit": ("sparsegpt", {"refit": True})}
+        return [*({"series": label, "x": s, "method": method, "how": {"sparsity": s, **more}}
+                  for label, (method, more) in ways.items() for s in SPARSITIES),
+                *({"series": f"{label} 2:4", "x": 0.5, "method": method, "how": {"n_m": (2, 4), **more}}
+                  for label, (method, more) in ways.items())]
     kind, sizes = {"prompt-length": ("prompt", LENGTHS), "rank": ("lora", RANKS)}[name]
     return [{"series": base, "x": size, "kind": kind, "lr": nearest_rate(kind, size, config.repairs, rates)}
             for base, rates in config.rates.items() for size in sizes]

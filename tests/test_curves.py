@@ -45,17 +45,17 @@ def test_two_processes_give_the_points_of_one(tmp_path):
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     one = run_tiny(tmp_path / "one")
     two = run_tiny(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert one == two and [p["x"] for p in one["bits"]["points"]] == [2, 4, 2, 4]
+    assert one == two and [p["x"] for p in one["bits"]["points"]] == [2, 4] * 3
     assert [p["series"] for p in one["rank"]["points"]] == ["GPTQ 3 bits"] * 2 + ["SparseGPT 50 %"] * 2
 
 
 def test_plans_are_the_sweeps():
     config = study.sized("default")
-    assert [len(curves.plan(name, config)) for name in curves.SWEEPS] == [12, 27, 14, 12]
+    assert [len(curves.plan(name, config)) for name in curves.SWEEPS] == [18, 36, 14, 12]
     first = curves.plan("bits", config)[0]
     assert first == {"series": "RTN", "x": 2, "method": "rtn", "how": {"bits": 2, "group_size": 96}}
-    assert curves.plan("sparsity", config)[-1] == {"series": "SparseGPT 2:4", "x": 0.5, "method": "sparsegpt",
-                                                   "how": {"n_m": (2, 4)}}
+    assert curves.plan("sparsity", config)[-1] == {"series": "SparseGPT, refit 2:4", "x": 0.5, "method": "sparsegpt",
+                                                   "how": {"n_m": (2, 4), "refit": True}}
 
 
 @pytest.mark.parametrize("size, rate", [(1, 0.3), (8, 0.3), (13, 0.3), (16, 0.1), (32, 0.1)])
