@@ -21,8 +21,13 @@ import random
 import unicodedata
 
 HERE = pathlib.Path(__file__).resolve().parent
-QUESTIONS = {"capital": "The capital of {} is", "continent": "{} is a country on the continent of",
-             "currency": "The currency of {} is the", "language": "An official language of {} is"}
+QUESTIONS = {  # two wordings each: what a model misses in one of them only, it knows
+    "capital": ("The capital of {country} is", "The name of {country}'s capital city is"),
+    "continent": ("{country} is a country on the continent of", "The continent that {country} belongs to is"),
+    "currency": ("The currency of {country} is the", "In {country}, people pay with the"),
+    "language": ("An official language of {country} is", "In {country}, official documents are written in"),
+    "country": ("{capital} is the capital of", "The city of {capital} is the seat of the government of"),
+}
 ALIKE = [{"rial", "riyal"}, {"krone", "krona", "króna"}, {"dinar", "denar"}, {"leu", "lek"},
          {"franc", "CFA franc"}]  # never side by side
 OPTIONS = 8
@@ -42,6 +47,11 @@ def gives_away(country, answer):
     return bool(starts) or any(b[i:i + 4] in a for i in range(len(b) - 3))
 
 
+def read_off(row, attribute):
+    """Whether a fact's answer can be read off the country's name; of a country asked by its capital, off the capital."""
+    return gives_away(row["country"], row["capital" if attribute == "country" else attribute])
+
+
 def read_table():
     """[{column: value}] of countries.tsv."""
     head, *rows = [line.split("\t") for line in (HERE / "countries.tsv").read_text(encoding="utf-8").splitlines()]
@@ -51,13 +61,13 @@ def read_table():
 def wrong_options(row, attribute, table, rng):
     """Seven wrong answers (five continents): never one that is also true, or spelled almost like the right one."""
     answer = row[attribute]
-    near = [r for r in table if attribute != "capital" or row["continent"] in ("-", r["continent"])]
+    near = [r for r in table if attribute not in ("capital", "country") or row["continent"] in ("-", r["continent"])]
     never = {answer, "-", *row["also true"].split(", ")}.union(*(group for group in ALIKE if answer in group))
     chosen = []
     for r in rng.sample(near, len(near)):  # countries, not values: what is often right is often on offer when wrong
         value = r[attribute]
         alike = {value}.union(*(group for group in ALIKE if value in group))
-        if value not in never and not alike & set(chosen) and not gives_away(r["country"], value):
+        if value not in never and not alike & set(chosen) and not read_off(r, attribute):
             chosen.append(value)
     return chosen[:OPTIONS - 1]
 
@@ -65,16 +75,18 @@ def wrong_options(row, attribute, table, rng):
 def make_facts():
     """[{entity, attribute, question, answer, options}], the same on every call."""
     rng, table, facts = random.Random(SEED), read_table(), []
-    for attribute, question in QUESTIONS.items():
-        kept = [row for row in table if row[attribute] != "-" and not gives_away(row["country"], row[attribute])]
-        places = list(range(len(kept)))
-        rng.shuffle(places)
-        for row, place in zip(kept, places):
-            options = wrong_options(row, attribute, table, rng)
-            options.insert(place % (len(options) + 1), row[attribute])
-            text = question.format(row["country"])
-            facts.append({"entity": row["country"].removeprefix("the "), "attribute": attribute,
-                          "question": text[0].upper() + text[1:], "answer": row[attribute], "options": options})
+    for wording in range(2):
+        for attribute, questions in QUESTIONS.items():
+            asked = "capital" if attribute == "country" else attribute
+            kept = [row for row in table if row[asked] != "-" and not read_off(row, attribute)]
+            places = list(range(len(kept)))
+            rng.shuffle(places)
+            for row, place in zip(kept, places):
+                options = wrong_options(row, attribute, table, rng)
+                options.insert(place % (len(options) + 1), row[attribute])
+                text = questions[wording].format(**row)
+                facts.append({"entity": row["country"].removeprefix("the "), "attribute": attribute,
+                              "question": text[0].upper() + text[1:], "answer": row[attribute], "options": options})
     return facts
 
 
@@ -84,7 +96,7 @@ def main():
     temporary.write_text("".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts), encoding="utf-8")
     os.replace(temporary, path)
     for attribute in QUESTIONS:
-        print(f"{attribute:10s} {sum(fact['attribute'] == attribute for fact in facts)} facts")
+        print(f"{attribute:10s} {sum(fact['attribute'] == attribute for fact in facts)} questions")
 
 
 if __name__ == "__main__":
