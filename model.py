@@ -169,7 +169,8 @@ class Attention(nn.Module):
         q, k, v = qkv or self.qkv(x, positions)
         if past is not None:
             slots = positions[:, None, :, None].expand_as(k)  # (B, nkv, T, hs)
-            k, v = past[0].scatter_(2, slots, k), past[1].scatter_(2, slots, v)  # (B, nkv, S, hs), in place
+            k = past[0].scatter_(2, slots, k.to(past[0].dtype))  # (B, nkv, S, hs), in place
+            v = past[1].scatter_(2, slots, v.to(past[1].dtype))  # (B, nkv, S, hs); under autocast new ones are bfloat16
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.n_kv_head != self.n_head)  # (B, nh, T, hs)
         return self.o(y.transpose(1, 2).reshape(B, T, C))

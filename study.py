@@ -43,6 +43,7 @@ class StudyConfig:
     calibration: tuple = (128, 64)
     repair_batch: tuple = (32, 32)
     repair_steps: int = 250
+    repair_bfloat16: bool = False            # matrix products of a repair's training in bfloat16; what is trained is not
     test_people: int = 500                   # of each split, at most, that the table asks about
     timing_rounds: int = 15                  # times that each model answers one question, taking turns
     ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
@@ -263,9 +264,17 @@ class World:
         """One dict a fact: what `subject` answers, see tasks.answer."""
         return answer(subject, facts, self.encoding)
 
-    def selectors(self, model, pool, facts, validation, generator):
-        """Every way to choose from a pool, see analyze.selectors."""
-        return analyze.selectors(model, pool, facts, validation, self.encoding, generator)
+    def under_each(self, model, pool, facts):
+        """Every fact under every prompt of a pool, see analyze.under_each."""
+        return analyze.under_each(model, pool, facts, self.encoding)
+
+    def ensemble(self, model, pool, facts, each):
+        """(N,) right or not by the mean of the prompts' probabilities; `each` is what `under_each` gave."""
+        return analyze.ensemble(model, pool, facts, self.encoding)
+
+    def in_top(self, model, facts, M):
+        """(N,) whether the right answer is among the M likeliest, without any prompt."""
+        return analyze.in_top(Subject(model), facts, self.encoding, M)
 
     def unrelated(self):
         """24 tokens (24,) of sentences about people that no question asked behind them is about."""
@@ -325,9 +334,18 @@ def train_dense(config, world, log):
     return model
 
 
-def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=None):
-    """Train one repair of the frozen `model` -> its tensors. `losses` is recover.next_token or recover.distillation."""
-    generator, model = torch.Generator().manual_seed(seed), unpacked(model)
+def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=None, bfloat16=False):
+    """Train one repair of the frozen `model` -> its tensors. `losses` is recover.next_token or recover.distillation.
+
+    bfloat16  matrix products in bfloat16, all else and what is trained in float32: twice as fast where the CPU has them
+    """
+    with torch.autocast(model.wte.weight.device.type, torch.bfloat16, enabled=bfloat16,
+                        cache_enabled=False):  # a cached cast would outlive the step that changes what was cast
+        return trained(unpacked(model), kind, size, batches, losses, fit_config, seed, progress)
+
+
+def trained(model, kind, size, batches, losses, fit_config, seed, progress):
+    generator = torch.Generator().manual_seed(seed)
     if kind == "lora":
         parameters = recover.add_lora(model, *lora_size(size), generator=generator)
         recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
@@ -468,14 +486,15 @@ def repaired_subject(base, tag, kind, size, batches, config, log, objective="dis
     lr = lr or config.rates[base.about["tag"]][f"prompt {size[1]}" if kind == "idp" else tag]
     fit_config = FitConfig(steps=config.repair_steps, lr=lr)
     settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
-                "fit": asdict(fit_config), "repair_batch": config.repair_batch}
+                "fit": asdict(fit_config), "repair_batch": config.repair_batch,
+                **({"bfloat16": True} if config.repair_bfloat16 else {})}
     if objective != "distillation":
         tag += ", next token"
     name = f"{base.about['id']}-{slug(tag)}"
     path = os.path.join(config.out, name + ".safetensors")
     tensors = step(log, path, settings,
                    lambda: train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config,
-                                        again(config), log.progress(name, fit_config.steps)),
+                                        again(config), log.progress(name, fit_config.steps), config.repair_bfloat16),
                    lambda tensors, path: write_safetensors(path, {f"{i:03d}": t for i, t in enumerate(tensors)}),
                    lambda path: list(read_safetensors(path)[0].values()))
     subject = attach(base.model, kind, size, tensors)
@@ -518,7 +537,8 @@ def sweep_rates(dense, config, world, log):
         for tag, (kind, size) in config.repairs.items():
             for lr in config.rate_grid.get(kind, ()):
                 tensors = train_repair(base.model, kind, size, batches(), recover.distillation,
-                                       FitConfig(steps=config.repair_steps, lr=lr), config.seed)
+                                       FitConfig(steps=config.repair_steps, lr=lr), config.seed,
+                                       bfloat16=config.repair_bfloat16)
                 given = world.answer(attach(base.model, kind, size, tensors), facts)
                 recall, logprob = (sum(a[key] for a in given) / len(given) for key in ("correct", "logprob"))
                 print(f"{base_tag:15s} {tag:12s} lr {lr:<7g} validation recall {recall:.1%}, "

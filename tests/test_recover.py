@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import study
 from model import GPT, GPTConfig
 from recover import (LINEARS, FitConfig, LoRALinear, Muon, Prefix, SoftPrompt, add_lora, add_targets, distillation, fit,
                      lora_layers, merge_lora, next_token, objective, orthogonal, prefix_init, prompt_init, remove_lora)
@@ -596,3 +597,21 @@ def test_nothing_here_uses_the_global_random_state():
     fit(model, add_lora(model, 2, generator=seeded()), [tokens(2, 5)], config=FitConfig(steps=2))
     prompt_init(model, 3, "random", generator=seeded())
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind, size", [("lora", 2), ("prompt", 4), ("prefix", 4), ("idp", (2, 4, "competitive"))])
+def test_bfloat16_products_train_float32_parameters(kind, size):
+    """As well as float32 ones do: of the loss that a repair takes away, all but a tenth is gone as well."""
+    teacher = gpt().requires_grad_(False)
+    student, batches = gpt(seed=1).requires_grad_(False), add_targets(teacher, [tokens(4, 20)])
+    loss = {}
+    for precise in (True, False):
+        trained = study.train_repair(student, kind, size, batches, distillation, FitConfig(steps=30, lr=3e-2), 0,
+                                     bfloat16=not precise)
+        assert all(t.dtype == torch.float32 for t in trained)
+        subject = study.attach(student, kind, size, trained)
+        ids, lengths = batches[0][0][:, :-1], torch.full((4,), 20)
+        logits = subject.model(ids, cache=subject.cache(subject.pick(ids, lengths), 20))
+        loss[precise] = distillation(logits, batches[0]).mean().item()
+    before = distillation(student(batches[0][0][:, :-1]), batches[0]).mean().item()
+    assert loss[True] < 0.9 * before and loss[False] < loss[True] + 0.1 * (before - loss[True])
