@@ -43,30 +43,36 @@ def under_each(model, pool, facts, encoding):
         logprob.append([a["logprob"] for a in given])
         own = [(question, encoding.encode_ordinary(" " + a["answer"])) for (question, _), a in zip(rows, given)]
         confidence.append(gold_logprobs(subject, own, torch.full((len(own),), m), encoding))
-    ids, lengths = data.pad([question for question, _ in rows], encoding)
+    return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T,
+            "confidence": torch.tensor(confidence).T,
+            **scores(model, pool, filled, *data.pad([question for question, _ in rows], encoding))}
+
+
+def scores(model, pool, filled, ids, lengths):
+    """What a choice can go by before any prompt has been tried: the last three of `under_each`, each (N, M)."""
     first, last = (torch.cat([idp.attention_scores(model, filled, part, n, layer)
                               for part, n in zip(ids.split(250), lengths.split(250))])
                    for layer in (0, len(model.blocks) - 1))  # each (N, M)
     probe = {} if pool.probe is None else {"probe": idp.probed(model, pool, ids, lengths)}
-    return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T, **probe,
-            "confidence": torch.tensor(confidence).T, "attention": first, "attention_last": last}
+    return {"attention": first, "attention_last": last, **probe}
 
 
 @torch.no_grad()
-def selectors(model, pool, facts, validation, encoding, generator):
+def selectors(world, model, pool, facts, validation, generator):
     """Every way to choose from one pool on the same questions: {name: (right (N,) in [0, 1], extra passes a
     question)}, and the table of `under_each` behind it.
 
+    world       says how its questions are asked: study.World or real.RealWorld, by their under_each, ensemble, in_top
     facts       to answer
     validation  other people's facts, which choose the best single prompt and tell how loud each prompt is
     """
-    each, tuning = (under_each(model, pool, f, encoding) for f in (facts, validation))
+    each, tuning = (world.under_each(model, pool, f) for f in (facts, validation))
     right, M = each["right"], len(pool)
 
     def took(score):
         return right.gather(1, idp.highest(score)[:, None])[:, 0]
     loudness = tuning["attention"].mean(0)  # (M,) the attention a prompt draws whatever is asked
-    joined = Subject(model, idp.prefill(model, idp.PromptPool([torch.cat(list(pool.prompts))])))
+    joined = idp.PromptPool([torch.cat(list(pool.prompts))])
     untuned = idp.PromptPool([prompt_init(model, len(p), generator=generator) for p in pool.prompts])
     out = {
         "attention-max (the paper's rule)": (took(each["attention"]), 0),
@@ -78,17 +84,13 @@ def selectors(model, pool, facts, validation, encoding, generator):
         **{f"prompt {m} alone": (right[:, m], 0) for m in range(M)},
         "best single on validation": (right[:, tuning["right"].mean(0).argmax()], 0),
         "most confident": (took(each["confidence"]), M - 1),
-        "all concatenated": (as_right(answer(joined, facts, encoding)), 0),
-        "ensemble of probabilities": (ensemble(model, pool, facts, encoding), M - 1),
+        "all concatenated": (world.under_each(model, joined, facts)["right"][:, 0], 0),
+        "ensemble of probabilities": (world.ensemble(model, pool, facts, each), M - 1),
         "oracle": (right.amax(1), M - 1),
-        "floor: oracle over an untuned pool": (under_each(model, untuned, facts, encoding)["right"].amax(1), M - 1),
-        f"floor: compressed model, gold among its top {M}": (in_top(Subject(model), facts, encoding, M), 0),
+        "floor: oracle over an untuned pool": (world.under_each(model, untuned, facts)["right"].amax(1), M - 1),
+        f"floor: compressed model, gold among its top {M}": (world.in_top(model, facts, M), 0),
     }
     return out, each
-
-
-def as_right(answers):
-    return torch.tensor([float(a["correct"]) for a in answers])
 
 
 def ensemble(model, pool, facts, encoding, batch_size=250):
@@ -216,3 +218,39 @@ def inside_table(results):
                          + ("[{:+.4f}, {:+.4f}]".format(*bounds) if bounds else ""))
         lines.append(f"| {'' if m['base'] == 'dense' else '+ '}{m['tag']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def attribute_table(results):
+    """Recall by attribute, seen and held-out together, as a Markdown table."""
+    names = list(results["models"][0]["attributes"])
+    lines = [f"| model | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
+    for m in results["models"]:
+        tag = m["tag"] if m["base"] in (None, "dense") else "+ " + m["tag"]
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in m["attributes"][name])) for name in names]
+        lines.append(f"| {tag} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def file_table(results):
+    """The scores on task files, as a Markdown table, a row a model."""
+    names = [m["name"] for m in results["metrics"] if m["name"].split(" ")[0] in results["files"]]
+    lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for m in results["models"]:
+        cells = [f"{m['metrics'][name]:.3f} [{m['intervals'][name][0]:.3f}, {m['intervals'][name][1]:.3f}]"
+                 for name in names]
+        lines.append(f"| {m['id']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def selector_table(model):
+    """The ways to choose from one pool, as a Markdown table."""
+    lines = ["| choice | held-out % | over the paper's rule, points | extra passes |", "|---|---:|---:|---:|"]
+    for row in model["idp"]["selectors"]:
+        low, high = row["interval"]
+        over = "[{:+.1f}, {:+.1f}]".format(*(100 * x for x in row["over_rule"]))
+        lines.append(f"| {row['name']} | {100 * row['recall']:.1f} [{100 * low:.1f}, {100 * high:.1f}] "
+                     f"| {over} | {row['extra_passes']} |")
+    c = model["idp"]["correlation"]
+    bounds = "[{:+.3f}, {:+.3f}]".format(*c["interval"])
+    return "\n".join(lines) + (f"\n\nrank correlation of attention with the right answer's log-probability: "
+                              f"{c['rho']:+.3f} {bounds}; chosen: {model['idp']['chosen']}")

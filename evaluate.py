@@ -134,7 +134,7 @@ def ablation(subject, base, world, config):
     facts, validation = (world.facts(split, config.ablation_people) for split in ("heldout", "validation"))
     pool = make_pool("idp", subject.about["operation"]["parameters"]["size"], subject.about["tensors"])
     generator = torch.Generator().manual_seed(config.seed + 4)
-    out, each = world.selectors(base.model, pool, facts, validation, generator)
+    out, each = analyze.selectors(world, base.model, pool, facts, validation, generator)
     chosen = idp.highest(each["attention"])
     by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
                     for a in dict.fromkeys(f.attribute for f in facts)}
@@ -317,17 +317,6 @@ def add_attributes(models, measured, asked, config):
             m["attributes"][attribute] = [float(sums[:, i].sum() / sizes.sum()), *interval(samples[:, i])]
 
 
-def attribute_table(results):
-    """Recall by attribute, seen and held-out together, as a Markdown table."""
-    names = list(results["models"][0]["attributes"])
-    lines = [f"| model | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
-    for m in results["models"]:
-        tag = m["tag"] if m["base"] in (None, "dense") else "+ " + m["tag"]
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in m["attributes"][name])) for name in names]
-        lines.append(f"| {tag} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def add_files(models, subjects, files, world, config, log):
     """Every model's score on task files {task: Questions}, as metrics "task metric" with an interval over questions."""
     for name, questions in files.items():
@@ -380,31 +369,6 @@ def table(results):
     return "\n".join(lines)
 
 
-def file_table(results):
-    """The scores on task files, as a Markdown table, a row a model."""
-    names = [m["name"] for m in results["metrics"] if m["name"].split(" ")[0] in results["files"]]
-    lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    for m in results["models"]:
-        cells = [f"{m['metrics'][name]:.3f} [{m['intervals'][name][0]:.3f}, {m['intervals'][name][1]:.3f}]"
-                 for name in names]
-        lines.append(f"| {m['id']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def selector_table(model):
-    """The ways to choose from one pool, as a Markdown table."""
-    lines = ["| choice | held-out % | over the paper's rule, points | extra passes |", "|---|---:|---:|---:|"]
-    for row in model["idp"]["selectors"]:
-        low, high = row["interval"]
-        over = "[{:+.1f}, {:+.1f}]".format(*(100 * x for x in row["over_rule"]))
-        lines.append(f"| {row['name']} | {100 * row['recall']:.1f} [{100 * low:.1f}, {100 * high:.1f}] "
-                     f"| {over} | {row['extra_passes']} |")
-    c = model["idp"]["correlation"]
-    bounds = "[{:+.3f}, {:+.3f}]".format(*c["interval"])
-    return "\n".join(lines) + (f"\n\nrank correlation of attention with the right answer's log-probability: "
-                              f"{c['rho']:+.3f} {bounds}; chosen: {model['idp']['chosen']}")
-
-
 def write_results(results, rows, config, log):
     """out/results.json, out/predictions.jsonl and the page made of them."""
     results |= {"command": "python " + " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
@@ -417,12 +381,12 @@ def write_results(results, rows, config, log):
 
 
 def show(results, out):
-    print(table(results) + "\n\nby attribute, seen and held-out together, %\n\n" + attribute_table(results))
+    print(table(results) + "\n\nby attribute, seen and held-out together, %\n\n" + analyze.attribute_table(results))
     if results["files"]:
-        print("\n" + file_table(results))
+        print("\n" + analyze.file_table(results))
     for model in results["models"]:
         if model.get("idp"):
-            print(f"\n{model['id']}: one pool, every way to choose\n\n{selector_table(model)}")
+            print(f"\n{model['id']}: one pool, every way to choose\n\n{analyze.selector_table(model)}")
     print(f"\nthe pools, held-out %\n\n{analyze.pool_table(results)}")
     print(f"\ncosine similarity to the dense model, over layers and heads\n\n{analyze.inside_table(results)}")
     if results["settings"]["full"]:

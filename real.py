@@ -33,7 +33,6 @@ import harness
 import idp
 import tasks
 from model import read_safetensors, write_safetensors
-from recover import prompt_init
 from study import StudyConfig, step
 from tasks import Subject
 from weights import load_pretrained
@@ -54,8 +53,10 @@ REPAIRS = {
     "IDP 4 x 16": ("idp", (4, 16, "independent")),
 }
 RATE_GRID = {"lora": (1e-3, 3e-3, 1e-2), "prompt": (3e-3, 1e-2, 3e-2), "prefix": (1e-3, 3e-3, 1e-2)}
-WINNERS = {"LoRA rank 4, q and v": 1e-3, "LoRA rank 8": 1e-3, "prompt 16": 3e-2, "prefix 16": 3e-3}
-RATES = {"GPTQ 3 bits": WINNERS, "SparseGPT 50 %": WINNERS}
+RATES = {  # winners of `python evaluate.py --model ... --sweep lr --repair-steps 30` on SmolLM2-135M
+    "GPTQ 3 bits": {"LoRA rank 4, q and v": 1e-3, "LoRA rank 8": 1e-3, "prompt 16": 1e-2, "prefix 16": 3e-3},
+    "SparseGPT 50 %": {"LoRA rank 4, q and v": 3e-3, "LoRA rank 8": 1e-3, "prompt 16": 3e-2, "prefix 16": 1e-2},
+}
 
 
 class RealFact(NamedTuple):
@@ -75,9 +76,9 @@ def real_config(path, seed=0, out="out", steps=STEPS):
     if steps < 4:
         raise ValueError(f"--repair-steps must be at least 4, a batch for each prompt of a pool, got {steps}")
     name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-    return StudyConfig(calibration=(64, 64), repair_batch=(4, 64), repair_steps=steps,
+    return StudyConfig(calibration=(64, 64), repair_batch=(4, 64), repair_steps=steps, repair_bfloat16=True,
                        test_people=10 ** 6, seed=seed,
-                       timing_rounds=3, ablation_people=10 ** 6, out=os.path.join(out, name),
+                       timing_rounds=3, ablation_people=60, out=os.path.join(out, name),
                        compressions=COMPRESSIONS, repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID)
 
 
@@ -230,47 +231,29 @@ class RealWorld:
         """One dict a fact: the option picked, whether it is right, the right one's log-probability in nats."""
         return [{"answer": fact.options[a["picked"]].strip(), "correct": a["picked"] == fact.gold,
                  "logprob": a["logprobs"][fact.gold], "logprobs": a["logprobs"], "chosen": a["chosen"]}
-                for fact, a in zip(facts, tasks.choose(subject, facts, self.encoding))]
+                for fact, a in zip(facts, tasks.choose(subject, facts, self.encoding, batch_size=400))]
 
     @torch.no_grad()
     def under_each(self, model, pool, facts):
-        """Every fact (N) under every prompt (M) of the pool -> {name: (N, M)} as analyze.under_each, and the options'
-        probabilities, a list of (options,) a fact, for each prompt."""
+        """Every fact (N) under every prompt (M) of the pool -> {name: (N, M)} as analyze.under_each; "shares" has the
+        options' probabilities, for each prompt a list of (options,) a fact."""
         filled = idp.prefill(model, pool)
         given = [self.answer(Subject(model, filled, analyze.always(m)), facts) for m in range(len(pool))]
         shares = [[torch.tensor(a["logprobs"]).softmax(0) for a in answers] for answers in given]
         rows = [[self.encoding.eot_token, *self.encoding.encode_ordinary(f.question)] for f in facts]
-        ids, lengths = data.pad(rows, self.encoding)
         return {"right": torch.tensor([[float(a["correct"]) for a in answers] for answers in given]).T,
                 "logprob": torch.tensor([[a["logprob"] for a in answers] for answers in given]).T,
-                "confidence": torch.tensor([[float(p.max()) for p in row] for row in shares]).T,
-                "attention": idp.attention_scores(model, filled, ids, lengths)}, shares
+                "confidence": torch.tensor([[float(p.max()) for p in row] for row in shares]).T, "shares": shares,
+                **analyze.scores(model, pool, filled, *data.pad(rows, self.encoding))}
 
-    def selectors(self, model, pool, facts, validation, generator):
-        """As analyze.selectors: ways to choose from one pool, each with what it costs, where answers are picked."""
-        (each, shares), (tuning, _) = (self.under_each(model, pool, f) for f in (facts, validation))
-        right, M = each["right"], len(pool)
-        joined = idp.PromptPool([torch.cat(list(pool.prompts))])
-        untuned = idp.PromptPool([prompt_init(model, len(p), generator=generator) for p in pool.prompts])
-        alone = self.answer(Subject(model), facts)
+    def ensemble(self, model, pool, facts, each):
+        """(N,) whether the option of the highest mean probability is the right one."""
+        return torch.tensor([float(int(sum(p).argmax()) == f.gold) for f, *p in zip(facts, *each["shares"])])
 
-        def took(score):
-            return right.gather(1, idp.highest(score)[:, None])[:, 0]
-        together = torch.tensor([float(int(sum(p).argmax()) == f.gold) for f, *p in zip(facts, *shares)])
-        near = torch.tensor([float(sum(p > a["logprob"] for p in a["logprobs"]) < M) for a in alone])
-        return {
-            "attention-max (the paper's rule)": (took(each["attention"]), 0),
-            "attention-min": (took(-each["attention"]), 0),
-            "random": (right.mean(1), 0),
-            **{f"prompt {m} alone": (right[:, m], 0) for m in range(M)},
-            "best single on validation": (right[:, tuning["right"].mean(0).argmax()], 0),
-            "most confident": (took(each["confidence"]), M - 1),
-            "all concatenated": (self.under_each(model, joined, facts)[0]["right"][:, 0], 0),
-            "ensemble of probabilities": (together, M - 1),
-            "oracle": (right.amax(1), M - 1),
-            "floor: oracle over an untuned pool": (self.under_each(model, untuned, facts)[0]["right"].amax(1), M - 1),
-            f"floor: compressed model, gold among its top {M}": (near, 0),
-        }, each
+    def in_top(self, model, facts, M):
+        """(N,) whether the right option is among the M likeliest."""
+        return torch.tensor([float(sum(p > a["logprob"] for p in a["logprobs"]) < M)
+                             for a in self.answer(Subject(model), facts)])
 
     def unrelated(self):
         """24 tokens (24,) of text about something else."""

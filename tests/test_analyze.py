@@ -9,7 +9,7 @@ import data
 import idp
 from model import GPT, GPTConfig
 from recover import prompt_init
-from study import pool_subject
+from study import World, pool_subject
 from tasks import Subject, answer, tokenized
 
 
@@ -42,7 +42,9 @@ def test_selectors_choose_what_they_say(scene):
     """Every selector's row from a table made up by hand: three prompts, and which is right is known."""
     model, pool, encoding, facts = scene
     pool = idp.PromptPool(list(pool.prompts), torch.randn(3, 32, generator=torch.Generator().manual_seed(4)))
-    out, each = analyze.selectors(model, pool, facts, facts, encoding, torch.Generator().manual_seed(1))
+    world = object.__new__(World)  # of which the choice needs the tokenizer only
+    world.encoding = encoding
+    out, each = analyze.selectors(world, model, pool, facts, facts, torch.Generator().manual_seed(1))
     right, chosen = each["right"], pool_subject(model, pool).pick(*data.pad(
         [question for question, _ in tokenized(facts, encoding)], encoding))
     for n in range(len(facts)):

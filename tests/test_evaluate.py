@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import analyze
 import compare
 import data
 import evaluate
@@ -137,7 +138,7 @@ def test_recall_by_attribute_worked_by_hand():
     evaluate.add_attributes(models, {"m": {"facts": {"seen": [{"correct": True}, {"correct": False}],
                                                      "heldout": [{"correct": False}]}}}, asked, StudyConfig())
     assert models[0]["attributes"] == {"city": [0.5, 0.0, 1.0], "year": [0.0, 0.0, 0.0]}
-    assert evaluate.attribute_table({"models": models}).splitlines()[-1] == "| m | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] |"
+    assert analyze.attribute_table({"models": models}).splitlines()[-1] == "| m | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] |"
 
 
 def test_costs_count_what_is_stored(tmp_path):

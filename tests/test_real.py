@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import analyze
 import data
 import evaluate
 import harness
@@ -149,7 +150,7 @@ def test_every_way_to_choose_follows_from_each_prompt_alone(tmp_path):
     generator = torch.Generator().manual_seed(1)
     pool = idp.PromptPool([torch.randn(n, 32, generator=generator) for n in (3, 5)])
     facts, validation = world.facts("heldout"), world.facts("validation")
-    rows, each = world.selectors(model, pool, facts, validation, generator)
+    rows, each = analyze.selectors(world, model, pool, facts, validation, generator)
     alone = [[a["correct"] for a in world.answer(pool_subject(model, idp.PromptPool([p])), facts)] for p in pool.prompts]
     assert each["right"].T.tolist() == [[float(x) for x in row] for row in alone]
     chosen = [a["chosen"] for a in world.answer(pool_subject(model, pool), facts)]
