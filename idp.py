@@ -62,11 +62,17 @@ def prefill(model, pool):
     pooled.v = [torch.cat([row.v[i] for row in rows]) for i in range(len(model.blocks))]
     pooled.length, pooled.first = torch.cat([row.length for row in rows]), torch.cat([row.first for row in rows])
     pooled.slots = pooled.used = pool.longest
+    if not torch.is_grad_enabled():
+        pooled.stacked, L = torch.stack(pooled.k + pooled.v), len(pooled.k)  # (2 L, M, nkv, Pmax, hs)
+        pooled.k, pooled.v = list(pooled.stacked[:L]), list(pooled.stacked[L:])  # the same memory
+    pooled.flat = [k.transpose(0, 1).flatten(1, 2)[None] for k in pooled.k]  # each (1, nkv, M * Pmax, hs): to choose by
     own = torch.eye(len(pool)).to(pooled.k[0]) / (pool.longest - pooled.first)[:, None]
     own = own.repeat_interleave(pool.longest, dim=0)  # (M * Pmax, M): row m * Pmax + j has 1 / P_m in column m
-    pooled.owner = F.pad(own, (0, max(0, model.config.head_size - len(pool))))  # as wide as a head: the fast kernel
+    wider = max(0, model.config.head_size - len(pool))  # as wide as a head: the fast kernel
+    pooled.owner = F.pad(own, (0, wider, 0, pooled.context))  # the text belongs to no prompt
     empty = torch.arange(pool.longest, device=own.device) < pooled.first[:, None]  # (M, Pmax)
-    pooled.empty = empty.flatten() if len({len(prompt) for prompt in pool.prompts}) > 1 else None
+    pooled.hidden = empty.flatten().to(own.dtype).masked_fill(empty.flatten(), -torch.inf)  # (M * Pmax,)
+    pooled.masks = {}
     return pooled
 
 
@@ -87,12 +93,16 @@ def attention_scores(model, filled, ids, lengths=None, layer=0):
 
 
 def text_qkv(model, filled, ids, layer=0):
-    """q (B, nh, T, hs), k and v (B, nkv, T, hs) of ids (B, T) in one layer, behind the longest prompt of `filled`."""
-    x = model.embed(ids, start=filled.slots)
+    """What ids (B, T) are in one layer, behind the longest prompt of `filled`: x (B, T, C), which enters it, q
+    (B, nh, T, hs), k and v (B, nkv, T, hs)."""
+    if filled.slots + ids.shape[1] > filled.context:
+        raise ValueError(f"a prompt of {filled.slots} and {ids.shape[1]} text tokens do not fit the context of "
+                         f"{filled.context}")
     positions = torch.arange(filled.slots, filled.slots + ids.shape[1], device=ids.device)[None]  # (1, T)
+    x = model.place(model.wte(ids), positions)
     for block in model.blocks[:layer]:
         x = block(x, positions)
-    return model.blocks[layer].attn.qkv(model.blocks[layer].norm1(x), positions)
+    return x, *model.blocks[layer].attn.qkv(model.blocks[layer].norm1(x), positions)
 
 
 def scores(filled, qkv, lengths=None, layer=0):
@@ -101,18 +111,17 @@ def scores(filled, qkv, lengths=None, layer=0):
     One call of attention over all prompts, side by side, and the text. Its values say which prompt a key belongs to,
     1 / P_m in column m: what comes out for each query is the mean probability that every prompt gets.
     """
-    (q, k, _), keys = qkv, filled.k[layer]
-    (M, nkv, Pmax, hs), (B, nh, T, _) = keys.shape, q.shape
-    keys = keys.transpose(0, 1).reshape(1, nkv, M * Pmax, hs).expand(B, -1, -1, -1)
-    keys = torch.cat([keys, k], dim=2)  # (B, nkv, M * Pmax + T, hs)
-    owner = F.pad(filled.owner, (0, 0, 0, T)).expand(B, nkv, -1, -1)  # (B, nkv, M * Pmax + T, at least M)
-    sees = torch.ones(T, M * Pmax + T, dtype=torch.bool, device=q.device).tril(M * Pmax)
-    if filled.empty is not None:
-        sees[:, :M * Pmax] &= ~filled.empty
-    p = F.scaled_dot_product_attention(q, keys, owner, attn_mask=sees, enable_gqa=nkv != nh)  # (B, nh, T, at least M)
-    p = p[..., :M].sum(1)  # (B, T, M)
+    _, q, k, _ = qkv
+    (M, nkv, Pmax, _), (B, nh, T, _) = filled.k[layer].shape, q.shape
+    keys = torch.cat([filled.flat[layer].expand(B, -1, -1, -1), k], dim=2)  # (B, nkv, M * Pmax + T, hs)
+    owner = filled.owner[:M * Pmax + T].expand(B, nkv, -1, -1)  # (B, nkv, M * Pmax + T, at least M)
+    if T not in filled.masks:  # made once for all questions of a length
+        later = torch.full((T, T), -torch.inf, device=q.device, dtype=q.dtype).triu(1)
+        filled.masks[T] = torch.cat([filled.hidden.expand(T, -1), later], dim=1)  # (T, M * Pmax + T), added to scores
+    p = F.scaled_dot_product_attention(q, keys, owner, attn_mask=filled.masks[T], enable_gqa=nkv != nh)
     if lengths is None:
-        return p.sum(1) / (nh * T)
+        return p[..., :M].mean((1, 2))
+    p = p[..., :M].sum(1)  # (B, T, M)
     text = torch.arange(T, device=q.device) < lengths[:, None]  # (B, T): real tokens
     return (p * text[..., None]).sum(1) / (nh * lengths[:, None])
 
@@ -122,7 +131,7 @@ def highest(scores):
     in another order, so scores within 1e-5 of the highest tie with it.
     """
     top = scores.amax(-1, keepdim=True)
-    return (scores >= top - 1e-5 * top.abs()).byte().argmax(-1)
+    return (scores >= top.sub(top.abs(), alpha=1e-5)).byte().argmax(-1)
 
 
 @torch.no_grad()
@@ -138,8 +147,8 @@ def select(model, pool, ids, lengths=None, filled=None):
 def start(model, filled, ids, lengths=None, room=0):
     """Choose for each row of ids (B, T) and stand the winner in front: (Cache with `room` slots behind T, first).
 
-    `model.generate(ids, room, lengths, cache=cache, first=first)` answers from there. `first`, q, k and v of ids in the
-    first layer, were needed to choose, and are the same under any prompt: they are not computed again.
+    `model.generate(ids, room, lengths, cache=cache, first=first)` answers from there. `first`, what `text_qkv` gives
+    for the first layer, was needed to choose, and is the same under any prompt: it is not computed again.
     """
     first = text_qkv(model, filled, ids)
     chosen = highest(scores(filled, first, lengths))

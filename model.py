@@ -97,6 +97,7 @@ class Cache:
     slots   S, how many there are
     context the positions the model has: S can grow to it
     used    the largest `length` as a plain int, so that checking for room never waits for the device
+    stacked (2 L, B, nkv, S, hs), of which k and v are the parts, or None: where rows of all layers are taken at once
     """
 
     def __init__(self, config, batch, slots, device=None, dtype=None):
@@ -107,7 +108,7 @@ class Cache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.first = torch.zeros(batch, dtype=torch.long, device=device)
-        self.slots, self.used, self.context = slots, 0, config.context
+        self.slots, self.used, self.context, self.stacked = slots, 0, config.context, None
 
 
 def take(filled, chosen, room):
@@ -115,9 +116,14 @@ def take(filled, chosen, room):
     if filled.slots + room > filled.context:
         raise ValueError(f"{filled.slots} cached and {room} new tokens do not fit the context of {filled.context}")
     cache, k = copy.copy(filled), filled.k[0]
-    free = k.new_zeros(len(chosen), k.shape[1], room, k.shape[3])
-    cache.k = [torch.cat([k.index_select(0, chosen), free], dim=2) for k in filled.k]  # each (B, nkv, S + room, hs)
-    cache.v = [torch.cat([v.index_select(0, chosen), free], dim=2) for v in filled.v]
+    if filled.stacked is not None and not torch.is_grad_enabled():  # all layers at once: a short text waits for calls
+        both = F.pad(filled.stacked.index_select(1, chosen), (0, 0, 0, room))  # (2 L, B, nkv, S + room, hs)
+        cache.k, cache.v = both[:len(filled.k)].unbind(), both[len(filled.k):].unbind()
+    else:
+        free = k.new_zeros(len(chosen), k.shape[1], room, k.shape[3])
+        cache.k = [torch.cat([k.index_select(0, chosen), free], dim=2) for k in filled.k]  # each (B, nkv, S + room, hs)
+        cache.v = [torch.cat([v.index_select(0, chosen), free], dim=2) for v in filled.v]
+    cache.stacked = None
     cache.length, cache.first = filled.length[chosen], filled.first[chosen]
     cache.slots = filled.slots + room
     return cache
@@ -281,9 +287,9 @@ class GPT(nn.Module):
     def hidden(self, ids, prompt=None, cache=None, lengths=None, first=None):
         """What `forward` computes, before the head: (B, T, C) for the T text tokens.
 
-        first  q, k and v of ids in the first layer, when something (`idp.start`) had to compute them before
+        first  x, q, k and v of ids in the first layer, when something (`idp.start`) had to compute them before
         """
-        x = self.wte(ids)  # (B, T, C)
+        x, *first = first if first else (self.wte(ids),)  # (B, T, C)
         B, T = ids.shape
         P = 0
         if prompt is not None:
@@ -301,12 +307,12 @@ class GPT(nn.Module):
             slot = torch.arange(room, device=ids.device)
             mask = (slot <= positions[:, :, None]) & (slot >= cache.first[:, None, None])  # (B, P + T, S)
             mask = mask[:, None]  # (B, 1, P + T, S)
-        x = self.place(x, positions)
+        x = x if first else self.place(x, positions)
         step = self.decoder if cache is not None and P + T == 1 and not torch.is_grad_enabled() else None
         for i, block in enumerate(self.blocks):
             past = (cache.k[i], cache.v[i]) if cache is not None else None
             x = step.block(block, x, positions, mask, past) if step else block(x, positions, mask, past, first)
-            first = None
+            first = None  # of the first layer only
         if cache is not None:
             cache.length = cache.length + P + (T if lengths is None else lengths)
             cache.used += P + T
