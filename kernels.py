@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from compress import Quantized
 
+LAYOUT = 2  # of words, in every file: whoever changes it counts on
 LANES = 16  # output rows side by side in memory: as many 32-bit words as the widest register of a CPU holds
 
 # ---- codes in 32-bit words
@@ -61,6 +62,17 @@ def to_words(codes, bits):
             out[:, :, word] |= ((c[:, :, i] >> low) & ((1 << n) - 1)) << at
     out = out - ((out >> 31) << 32)  # the top bit of an int32 is its sign
     return out.int().view(N // LANES, K // per * words, LANES)
+
+
+def flipped(codes, bits, dim):
+    """Codes with half their range added, modulo it, where they will fill the top bits of a word; its own inverse.
+
+    The top bit of an int32 counts negative. So stored, such a code reads, in place, as itself less half the range.
+    """
+    per = 32 // bits if bits != 3 else codes.shape[dim] + 1  # at 3 bits no whole code ends a word
+    last = torch.arange(codes.shape[dim], device=codes.device) % per == per - 1
+    half = (last.int() << bits - 1).to(codes.dtype).view(-1, *[1] * (codes.dim() - 1 - dim))
+    return codes ^ half
 
 
 def from_words(words, bits):
@@ -109,7 +121,8 @@ class Packed(NamedTuple):
         """The float weight (N, K), equal to the last bit to what was packed."""
         if self.bits == 32:
             return _columns(self, self.words.transpose(0, 1).flatten(1, 2), 0.0)
-        codes = from_words(self.words, stored_bits(self.bits))  # (NB, P * n / m, 16)
+        bits = stored_bits(self.bits)
+        codes = flipped(from_words(self.words, bits), bits, 1)  # (NB, P * n / m, 16)
         return _columns(self, _by_group(self.scale, self) * (codes - _by_group(self.zero, self)), 0.0)
 
 
@@ -194,7 +207,7 @@ def pack(quantized):
         raise ValueError(f"a code of {int(codes.max())} does not fit {bits} bits")
     order, span = _arrange(group, scale.shape[1], CELL[stored][1])
     codes = F.pad(codes, (0, 1, 0, -N % LANES))[:, order]  # (N padded, P)
-    words = _tiled(to_words(codes, stored), n_tiles(span, scale.shape[1], CELL[stored][1]))
+    words = _tiled(to_words(flipped(codes, stored, 1), stored), n_tiles(span, scale.shape[1], CELL[stored][1]))
     return Packed(words, _lanes(scale), _lanes(zero.to(torch.uint8)), _order(order, K), None,
                   (N, K), bits, span, None)
 
@@ -231,7 +244,7 @@ def pack_sparse(weight, n_m):
     values, place = (F.pad(t, (0, 0, 0, 1, 0, -N % LANES))[:, order].flatten(1) for t in (values, place))
     columns = torch.where(order[:, None] < group.shape[0], order[:, None] * m + torch.arange(m, device=order.device), K)
     scale, zero = (_lanes(weight.scale), _lanes(weight.zero.to(torch.uint8))) if quantized else (None, None)
-    words = to_words(values, stored) if quantized else _lanes(values)
+    words = to_words(flipped(values, stored, 1), stored) if quantized else _lanes(values)
     T = n_tiles(span * n, scale.shape[1] if quantized else 1, unit)
     return Packed(_tiled(words, T), scale, zero, _order(columns.flatten().clamp_max(K), K),
                   _tiled(to_words(place, stored_place), T), (N, K), bits, span * n, (n, m))
@@ -243,7 +256,8 @@ def unpack(packed):
         raise ValueError("these are float values, not codes: use packed.dequantize()")
     (N, K), G = packed.shape, packed.scale.shape[1]
     scale, zero = (t.transpose(1, 2).flatten(0, 1)[:N].contiguous() for t in (packed.scale, packed.zero))  # (N, G)
-    codes = from_words(packed.words, stored_bits(packed.bits))  # (NB, positions, 16)
+    bits = stored_bits(packed.bits)
+    codes = flipped(from_words(packed.words, bits), bits, 1)  # (NB, positions, 16)
     n, m = packed.n_m or (1, 1)
     group = torch.arange(codes.shape[1] // n * m, device=codes.device) // (packed.span // n * m)  # (P,)
     codes = _columns(packed, codes, zero[:, group].int()).byte()
@@ -280,7 +294,8 @@ class _Dequantized(torch.autograd.Function):
 #     cvt   makes 16 floats of them, exactly: they have four significant bits
 #     fma   multiplies by x[k], the same for all 16 rows, and adds up; x[k] was divided by 16^i beforehand, exactly too
 #
-# No shift, no shuffle, and no sum across a register. Scale and zero-point come in once a group g: with W = s (q - z),
+# No shift, no shuffle, and no sum across a register. The code at the top of a word is stored less half its range
+# (`flipped`), so that it stands there as a signed number; half its range times x[k] is added with the zero-point. Scale and zero-point come in once a group g: with W = s (q - z),
 #
 #     y_n = sum over g of s_ng * (sum over k in g of q_nk x_k  -  z_ng * sum over k in g of x_k)
 #
@@ -302,12 +317,14 @@ OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 <<
 
 
 def _code(words, where):
-    """One code of each cell as int32 (..., 16) from the cell's words, and the power of two it comes out too large by.
+    """One code of each cell as int32 (..., 16) from the cell's words, the power of two it comes out too large by, and
+    what it then lacks: half its range at the top of a word.
     """
     (word, at, _, n), *rest = where
-    if not rest and at + n < 32:
-        return words[word] & (((1 << n) - 1) << at), 2.0 ** at
-    return sum(((words[w] >> s) & ((1 << k) - 1)) << low for w, s, low, k in where), 1.0  # a split code; the sign bit
+    if not rest:
+        top = at + n == 32
+        return words[word] & (-(1 << at) if top else ((1 << n) - 1) << at), 2.0 ** at, 2.0 ** (n - 1) if top else 0.0
+    return sum(((words[w] >> s) & ((1 << k) - 1)) << low for w, s, low, k in where), 1.0, 0.0  # split over words
 
 
 def _chosen(x, place, first, last):
@@ -356,13 +373,15 @@ def _fused(x, packed):
         places = [sum(((places[c + w] >> s) & ((1 << k) - 1)) << low for w, s, low, k in where)
                   for c in range(0, len(places), cell) for where in at]
         x = _stored(x).unflatten(-1, (-1, m))  # (M, T, 1, groups, bodies, cells, m)
-        values = words if bits == 32 else [code.float() * (1 / factor) - zero.float() for code, factor in codes]
+        values = words if bits == 32 else [code.float() * (1 / factor) - (zero.float() - lack)
+                                           for code, factor, lack in codes]
         inputs = [[_chosen(x[i, ..., p // n, :], places[p], p % n, m - n + p % n) for p in range(body)]
                   for i in range(M)]
     else:
-        values = [code.float() for code, _ in codes]
+        values = [code.float() for code, *_ in codes]
         sums = x.sum(-1)[..., None]  # (M, T, 1, groups, bodies, 1)
-        x = _stored(x * torch.tensor([1 / factor for _, factor in codes], device=x.device))
+        lacks = (x * torch.tensor([lack for *_, lack in codes], device=x.device)).sum(-1)[..., None]
+        x = _stored(x * torch.tensor([1 / factor for _, factor, _ in codes], device=x.device))
         inputs = [[x[i, ..., p, None] for p in range(body)] for i in range(M)]
     y = []
     for i in range(M):
@@ -371,7 +390,7 @@ def _fused(x, packed):
             chains[p % 4] = chains[p % 4] + values[p] * inputs[i][p]
         total = (chains[0] + chains[1]) + (chains[2] + chains[3])
         if not packed.n_m:
-            total = total - zero.float() * sums[i]
+            total = total + (lacks[i] - zero.float() * sums[i])
         y.append((total if bits == 32 else total * scale).sum((2, 3)))  # (T, NB, 16)
     return torch.stack(y).sum(1).view(M, -1)[:, :packed.shape[0]]  # (M, N)
 
@@ -394,8 +413,17 @@ def _dequantized(packed, dtype):
     return packed.dequantize().to(dtype)
 
 
+def _by_position(packed, dtype):
+    """The float weight as (P, N padded): 16 rows lie side by side in memory as in the words, so no lane has to move."""
+    bits = stored_bits(packed.bits)
+    codes = flipped(from_words(packed.words, bits), bits, 1).unflatten(1, (-1, packed.span))  # (NB, G, span, 16)
+    values = packed.scale[:, :, None] * (codes - packed.zero[:, :, None])
+    return values.flatten(1, 2).transpose(0, 1).flatten(1).to(dtype)  # (P, NB * 16)
+
+
 compiled_fused = torch.compile(_fused, fullgraph=True, dynamic=False, options=OPTIONS, recompile_limit=1000)
 compiled_dequantized = torch.compile(_dequantized, fullgraph=True, dynamic=False, recompile_limit=1000)
+compiled_by_position = torch.compile(_by_position, fullgraph=True, dynamic=False, recompile_limit=1000)
 
 
 def _fused_matmul(x, packed):
@@ -406,8 +434,12 @@ def _fused_matmul(x, packed):
             return compiled_fused(x, packed).to(x.dtype)
         return compiled_fused(F.pad(x, (0, 0, 0, FEW - M)), packed)[:M].to(x.dtype)
     blocks = max(1, CHUNK // (LANES * packed.shape[1]))
-    return torch.cat([F.linear(x, compiled_dequantized(_rows(packed, i, min(NB, i + blocks)), x.dtype))
-                      for i in range(0, NB, blocks)], dim=1)
+    parts = [_rows(packed, i, min(NB, i + blocks)) for i in range(0, NB, blocks)]
+    if packed.n_m:  # where each value stands differs from row to row
+        return torch.cat([F.linear(x, compiled_dequantized(part, x.dtype)) for part in parts], dim=1)
+    P = packed.scale.shape[1] * packed.span
+    x = F.pad(x, (0, P - x.shape[1])) if packed.order is None else F.pad(x, (0, 1))[:, packed.order]  # (M, P)
+    return torch.cat([x @ compiled_by_position(part, x.dtype) for part in parts], dim=1)[:, :packed.shape[0]]
 
 
 class _State:
@@ -491,7 +523,7 @@ class PackedLinear(nn.Module):
         buffer.
         """
         numbers = {name: getattr(self.layout, name) for name in ("shape", "bits", "span", "n_m")}
-        return {**numbers, "buffers": {name: [list(t.shape), str(t.dtype).removeprefix("torch.")]
+        return {"layout": LAYOUT, **numbers, "buffers": {name: [list(t.shape), str(t.dtype).removeprefix("torch.")]
                                        for name, t in self.named_buffers()}}
 
     def extra_repr(self):
@@ -505,6 +537,8 @@ DTYPES = {"int32": torch.int32, "uint8": torch.uint8, "float32": torch.float32, 
 def from_spec(spec):
     """An empty PackedLinear for `load_state_dict` to fill. Raises ValueError for a specification that is none of ours.
     """
+    if isinstance(spec, dict) and spec.get("layout") != LAYOUT:
+        raise ValueError(f"packed in layout {spec.get('layout')}, this is layout {LAYOUT}: compress the model again")
     try:
         buffers = {name: torch.zeros(shape, dtype=DTYPES[dtype]) for name, (shape, dtype) in spec["buffers"].items()}
         bias = buffers.pop("bias", None)

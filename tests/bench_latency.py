@@ -41,6 +41,7 @@ import recover  # noqa: E402
 from compress import magnitude, rtn  # noqa: E402
 from kernels import PackedLinear, pack  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from study import unpacked  # noqa: E402
 from tasks import Subject  # noqa: E402
 
 
@@ -167,7 +168,8 @@ def training(bench):
     generator = torch.Generator().manual_seed(4)
     batch = torch.randint(bench.vocab_size, (bench.batch, 129), generator=generator)
     kinds = {"all weights, dense": make_model(bench, "dense"), "prompt, pruned": make_model(bench, "pruned"),
-             "prompt, packed": make_model(bench, "packed")}
+             "prompt, packed": unpacked(make_model(bench, "packed")),  # as study.train_repair has it
+             "prompt, codes unpacked at every step": make_model(bench, "packed")}
     took = {kind: [] for kind in kinds}
     for _ in range(bench.steps // 2):
         for kind, model in kinds.items():
@@ -213,7 +215,8 @@ def report(name, bench):
     print(f"\na training step ({bench.batch} rows of 128 tokens, prompt 8): "
           + "; ".join(f"{kind} {ms:.1f} ms ({ms / full:.2f})" for kind, ms in steps.items()))
     claims = [(f"{name}: LoRA's parameters / IDP's active ones", fewer, ">=", 21),
-              (f"{name}: a prompt step / a step of all weights", steps["prompt, pruned"] / full, "<=", 0.8)]
+              *((f"{name}, {base}: a prompt step / a step of all weights", steps[f"prompt, {base}"] / full, "<=", 0.8)
+                for base in ("pruned", "packed"))]
     for base in ("pruned", "packed"):
         for against, phase, limit in (("alone", 0, bench.prefill), ("alone", 1, 1.05), ("LoRA", 1, 1.00)):
             claims.append((f"{name}, {base}: IDP / {against}, {('prefill', 'decode')[phase]}",

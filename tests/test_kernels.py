@@ -282,8 +282,11 @@ def test_spec_rebuilds_every_layer():
 def test_spec_refuses():
     spec = PackedLinear(layers()[0]).spec()
     unknown = ({"words": [[1], "float64"]}, {"other": [[1], "int32"]})
-    for bad in ({}, 7, *({**spec, "buffers": buffers} for buffers in unknown)):
+    for bad in (7, {**spec, "bits": None, "buffers": {"words": 3}}, *({**spec, "buffers": b} for b in unknown)):
         with pytest.raises(ValueError, match="not the specification"):
+            from_spec(bad)
+    for bad in ({}, {**spec, "layout": 1}):
+        with pytest.raises(ValueError, match="compress the model again"):
             from_spec(bad)
 
 
