@@ -161,11 +161,13 @@ class Log:
         began = time.time()
 
         def show(step, loss):
+            nonlocal began
             now, last = time.time(), step + 1 == steps
+            began = now if step == 0 else began  # a pool goes from 1 to `steps` once a prompt
             if not last and now - self.shown < (0.5 if sys.stderr.isatty() else 15):
                 return
             self.shown = now
-            left = (now - began) / (step + 1) * (steps - step - 1)
+            left = (now - began) / max(1, step) * (steps - step - 1)
             line = f"  {label}: step {step + 1} of {steps}, {what} {loss:.4g}, {left:.0f} s left"
             screen = sys.stderr.isatty()
             print("\r" + line.ljust(78) if screen else line, end="\n" if last or not screen else "", file=sys.stderr,
