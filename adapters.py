@@ -260,6 +260,7 @@ def make_prompt(path, model, kind, settings, tensors):
 # ---- a look at an adapter
 
 def main():
+    """The script: see the top of this file, and --help."""
     parser = argparse.ArgumentParser(description="Say what an adapter is, and whether it belongs to a base.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder", help="with adapter_config.json and adapter_model.safetensors")

@@ -11,6 +11,7 @@ another sample of the calibration text.
 
 What it leaves out: comparisons of two repairs with each other.
 """
+import hashlib
 import os
 from dataclasses import replace
 
@@ -39,6 +40,11 @@ def measure_tasks(subject, asked, people, encoding):
     return out
 
 
+def fingerprint(asked):
+    """A short digest of every item of {task: {split: items}}: what finished scores are compared by."""
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+
+
 def score_tasks(subjects, measured, world, config, log):
     """What the subjects that tasks are asked of score, {id: {task: {split: [scores]}}}; and {task: {split: items}}."""
     asked = world.tasks(config)
@@ -50,7 +56,7 @@ def score_tasks(subjects, measured, world, config, log):
         about = subject.about
         if not (config.all_tasks or "kind" not in about or about["tag"] in config.task_repairs):
             continue
-        settings = {**about["settings"], "items": config.task_items, "tasks": list(asked)}
+        settings = {**about["settings"], "items": fingerprint(asked)}
         scored[about["id"]] = json_step(log, os.path.join(config.out, about["id"] + ".tasks.json"), settings,
                                         lambda: measure_tasks(subject, asked, people, world.encoding))
         for split, facts in world.asked(config).items():

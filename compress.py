@@ -12,12 +12,12 @@ What it leaves out: embedding and head, which stay as they are; activations, whi
     python compress.py --method gptq --bits 3 --group-size 32      # out/dense.safetensors; written beside it
     python compress.py --method sparsegpt --n-m 2 4 --bits 4     # half of the weights, 4 bits for the others
 
-Where we deviate: the grids of GPTQ's groups are narrower than their weights where that costs less (`search`). On request
-scales, or the weights that stay, are fitted once more when all codes, or the mask, are known (`refit`). N:M keeps N of every M
-(NVIDIA's and Wanda's meaning; SparseGPT counts the zeros). Masks have exactly the promised number of zeros, ties
-included. An input that is zero in all of the data keeps its weights, rounded. A group's grid is fitted to fully
-compensated columns, so the result does not depend on `block_size`. Symmetric grids always reach the largest weight.
-GPTQ is greedy: on a weight of a few rows it can lose to rounding; the report has both errors.
+Where we deviate: the grids of GPTQ's groups are narrower than their weights where that costs less (`search`). On
+request scales, or the weights that stay, are fitted once more when all codes, or the mask, are known (`refit`). N:M
+keeps N of every M (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros). Masks have exactly the promised number
+of zeros, ties included. An input that is zero in all of the data keeps its weights, rounded. A group's grid is fitted
+to fully compensated columns, so the result does not depend on `block_size`. Symmetric grids always reach the largest
+weight. GPTQ is greedy: on a weight of a few rows it can lose to rounding; the report has both errors.
 """
 import argparse
 import contextlib

@@ -133,7 +133,8 @@ def sweep(name, dense, config, world, log):
     for i in range(rank, len(runs), many):
         run, path = runs[i], os.path.join(config.out, f"sweep-{name}-{i:02d}.json")
         settings = {**dense.about["settings"], "run": run, "calibration": config.calibration,
-                    "repair_batch": config.repair_batch, "steps": config.repair_steps, "test_people": config.test_people}
+                    "repair_batch": config.repair_batch, "steps": config.repair_steps,
+                    "test_people": config.test_people}
         found = json_step(log, path, settings,
                           lambda: point(*make(run, dense, batches, config, world, log), config, world))
         mine[i] = {"series": run["series"], "x": run["x"], **found}

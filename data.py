@@ -246,6 +246,7 @@ def pad(rows, encoding):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     parser = argparse.ArgumentParser(description="Look into the small world.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--show", type=int, default=1, metavar="N", help="print N people of each split")

@@ -381,6 +381,7 @@ def write_results(results, rows, config, log):
 
 
 def show(results, out):
+    """Print every table of the results, the verdicts, and where it all stands."""
     print(table(results) + "\n\nby attribute, seen and held-out together, %\n\n" + analyze.attribute_table(results))
     if results["files"]:
         print("\n" + analyze.file_table(results))
@@ -409,6 +410,7 @@ def show(results, out):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     parser = options("Train, compress, repair, and say whether the knowledge was forgotten or displaced.")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
     parser.add_argument("--full", action="store_true",

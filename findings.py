@@ -198,6 +198,7 @@ def show(results):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     parser = argparse.ArgumentParser(description="What LLM-KICK and the paper found, with our numbers.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--results", default=Settings.results, help="what the study and the sweeps wrote")

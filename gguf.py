@@ -259,6 +259,7 @@ def read(stored, dtype=torch.float32):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     parser = argparse.ArgumentParser(description="Print what is in a GGUF file.")
     parser.add_argument("file", help="a .gguf file")
     args = parser.parse_args()

@@ -233,6 +233,7 @@ def under_all(model, filled, losses, batch):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     import study  # here, not above: as in recover.py
     parser = study.options("Train a pool of prompts for a compressed model of the small world; ask before and after.")
     parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")

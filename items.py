@@ -281,6 +281,7 @@ def distinct(texts, n=2):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     parser = argparse.ArgumentParser(description="Look at an item of each task.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--show", type=int, default=1, metavar="N", help="items of each task")

@@ -295,7 +295,8 @@ class _Dequantized(torch.autograd.Function):
 #     fma   multiplies by x[k], the same for all 16 rows, and adds up; x[k] was divided by 16^i beforehand, exactly too
 #
 # No shift, no shuffle, and no sum across a register. The code at the top of a word is stored less half its range
-# (`flipped`), so that it stands there as a signed number; half its range times x[k] is added with the zero-point. Scale and zero-point come in once a group g: with W = s (q - z),
+# (`flipped`), so that it stands there as a signed number; half its range times x[k] is added with the zero-point.
+# Scale and zero-point come in once a group g: with W = s (q - z),
 #
 #     y_n = sum over g of s_ng * (sum over k in g of q_nk x_k  -  z_ng * sum over k in g of x_k)
 #

@@ -154,6 +154,7 @@ def measured(path, calibration=(64, 64), batch=(4, 64), prompt=16, rank=8):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     parser = argparse.ArgumentParser(description="What each step of the study needs in memory.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="a model on paper")

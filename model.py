@@ -237,7 +237,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.decoder = None  # kernels.compile_decode sets it: the compiled way of one token through a block and the head
+        self.decoder = None  # kernels.compile_decode sets it: the compiled way of one token through a block and head
         self.tie()
 
     def tie(self):
@@ -357,7 +357,7 @@ class GPT(nn.Module):
                              f"a cache of {cache.slots}")
         rows = torch.arange(B, device=ids.device)
         out = torch.cat([ids, ids.new_zeros(B, max_new_tokens)], dim=1)
-        x = self.hidden(ids, prompt, cache, lengths, first)[rows, lengths - 1][:, None]  # (B, 1, C): each row's last token
+        x = self.hidden(ids, prompt, cache, lengths, first)[rows, lengths - 1][:, None]  # (B, 1, C): each row's last
         done = torch.zeros(B, dtype=torch.bool, device=ids.device)
         for i in range(max_new_tokens):
             logits = self.head(x)[:, -1]  # (B, V)
@@ -553,6 +553,7 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     import study  # here, not above: the model needs nothing of the study, only training it does
     import data
     from tasks import answer

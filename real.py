@@ -200,8 +200,8 @@ class RealWorld:
         documents = [d for d in documents if d and not self.hidden.search(d)]
         first = max(1, len(documents) // 10)
         if len(documents) < 2:
-            raise ValueError(f"{path}: {len(documents)} documents that name nothing hidden; it needs 2, parted by blank "
-                             "lines")
+            raise ValueError(f"{path}: {len(documents)} documents that name nothing hidden; it needs 2, parted by "
+                             "blank lines")
         rows = []
         for part, n in ((documents[:first], 64), (documents[first:], wanted - 64)):
             part = [piece for d in part for piece in self.pieces(d, T)]
@@ -291,7 +291,8 @@ def real_dense(path, log):
         raise ValueError(f"{path}: no tokenizer beside the model")
     for p in model.parameters():
         p.requires_grad_(False)
-    log.say(f"dense: {model.n_parameters():,} parameters, {model.flops_per_token():,} floating-point operations a token")
+    log.say(f"dense: {model.n_parameters():,} parameters, "
+            f"{model.flops_per_token():,} floating-point operations a token")
     files = [path] if os.path.isfile(path) else sorted(os.path.join(path, name) for name in os.listdir(path))
     settings = {"model": [[os.path.basename(f), os.path.getsize(f)] for f in files]}
     return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None, "settings": settings,

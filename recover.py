@@ -285,8 +285,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(G, steps=5):
-    """The nearest matrices to G (..., m, n) whose singular values are near 1: X <- aX + bXXᵀX + cXXᵀXXᵀX, five times.
-    """
+    """The nearest matrices to G (..., m, n) with singular values near 1: X <- aX + bXXᵀX + cXXᵀXXᵀX, five times."""
     a, b, c = 3.4445, -4.7750, 2.0315  # chosen to lift small singular values fast; they end between 0.7 and 1.2
     tall = G.shape[-2] > G.shape[-1]
     X = G.mT if tall else G
@@ -380,6 +379,7 @@ def restore(parameters, values):
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     import study  # here, not above: repairing needs nothing of the study, only this script does
     parser = study.options("Repair a compressed model of the small world, and ask it before and after.")
     parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")

@@ -43,7 +43,7 @@ class StudyConfig:
     calibration: tuple = (128, 64)
     repair_batch: tuple = (32, 32)
     repair_steps: int = 250
-    repair_bfloat16: bool = False            # matrix products of a repair's training in bfloat16; what is trained is not
+    repair_bfloat16: bool = False            # matrix products of a repair's training in bfloat16
     test_people: int = 500                   # of each split, at most, that the table asks about
     timing_rounds: int = 15                  # times that each model answers one question, taking turns
     ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
@@ -347,6 +347,7 @@ def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=
 
 
 def trained(model, kind, size, batches, losses, fit_config, seed, progress):
+    """The body of `train_repair`, on float weights."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "lora":
         parameters = recover.add_lora(model, *lora_size(size), generator=generator)
@@ -428,6 +429,7 @@ def shared_copy(model):
 
 
 def dense_subject(config, world, log):
+    """The Subject of the dense GPT, trained or read back, and its tokenizer's ranks written beside it."""
     settings = {"world": asdict(config.world), "gpt": config.gpt, "pretrain": asdict(config.pretrain),
                 "batch": config.pretrain_batch, "seed": config.seed, "torch": torch.__version__,
                 **({"lessons": items.LESSONS} if config.skills else {}),
@@ -448,6 +450,7 @@ def again(config):
 
 
 def compressed_subject(dense, tag, config, world, log):
+    """The Subject that config.compressions[tag] makes of the dense one, calibrated on text about seen people."""
     operation, method, how = config.compressions[tag]
     calibration = world.calibration(config)
     world.check_leaks(calibration)

@@ -337,6 +337,7 @@ class Options:
 
 
 def main():
+    """The script: see the top of this file, and --help."""
     defaults = Options()
     parser = argparse.ArgumentParser(description="Load a checkpoint and let it go on with a text.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)

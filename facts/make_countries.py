@@ -48,7 +48,7 @@ def gives_away(country, answer):
 
 
 def read_off(row, attribute):
-    """Whether a fact's answer can be read off the country's name; of a country asked by its capital, off the capital."""
+    """Whether a fact can be read off the country's name, or, asked by the capital, off that."""
     return gives_away(row["country"], row["capital" if attribute == "country" else attribute])
 
 

@@ -12,8 +12,8 @@ saves:
     update   in² * out multiplications and additions, at the speed of a large matrix product
     loop     in columns times the five torch calls that round one: dispatch, mostly
 
-The last column is our calibration error divided by the peer's, whose grids span all weights as in the papers. Ours do so
-here, too, but where "search" is named. What search and refit, which are ours, gain is the last table.
+The last column is our calibration error divided by the peer's, whose grids span all weights as in the papers. Ours do
+so here, too, but where "search" is named. What search and refit, which are ours, gain is the last table.
 """
 import argparse
 import pathlib

@@ -188,7 +188,7 @@ def test_refit_scales_are_the_best_there_are(settings):
 
 @pytest.mark.parametrize("pattern", [dict(sparsity=0.5), dict(n_m=(2, 4)), dict(sparsity=1.0), dict(sparsity=0.0)])
 def test_refit_weights_go_where_least_squares_has_them(pattern):
-    """Oracle: each row's kept weights by a solver, (H_kk) w_k = (H w)_k; as many steps as there are inputs get there."""
+    """Oracle: each row's kept weights by a solver, H_kk w_k = (H w)_k; a step for each input gets there."""
     W, H = problem(5, 24)
     f = factor(H, 24, dtype=torch.float64)
     swept = sweep(W, f, **pattern)
