@@ -427,13 +427,26 @@ compiled_dequantized = torch.compile(_dequantized, fullgraph=True, dynamic=False
 compiled_by_position = torch.compile(_by_position, fullgraph=True, dynamic=False, recompile_limit=1000)
 
 
+_ready = {}  # what `compiled_fused` made for one layout and so many rows
+
+
+def _few_rows(x, packed):
+    """`compiled_fused`, without the guards that find out at every call what it was compiled for: a third of the time of
+    a small product. The key is what they would look at."""
+    key = (x.shape, x.dtype, x.device, packed.shape, packed.bits, packed.span, packed.n_m, packed.words.shape,
+           packed.order is None, torch.get_num_threads())
+    if key not in _ready:
+        _ready[key] = compiled_fused.aot_compile(((x, packed), {}))
+        _ready[key].disable_guard_check()
+    return _ready[key](x, packed).to(x.dtype)
+
+
 def _fused_matmul(x, packed):
     """x (M, K), any M, without gradients."""
     M, NB = len(x), packed.words.shape[1]
     if M <= few(packed):
-        if M in (1, FEW):
-            return compiled_fused(x, packed).to(x.dtype)
-        return compiled_fused(F.pad(x, (0, 0, 0, FEW - M)), packed)[:M].to(x.dtype)
+        x = x.contiguous()
+        return _few_rows(x, packed) if M in (1, FEW) else _few_rows(F.pad(x, (0, 0, 0, FEW - M)), packed)[:M]
     blocks = max(1, CHUNK // (LANES * packed.shape[1]))
     parts = [_rows(packed, i, min(NB, i + blocks)) for i in range(0, NB, blocks)]
     if packed.n_m:  # where each value stands differs from row to row
