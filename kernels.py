@@ -427,7 +427,15 @@ compiled_dequantized = torch.compile(_dequantized, fullgraph=True, dynamic=False
 compiled_by_position = torch.compile(_by_position, fullgraph=True, dynamic=False, recompile_limit=1000)
 
 
-_ready = {}  # what `compiled_fused` made for one layout and so many rows
+_ready = {}  # {what guards would look at: the code compiled for it}
+
+
+def without_guards(compiled, *given):
+    """The code that a torch.compile'd function has for `given`, and for whatever its caller knows to be alike."""
+    with torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False):
+        code = compiled.aot_compile((given, {}))
+    code.disable_guard_check()
+    return code
 
 
 def _few_rows(x, packed):
@@ -436,8 +444,7 @@ def _few_rows(x, packed):
     key = (x.shape, x.dtype, x.device, packed.shape, packed.bits, packed.span, packed.n_m, packed.words.shape,
            packed.order is None, torch.get_num_threads())
     if key not in _ready:
-        _ready[key] = compiled_fused.aot_compile(((x, packed), {}))
-        _ready[key].disable_guard_check()
+        _ready[key] = without_guards(compiled_fused, x, packed)
     return _ready[key](x, packed).to(x.dtype)
 
 
@@ -586,14 +593,49 @@ class Decoder:
     """How a GPT passes one token of a few rows through a block and through the head; many rows take the ordinary way.
     """
 
+    def __init__(self):
+        self.known = None  # while `generate` runs, and nothing changes: {a module's id: its compiled function}
+
     def block(self, block, x, positions, mask, past):
-        if not hasattr(past[0], "_dynamo_weak_dynamic_indices"):  # a new cache: one compilation for caches of any size
-            for t, dim in ((past[0], 2), (past[1], 2), (mask, 3)):
-                torch._dynamo.maybe_mark_dynamic(t, dim)
-        return _or_eager(compiled_block if len(x) <= FEW else _block, _block, block, x, positions, mask, past)
+        if len(x) > FEW:
+            return _block(block, x, positions, mask, past)
+        for t, dim in ((past[0], 2), (past[1], 2), (mask, 3)):  # one compilation for caches of any size
+            torch._dynamo.mark_dynamic(t, dim) if not hasattr(t, "_dynamo_dynamic_indices") else None
+        return self.run(compiled_block, _block, block, x, positions, mask, past)
 
     def head(self, norm, lm_head, x):
-        return _or_eager(compiled_head if len(x) <= FEW else _head, _head, norm, lm_head, x)
+        if len(x) > FEW:
+            return _head(norm, lm_head, x)
+        return self.run(compiled_head, _head, norm, lm_head, x)
+
+    def run(self, compiled, eager, *given):
+        """compiled(*given) or, on a machine that cannot compile, eager(*given)."""
+        return _or_eager(lambda *given: self.made(compiled, given)(*given), eager, *given)
+
+    def made(self, compiled, given):
+        """The compiled function without its guards, for modules and tensors such as the `given` ones."""
+        if self.known is None:
+            return compiled
+        name = id(given[0])
+        if name not in self.known:
+            modules = [kind(a) for a in given if isinstance(a, nn.Module)]
+            tensors = [(a.dtype, a.device, a.shape[:1]) for a in given if isinstance(a, torch.Tensor)]
+            key = (compiled, torch.get_num_threads(), *modules, *tensors)
+            if key not in _ready:
+                _ready[key] = without_guards(compiled, *given)
+            self.known[name] = _ready[key]
+        return self.known[name]
+
+
+def kind(module):
+    """All that compiled code takes for granted of a module: its parts, their plain attributes, their tensors' shapes.
+    """
+    plain = (int, float, str, tuple, type(None))
+    parts = [(name, type(m), *((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
+             for name, m in module.named_modules()]
+    tensors = [(name, t.shape, t.dtype, t.device)
+               for named in (module.named_parameters, module.named_buffers) for name, t in named(remove_duplicate=False)]
+    return hash((tuple(parts), tuple(tensors)))
 
 
 def compile_decode(model, enabled=True):

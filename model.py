@@ -356,6 +356,8 @@ class GPT(nn.Module):
             raise ValueError(f"{cache.used} cached + {P} prompt + {T} text + {max_new_tokens} new tokens do not fit "
                              f"a cache of {cache.slots}")
         rows = torch.arange(B, device=ids.device)
+        if self.decoder:
+            self.decoder.known = {}  # until this returns
         out = torch.cat([ids, ids.new_zeros(B, max_new_tokens)], dim=1)
         x = self.hidden(ids, prompt, cache, lengths, first)[rows, lengths - 1][:, None]  # (B, 1, C): each row's last
         done = torch.zeros(B, dtype=torch.bool, device=ids.device)
@@ -372,6 +374,8 @@ class GPT(nn.Module):
             if i + 1 == max_new_tokens or (stop is not None and bool(done.all())):
                 break
             x = self.hidden(new, cache=cache)  # (B, 1, C)
+        if self.decoder:
+            self.decoder.known = None
         if stop is not None:  # rows that stopped early repeat the stop token to the end
             end = torch.arange(T + max_new_tokens, device=ids.device) > (lengths + i)[:, None]
             behind = end & (torch.arange(T + max_new_tokens, device=ids.device) < (lengths + max_new_tokens)[:, None])

@@ -54,8 +54,8 @@ REPAIRS = {
 }
 RATE_GRID = {"lora": (1e-3, 3e-3, 1e-2), "prompt": (3e-3, 1e-2, 3e-2), "prefix": (1e-3, 3e-3, 1e-2)}
 RATES = {  # winners of `python evaluate.py --model ... --sweep lr --repair-steps 30` on SmolLM2-135M
-    "GPTQ 3 bits": {"LoRA rank 4, q and v": 1e-3, "LoRA rank 8": 1e-3, "prompt 16": 1e-2, "prefix 16": 3e-3},
-    "SparseGPT 50 %": {"LoRA rank 4, q and v": 3e-3, "LoRA rank 8": 1e-3, "prompt 16": 3e-2, "prefix 16": 1e-2},
+    "GPTQ 3 bits": {"LoRA rank 4, q and v": 1e-3, "LoRA rank 8": 3e-3, "prompt 16": 1e-2, "prefix 16": 3e-3},
+    "SparseGPT 50 %": {"LoRA rank 4, q and v": 1e-2, "LoRA rank 8": 3e-3, "prompt 16": 3e-2, "prefix 16": 1e-2},
 }
 
 

@@ -209,9 +209,11 @@ def first_token(model, compiled, ids, empty):
     """[seconds to the first token, cold; the same, warm]; one number where nothing is compiled."""
     kernels.compile_decode(model, compiled)
     torch._dynamo.reset()
+    kernels._ready.clear()
     times = [seconds_of(model.generate, ids, 2)]
     if compiled:
         if empty:
+            kernels._ready.clear()
             torch._dynamo.reset()  # the compiled code is on the disk only: what a second process finds
             torch._inductor.utils.clear_caches()
             times.append(seconds_of(model.generate, ids, 2))

@@ -321,12 +321,28 @@ def test_compiled_decode_writes_the_same_tokens():
     calls = [(ids[:1], 6, None), (ids[:1], 9, None), (ids[1:2, :3], 4, prompt), (ids[2:3], 11, None), (ids, 3, None)]
     expected = [gpt.generate(i, n, prompt=p) for i, n, p in calls]
     torch._dynamo.reset()
+    kernels._ready.clear()
     torch._dynamo.utils.counters.clear()
     kernels.compile_decode(gpt)
     for (i, n, p), want in zip(calls, expected):
         assert torch.equal(gpt.generate(i, n, prompt=p), want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the head, the block
     assert not torch._dynamo.utils.counters["graph_break"]
+    seen = [expected[3].tolist()]
+    for change in range(3):  # what no guard looks at any more has to be seen all the same
+        if change == 0:
+            gpt.blocks[0].norm1.eps = 30.0
+        if change == 1:
+            for p in recover.add_lora(gpt, 2, targets=("k", "up"))[1::2]:
+                p.data.normal_(generator=torch.Generator().manual_seed(5))
+        if change == 2:
+            gpt.blocks[1].mlp.up.scale *= 50
+        decoder, gpt.decoder = gpt.decoder, None
+        want = gpt.generate(ids[2:3], 11)
+        gpt.decoder = decoder
+        assert torch.equal(gpt.generate(ids[2:3], 11), want)
+        seen.append(want.tolist())
+    assert len({str(tokens) for tokens in seen}) > 2
     assert kernels.compile_decode(gpt, False).decoder is None
 
 
@@ -353,6 +369,7 @@ def test_compiled_decode_of_every_repair():
         expected = answers()
         assert not torch.equal(plain, expected[0])
         torch._dynamo.reset()
+        kernels._ready.clear()
         torch._dynamo.utils.counters.clear()
         kernels.compile_decode(gpt)
         for got, want in zip(answers(), expected):
