@@ -78,7 +78,7 @@ def real_config(path, seed=0, out="out", steps=STEPS):
     name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
     return StudyConfig(calibration=(64, 64), repair_batch=(4, 64), repair_steps=steps, repair_bfloat16=True,
                        test_people=10 ** 6, seed=seed,
-                       timing_rounds=3, ablation_people=60, out=os.path.join(out, name),
+                       timing_rounds=3, ablation_people=25, out=os.path.join(out, name),
                        compressions=COMPRESSIONS, repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID)
 
 

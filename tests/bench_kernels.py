@@ -7,7 +7,7 @@ What a packed weight costs in bytes, and what that buys in time: every claim abo
 
 Competitors take turns in one process, round after round, on copies of the weights that together exceed the last-level
 cache: a model that writes one token after another finds none of its weights in a cache either. The tables give medians
-of a call as ratios, and the share of the bandwidth that a plain sum over a large tensor reaches on this machine.
+of a call as ratios, and the share of the bandwidth that a plain sum over a large tensor reaches in the same turns.
 F.linear does not use a second thread for a single row, so a compiled float32 product stands in the tables as well.
 
 Then whole models with random weights, which take the same time as trained ones: bytes in memory and on disk, tokens a
@@ -88,14 +88,6 @@ def take_turns(competitors, rounds):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def bandwidth():
-    """Bytes a second of a compiled sum over 256 MB: the fastest of 15, as a bound should be."""
-    large = torch.ones(256, 1 << 18)
-    total = torch.compile(_row_sums, dynamic=False)
-    total(large)
-    return large.nbytes / min(seconds_of(total, large) for _ in range(15))
-
-
 def _row_sums(t):
     return t.sum(1)
 
@@ -141,13 +133,18 @@ def contenders(N, K, group_size, M, s):
     return out
 
 
-def compare(N, K, group_size, M, s, peak):
-    """One shape and one M: prints a row a competitor; returns {name: seconds} and {name: share of the bandwidth}."""
+def compare(N, K, group_size, M, s):
+    """One shape and one M: prints a row a competitor; returns {name: seconds} and {name: share of the bandwidth}.
+
+    The bandwidth is what a plain sum over 256 MB reaches when it takes its turns among them.
+    """
     competitors = contenders(N, K, group_size, M, s)
+    competitors["plain sum"] = torch.compile(_row_sums, dynamic=False), [(torch.ones(256, 1 << 18),)]
     size = {name: sum(t.nbytes for t in weights[0] if t is not None) for name, (_, weights) in competitors.items()}
     seconds = take_turns(competitors, s.rounds)
+    peak = size["plain sum"] / seconds.pop("plain sum")
     share = {name: size[name] / seconds[name] / peak for name in seconds}
-    print(f"\n{N}x{K}, groups of {group_size}, M = {M}, {s.threads} thread(s)")
+    print(f"\n{N}x{K}, groups of {group_size}, M = {M}, {s.threads} thread(s), a plain sum reads {peak / 1e9:.1f} GB/s")
     print(f"  {'':24s} {'MB':>7s} {'ms':>8s} {'x F.linear':>10s} {'x compiled':>10s} {'of bandwidth':>12s}")
     for name in sorted(seconds, key=seconds.get):
         compiled = f"{seconds['float32 compiled'] / seconds[name]:.2f}" if "float32 compiled" in seconds else "-"
@@ -156,14 +153,14 @@ def compare(N, K, group_size, M, s, peak):
     return seconds, share
 
 
-def matmul_claims(s, peak):
+def matmul_claims(s):
     """Prints a table a shape and number of rows; returns the claims: (what, measured, must, aim)."""
     first, second = (5, 7) if s.threads == 1 else (8, 12), s.threads > 1
     claims = []
     for shape in (SQUARE, WIDE, SMALL):
         name = "{}x{}".format(*shape)
         for M in (1, 128) if s.quick and shape == SQUARE else (1,) if s.quick else (1, 4, 128):
-            seconds, share = compare(*shape, M, s, peak)
+            seconds, share = compare(*shape, M, s)
             if s.no_compile:
                 continue
             dense, four, int4 = (seconds[k] for k in ("float32 F.linear", "4 bits", "torch int4, bfloat16 x"))
@@ -288,9 +285,7 @@ def main():
     names = [] if s.model == "none" else ["gpt2", "smollm2"] if s.model == "all" and s.quick else \
         list(MODELS) if s.model == "all" else [s.model]
     with torch.no_grad(), tempfile.TemporaryDirectory() as empty:
-        peak = bandwidth()
-        print(f"a plain sum reads {peak / 1e9:.1f} GB/s here")
-        claims = matmul_claims(s, peak) if s.shapes == "all" else []
+        claims = matmul_claims(s) if s.shapes == "all" else []
         if not s.quick:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # cold means cold
         for name in names:
