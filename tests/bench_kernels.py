@@ -234,7 +234,10 @@ def whole_models(name, s):
     for bits in (4,) if s.quick else (8, 4, 3, 2, "2:4"):
         rows.append((f"{bits} bits" if bits != "2:4" else bits, compressed(dense, bits), not s.no_compile))
     ids = torch.arange(1, 9)[None]
-    first = {row: first_token(model, compiled, ids, not s.quick) for row, model, compiled in rows}
+    first = {}
+    for row, model, compiled in rows:
+        first[row] = first_token(model, compiled, ids, not s.quick)
+        print(f"  {name}, {row}: first token after {first[row][0]:.1f} s", file=sys.stderr, flush=True)
     spent = {row: [] for row, _, _ in rows}
     for turn in range(6):  # in turns; the first one warms up
         for row, model, _ in rows:
