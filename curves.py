@@ -76,7 +76,8 @@ def make(run, dense, batches, config, world, log):
         return Subject(model), 0
     base = compressed_subject(dense, run["series"], config, world, log)
     fit_config = recover.FitConfig(steps=config.repair_steps, lr=run["lr"])
-    tensors = train_repair(base.model, run["kind"], run["x"], batches(), recover.distillation, fit_config, config.seed)
+    tensors = train_repair(base.model, run["kind"], run["x"], batches(), recover.distillation, fit_config, config.seed,
+                           bfloat16=config.repair_bfloat16)
     return attach(base.model, run["kind"], run["x"], tensors), run["x"] if run["kind"] == "prompt" else 0
 
 

@@ -339,7 +339,7 @@ def train_dense(config, world, log):
 def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=None, bfloat16=False):
     """Train one repair of the frozen `model` -> its tensors. `losses` is recover.next_token or recover.distillation.
 
-    bfloat16  matrix products in bfloat16, all else and what is trained in float32: twice as fast where the CPU has them
+    bfloat16  matrix products in bfloat16, all else and what is trained in float32: faster where the CPU has them
     """
     with torch.autocast(model.wte.weight.device.type, torch.bfloat16, enabled=bfloat16,
                         cache_enabled=False):  # a cached cast would outlive the step that changes what was cast

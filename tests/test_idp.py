@@ -335,3 +335,15 @@ def test_choosing_leaves_no_graph():
     assert not select(model, pool, tokens(2, 4)).requires_grad
     prefill(model, pool).k[0].sum().backward()  # but training can go through the pool's keys
     assert all(p.grad.abs().max() > 0 for p in pool.prompts)
+
+
+def test_rows_taken_twice_are_those_of_the_cache_in_hand():
+    """What was written behind a prompt is taken along, not what stood in the pool's own cache."""
+    model = gpt().requires_grad_(False)
+    pool = PromptPool([torch.randn(n, model.config.n_embd, generator=torch.Generator().manual_seed(n)) for n in (2, 3)])
+    with torch.no_grad():
+        cache = take(prefill(model, pool), torch.tensor([1, 0]), 4)
+        model.hidden(torch.tensor([[5, 6], [7, 8]]), cache=cache)
+        again = take(cache, torch.tensor([1]), 1)
+    for once, twice in zip(cache.k + cache.v, again.k + again.v):
+        assert torch.equal(twice[0, :, :once.shape[2]], once[1])
