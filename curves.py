@@ -20,6 +20,7 @@ another order are other numbers: so the points are the same, digit for digit, ho
 
 What it leaves out: two settings varied at once, curves fitted to the points.
 """
+import atexit
 import datetime
 import json
 import os
@@ -100,6 +101,7 @@ def processes():
     many = int(os.environ.get("WORLD_SIZE", 1))
     if many > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))  # the first one may train for long
+        atexit.register(dist.destroy_process_group)  # else gloo's threads outlive their owner: an abort, now and then
     return (dist.get_rank(), many) if many > 1 else (0, 1)
 
 

@@ -49,6 +49,25 @@ def test_two_processes_give_the_points_of_one(tmp_path):
     assert [p["series"] for p in one["rank"]["points"]] == ["GPTQ 3 bits"] * 2 + ["SparseGPT 50 %"] * 2
 
 
+LEFT = """
+import atexit, os, sys
+sys.path.insert(0, {root!r})
+import curves
+import torch.distributed as dist
+atexit.register(lambda: os.write(1, b"in\\n" if dist.is_initialized() else b"left\\n"))  # registered first, called last
+curves.processes()
+"""
+
+
+def test_every_process_leaves_the_group_before_it_ends(tmp_path):
+    """A process that ends inside it is aborted now and then, by gloo's own threads."""
+    script = tmp_path / "script.py"
+    script.write_text(LEFT.format(root=ROOT))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.split() == ["left", "left"], done.stderr
+
+
 def test_plans_are_the_sweeps():
     config = study.sized("default")
     assert [len(curves.plan(name, config)) for name in curves.SWEEPS] == [18, 36, 14, 12]
