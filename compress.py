@@ -74,32 +74,32 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     semidefinite, settings out of range. Source: Algorithm 1 of the paper; `sweep.py` says how it is done here.
     """
     W = check_weight(W)
-    check_settings(bits, group_size, block_size)
+    s = Settings("gptq", bits, group_size, symmetric, act_order, search, refit, damp=damp, block_size=block_size)
     if mask is not None and (mask.shape != W.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool of shape {tuple(W.shape)}, got {mask.dtype} of {tuple(mask.shape)}")
-    how = factor(H, W.shape[1], damp, act_order, W.dtype)
-    search = spreads(H, group_size) if search is None else search
-    swept = quantized_sweep(W, how, bits, group_size, symmetric, mask, block_size, search)
-    return (refitted(W, H, swept) if refit else swept).quantized
+    return gptq_sweep(W, H, factor(H, W.shape[1], damp, act_order, W.dtype), s, mask).quantized
+
+
+def gptq_sweep(W, H, how, s, keep):
+    """GPTQ of W (out, in) with all that Settings s asks for -> Swept; how is the Factor of H.
+
+    A search judges a grid by its columns as they stand when it is chosen, and in a few rows later errors push a weight
+    far beyond it. A row that lost more than rounding on grids that span all loses on average is swept again on those,
+    and the better of the two stays; `repeated` says how many rows that were.
+    """
+    def swept(W, keep, search):
+        return sweep(W, how, s.bits, s.group_size, s.symmetric, keep, block_size=s.block_size, search=search)
+
+    done = swept(W, keep, spreads(H, s.group_size) if s.search is None else s.search)
+    lost = (done.loss > done.expected).nonzero()[:, 0]  # none without a search: it expects infinity
+    if len(lost):
+        done = better_rows(done, swept(W[lost], keep if keep is None else keep[lost], False), lost)
+    return refitted(W, H, done) if s.refit else done
 
 
 def spreads(H, group_size):
     """Whether some grid is fitted to columns that the errors of others have changed."""
     return bool(group_size and group_size < len(H) and H.triu(1).any())
-
-
-def quantized_sweep(W, how, bits, group_size, symmetric, keep, block_size, search):
-    """The sweep of `gptq` -> Swept. A search judges a grid by its columns as they stand when it is chosen, and in a few
-    rows later errors push a weight far beyond it. A row that lost more than rounding on grids that span all loses on
-    average is swept again on those, and the better of the two stays; `repeated` says how many rows that were."""
-    swept = sweep(W, how, bits, group_size, symmetric, keep, block_size=block_size, search=search)
-    if not search:
-        return swept
-    lost = (swept.loss > swept.expected).nonzero()[:, 0]
-    if not len(lost):
-        return swept
-    rows = None if keep is None else keep[lost]
-    return better_rows(swept, sweep(W[lost], how, bits, group_size, symmetric, rows, block_size=block_size), lost)
 
 
 # ---- one weight: pruning
@@ -140,12 +140,16 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
     the paper, with "Extension to Semi-Structured Sparsity" and "Joint Sparsification & Quantization".
     """
     W = check_weight(W)
-    check_pattern(sparsity, n_m)
-    check_settings(bits, group_size, block_size, n_m)
-    how = factor(H, W.shape[1], damp, dtype=W.dtype)
-    swept = sweep(W, how, bits, group_size, sparsity=sparsity, n_m=n_m, block_size=block_size)
-    swept = refitted(W, H, swept) if refit else swept
-    return swept.dequantize(), swept.keep
+    s = Settings("sparsegpt", bits, group_size, refit=refit, sparsity=sparsity, n_m=n_m, damp=damp,
+                 block_size=block_size)
+    done = sparsegpt_sweep(W, H, factor(H, W.shape[1], damp, dtype=W.dtype), s)
+    return done.dequantize(), done.keep
+
+
+def sparsegpt_sweep(W, H, how, s):
+    """SparseGPT of W (out, in) with all that Settings s asks for -> Swept; how is the Factor of H."""
+    done = sweep(W, how, s.bits, s.group_size, sparsity=s.sparsity, n_m=s.n_m, block_size=s.block_size)
+    return refitted(W, H, done) if s.refit else done
 
 
 def check_settings(bits, group_size, block_size=1, n_m=None):
@@ -265,13 +269,9 @@ def compress_weight(W, H, how, s):
     """One weight by Settings s -> Swept; how is H's Factor where the method needs it. What is zero stays zero."""
     W = check_weight(W)
     if s.method == "gptq":
-        keep = W != 0 if (W == 0).any() else None
-        search = spreads(H, s.group_size) if s.search is None else s.search
-        swept = quantized_sweep(W, how, s.bits, s.group_size, s.symmetric, keep, s.block_size, search)
-        return refitted(W, H, swept) if s.refit else swept
+        return gptq_sweep(W, H, how, s, W != 0 if (W == 0).any() else None)
     if s.method == "sparsegpt":
-        swept = sweep(W, how, s.bits, s.group_size, sparsity=s.sparsity, n_m=s.n_m, block_size=s.block_size)
-        return refitted(W, H, swept) if s.refit else swept
+        return sparsegpt_sweep(W, H, how, s)
     keep = None
     if s.prunes:
         keep = magnitude(W, s.sparsity, s.n_m) if s.method == "magnitude" else wanda(W, H, s.sparsity, s.n_m)
@@ -319,7 +319,7 @@ def compress(model, ids, method, lengths=None, **settings):
     row: error_before is tr(D H Dᵀ) of rounding to nearest, or of magnitude pruning, at the same settings, error_after
     that of the method; relative_output_error is |X Dᵀ| / |X Wᵀ| and weight_change |D| / |W|; histogram counts the
     single changes, in units of the root mean square of W, so that weight_change is its width; repeated_rows is how many
-    rows GPTQ swept twice (see `quantized_sweep`); zeros and sparsity are counted in the result.
+    rows GPTQ swept twice (see `gptq_sweep`); zeros and sparsity are counted in the result.
     Raises ValueError for settings that do not fit, and for a layer that holds NaN.
     """
     s = Settings(method, **settings)
@@ -449,6 +449,7 @@ def main():
     args = vars(settings_parser().parse_args())
 
     def run():
+        """The whole job, for `guard` to watch."""
         source, path, size, seed = (args.pop(name) for name in ("source", "out", "size", "seed"))
         for name in ("n_m", "targets"):
             args[name] = tuple(args[name]) if args[name] else None

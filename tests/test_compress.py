@@ -230,7 +230,7 @@ def test_rows_that_a_search_ruined_are_repeated():
         untouched = (narrow.quantized.scale == plain.quantized.scale).all(1)
         assert bool(narrow.expected[untouched].isinf().all())  # nothing to repeat
         assert float(plain.loss.sum()) == pytest.approx(float(narrow.expected[~untouched].sum()), rel=0.4) or bits == 8
-        both = compress_module.quantized_sweep(W, f, bits, size, False, None, 128, True)
+        both = compress_module.gptq_sweep(W, H, f, compress_module.Settings("gptq", bits, size, search=True), None)
         again = narrow.loss > narrow.expected
         assert both.repeated == int(again.sum()) and (bits == 8 or 0 < both.repeated < 50)
         least = torch.where(again, torch.minimum(plain.loss, narrow.loss), narrow.loss)
