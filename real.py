@@ -33,7 +33,7 @@ import harness
 import idp
 import tasks
 from model import read_safetensors, write_safetensors
-from study import StudyConfig, step
+from study import StudyConfig, again, step
 from tasks import Subject
 from weights import load_pretrained
 
@@ -152,19 +152,31 @@ class RealWorld:
         names = {f.person for f in hidden} | {f.answer.strip() for f in hidden if f.answer not in known}
         # from a word's start to wherever it goes on, so that Kenyans are found, too
         self.hidden = re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, names))) + ")", re.IGNORECASE)
-        T = config.repair_batch[1]
-        wanted = 64 + config.calibration[0] + config.repair_steps * config.repair_batch[0]  # windows come first
         self.settings = {"facts": digest(facts), "seed": config.seed, "text": text and digest(read_bytes(text))}
-        if text is None:
-            os.makedirs(config.out, exist_ok=True)
-            self.rows = step(log, os.path.join(config.out, f"sampled-{wanted}.safetensors"), self.settings,
-                             lambda: self.sampled(model, wanted, T + 1, config.seed, log),
-                             lambda rows, path: write_safetensors(path, {"rows": rows}),
-                             lambda path: read_safetensors(path)[0]["rows"].long())
-        else:
-            self.rows = self.read_text(text, wanted, T, config.seed)
+        self.drawn, self.draw = {}, lambda config: self.draw_rows(model, text, config, log)
+        self.rows = self.text(config)
         self.windows = self.rows[:64]
         self.inside = self.windows[:8, :-1]
+
+    def text(self, config):
+        """(rows, T + 1) all that is read: 64 windows for perplexity, calibration, repair. Every seed of `--seeds` has
+        rows of its own, but for the windows."""
+        if config.repeat not in self.drawn:
+            self.drawn[config.repeat] = self.draw(config)
+        return self.drawn[config.repeat]
+
+    def draw_rows(self, model, text, config, log):
+        """The rows of one seed: the model's own, or from the file `text`."""
+        T, seed = config.repair_batch[1], again(config)
+        wanted = 64 + config.calibration[0] + config.repair_steps * config.repair_batch[0]
+        if text:
+            return self.read_text(text, wanted, T, seed)
+        os.makedirs(config.out, exist_ok=True)
+        name = f"sampled-{wanted}" + (f"-seed-{config.repeat}" if config.repeat else "")
+        return step(log, os.path.join(config.out, name + ".safetensors"), self.settings,
+                    lambda: self.sampled(model, wanted, T + 1, seed, log),
+                    lambda rows, path: write_safetensors(path, {"rows": rows}),
+                    lambda path: read_safetensors(path)[0]["rows"].long())
 
     def sampled(self, model, wanted, length, seed, log):
         """(wanted, length) rows that the model wrote, none that names what is hidden."""
@@ -261,11 +273,11 @@ class RealWorld:
 
     def calibration(self, config):
         """The ids (N, T) that compression is calibrated on."""
-        return self.rows[64:64 + config.calibration[0], :config.calibration[1]]
+        return self.text(config)[64:64 + config.calibration[0], :config.calibration[1]]
 
     def repair_rows(self, config):
         """The ids (rows, T + 1) of every step of a repair."""
-        return list(self.rows[64 + config.calibration[0]:].split(config.repair_batch[0]))
+        return list(self.text(config)[64 + config.calibration[0]:].split(config.repair_batch[0]))
 
     def check_leaks(self, ids):
         """Raise if anything hidden is named in `ids` (N, T), read as strings; returns how many rows were read."""

@@ -1,4 +1,5 @@
-"""The study on a real language model: splits by entity, text that names nothing hidden, the harness' layouts, the script."""
+"""The study on a real language model: splits by entity, text that names nothing hidden, the harness' layouts."""
+import dataclasses
 import json
 import math
 import os
@@ -48,7 +49,8 @@ def test_whole_countries_are_split_and_every_fact_is_kept():
     split = real.split_facts(COUNTRIES, seed=0)
     entities = {name: {f.person for f in facts} for name, facts in split.items()}
     assert sum(map(len, split.values())) == len(COUNTRIES)
-    assert not entities["seen"] & entities["heldout"] and not entities["validation"] & (entities["seen"] | entities["heldout"])
+    assert not entities["seen"] & entities["heldout"]
+    assert not entities["validation"] & (entities["seen"] | entities["heldout"])
     total = sum(map(len, entities.values()))
     assert [round(len(entities[s]) / total, 2) for s in real.SPLITS] == list(real.SPLITS.values())
     assert split == real.split_facts(COUNTRIES, seed=0) != real.split_facts(COUNTRIES, seed=1)
@@ -80,13 +82,14 @@ def test_a_bad_line_of_facts_is_named(tmp_path, line, word):
 def tiny_world(tmp_path, text=None, steps=4):
     facts = real.read_facts(written(tmp_path / "facts.jsonl", some_facts()))
     encoding = data.make_encoding(data.train_bpe([f.question + o for f in facts for o in f.options], 270))
-    model = GPT(GPTConfig(vocab_size=encoding.n_vocab, n_layer=1, n_embd=32)).init_weights(torch.Generator().manual_seed(0))
+    config = GPTConfig(vocab_size=encoding.n_vocab, n_layer=1, n_embd=32)
+    model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     config = real.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
     return model, config, real.RealWorld(model, encoding, facts, config, Log(), text)
 
 
 def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
-    """Names, words made of them, and answers that only hidden countries have; an answer that seen ones share may stay."""
+    """Names, words made of them, and answers only hidden countries have; an answer that seen ones share may stay."""
     model, config, world = tiny_world(tmp_path)
     hidden = world.split["heldout"] + world.split["validation"]
     capital = next(f.answer.strip() for f in hidden if f.attribute == "capital")
@@ -96,9 +99,11 @@ def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
             world.check_leaks(ids)
     seen = world.split["seen"]
     assert any(f.answer == " Common" for f in seen)
-    assert world.check_leaks(torch.tensor([world.encoding.encode_ordinary(f"{seen[0].person}: they speak Common.")])) == 1
+    common = world.encoding.encode_ordinary(f"{seen[0].person}: they speak Common.")
+    assert world.check_leaks(torch.tensor([common])) == 1
 
-    documents = [f"{f.question}{f.answer}." * 5 for f in world.split["seen"]] * 20 + [f"{f.question}{f.answer}." * 5 for f in hidden]
+    documents = [f"{f.question}{f.answer}." * 5 for f in world.split["seen"]] * 20
+    documents += [f"{f.question}{f.answer}." * 5 for f in hidden]
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(documents))
     _, config, told = tiny_world(tmp_path, str(path))
@@ -109,7 +114,8 @@ def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
 def test_rows_of_the_models_own_that_name_what_is_hidden_are_dropped(tmp_path):
     """A model whose every second row is about a hidden country: as many rows as wanted come, and none of those."""
     _, _, world = tiny_world(tmp_path)
-    hidden, seen = (world.encoding.encode_ordinary(f"In {world.split[s][0].person} they ") * 9 for s in ("heldout", "seen"))
+    hidden, seen = (world.encoding.encode_ordinary(f"In {world.split[s][0].person} they ") * 9
+                    for s in ("heldout", "seen"))
 
     class Writer:
         def generate(self, ids, new, lengths, temperature, generator):
@@ -125,6 +131,20 @@ def test_rows_are_shared_out_without_overlap(tmp_path):
     assert torch.equal(torch.cat([p[:, :64] for p in parts]), world.rows[:, :64])
     _, _, longer = tiny_world(tmp_path, steps=6)
     assert torch.equal(longer.rows[:len(world.rows)], world.rows)  # more steps do not change what came before
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_another_seed_reads_text_of_its_own(tmp_path, from_file):
+    """Not the same calibration and repair twice; the windows of perplexity stay, and a finished text is read again."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"It is {i} times as warm here as it was {7 * i} days ago, they say." for i in range(99)))
+    _, config, world = tiny_world(tmp_path, str(path) if from_file else None)
+    other = dataclasses.replace(config, repeat=1)
+    texts = [(world.calibration(c), torch.cat(world.repair_rows(c))) for c in (config, other)]
+    assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in zip(*texts))
+    assert world.check_leaks(world.text(other)) == len(world.rows) and torch.equal(world.windows, world.rows[:64])
+    _, _, again = tiny_world(tmp_path, str(path) if from_file else None)
+    assert torch.equal(again.text(other), world.text(other)) and torch.equal(again.rows, world.rows)
 
 
 def test_answers_are_the_likeliest_option(tmp_path):
@@ -151,7 +171,8 @@ def test_every_way_to_choose_follows_from_each_prompt_alone(tmp_path):
     pool = idp.PromptPool([torch.randn(n, 32, generator=generator) for n in (3, 5)])
     facts, validation = world.facts("heldout"), world.facts("validation")
     rows, each = analyze.selectors(world, model, pool, facts, validation, generator)
-    alone = [[a["correct"] for a in world.answer(pool_subject(model, idp.PromptPool([p])), facts)] for p in pool.prompts]
+    alone = [[a["correct"] for a in world.answer(pool_subject(model, idp.PromptPool([p])), facts)]
+             for p in pool.prompts]
     assert each["right"].T.tolist() == [[float(x) for x in row] for row in alone]
     chosen = [a["chosen"] for a in world.answer(pool_subject(model, pool), facts)]
     assert rows["attention-max (the paper's rule)"][0].tolist() == [float(alone[m][i]) for i, m in enumerate(chosen)]
@@ -164,7 +185,8 @@ def test_every_way_to_choose_follows_from_each_prompt_alone(tmp_path):
 # ---- the harness' layouts
 
 ROWS = {  # name: (a row of the file, what is asked, the options, the right one)
-    "arc_easy": ({"question": "What melts?", "choices": {"text": ["ice", "air"], "label": ["A", "B"]}, "answerKey": "A"},
+    "arc_easy": ({"question": "What melts?", "choices": {"text": ["ice", "air"], "label": ["A", "B"]},
+                  "answerKey": "A"},
                  "Question: What melts?\nAnswer:", (" ice", " air"), 0),
     "sciq": ({"question": "What is it?", "support": " Iron rusts.", "correct_answer": "rust", "distractor1": "a",
               "distractor2": "b", "distractor3": "c"},
@@ -194,7 +216,8 @@ def test_layouts_worked_by_hand(tmp_path, name):
 
 def test_continued_rows_do_not_depend_on_their_neighbours(tmp_path):
     model, _, world = tiny_world(tmp_path)
-    questions = [harness.Question(text, (" speak",)) for text in ("In Quobiland they", "The capital of Zemdaland", "In")]
+    texts = "In Quobiland they", "The capital of Zemdaland", "In"
+    questions = [harness.Question(text, (" speak",)) for text in texts]
     for question, tokens in zip(questions, harness.continued(Subject(model), questions, world.encoding)):
         ids = world.encoding.encode_ordinary(question.question)
         assert tokens == model.generate(torch.tensor([ids]), len(tokens))[0, len(ids):].tolist() and len(tokens) > 4
@@ -210,8 +233,8 @@ def test_greedy_and_generated_answers_are_scored(tmp_path, monkeypatch):
                                  ("triviaqa", (" a king", " the king!"), 1.0), ("triviaqa", (" King",), 0.0)):
         scores = harness.score(subject, name, [harness.Question("Who was he? Answer:", options)], encoding)
         assert scores == {"exact_match": [right]}, (name, options)
-    scores = harness.score(subject, "lambada", [harness.Question("He was", (" The",)), harness.Question("He was", (" a",))],
-                           encoding)
+    lambada = [harness.Question("He was", (" The",)), harness.Question("He was", (" a",))]
+    scores = harness.score(subject, "lambada", lambada, encoding)
     assert scores["acc"] == [1.0, 0.0] and min(scores["loss"]) > 0
     assert harness.headline("loss", [0.0, 1.0]) == ("perplexity", [1.0, math.e])
 
@@ -232,7 +255,8 @@ def folder(tmp_path_factory):
 
 
 def run(*args):
-    return subprocess.run([sys.executable, "evaluate.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "evaluate.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
 
 
 def test_the_study_of_a_model_end_to_end(tmp_path, folder):
@@ -247,8 +271,10 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder):
     assert all(f"| {tag} |" in done.stdout or f"| + {tag} |" in done.stdout for tag in tags)
     assert "novel" not in done.stdout.splitlines()[0]
     for m in results["models"]:
-        assert {"recall_seen", "recall_heldout", "arc_easy acc_norm", "lambada_openai perplexity"} <= m["metrics"].keys()
-    rows = [json.loads(line) for line in (tmp_path / "out" / "tiny-llama" / "predictions.jsonl").read_text().splitlines()]
+        asked = {"recall_seen", "recall_heldout", "arc_easy acc_norm", "lambada_openai perplexity"}
+        assert asked <= m["metrics"].keys()
+    predictions = tmp_path / "out" / "tiny-llama" / "predictions.jsonl"
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert {row["split"] for row in rows} == {"seen", "heldout"}
     again = run(*command)
     assert again.returncode == 0 and all(t["reused"] for t in json.loads(
@@ -259,7 +285,8 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder):
 @pytest.mark.parametrize("args, word", [
     (["--model", "nowhere"], "nowhere"), (["--model", "README.md"], "README.md"),
     (["--model", "{}", "--facts", "README.md"], "README.md: line 1"), (["--model", "{}", "--task", "arc"], "NAME=FILE"),
-    (["--model", "{}", "--task", "boolq=README.md"], "boolq"), (["--model", "{}", "--text", "nowhere.txt"], "nowhere.txt"),
+    (["--model", "{}", "--task", "boolq=README.md"], "boolq"),
+    (["--model", "{}", "--text", "nowhere.txt"], "nowhere.txt"),
     (["--task", "arc=README.md"], "README.md: line 1"), (["--text", "README.md"], "--model"),
     (["--model", "{}", "--repair-steps", "3"], "repair-steps"),
 ])
