@@ -171,6 +171,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x, positions, mask=None, past=None, qkv=None):
+        """x (B, T, C) attends to itself and to past (keys, values) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = qkv or self.qkv(x, positions)
         if past is not None:
@@ -356,26 +357,28 @@ class GPT(nn.Module):
             raise ValueError(f"{cache.used} cached + {P} prompt + {T} text + {max_new_tokens} new tokens do not fit "
                              f"a cache of {cache.slots}")
         rows = torch.arange(B, device=ids.device)
-        if self.decoder:
-            self.decoder.known = {}  # until this returns
         out = torch.cat([ids, ids.new_zeros(B, max_new_tokens)], dim=1)
-        x = self.hidden(ids, prompt, cache, lengths, first)[rows, lengths - 1][:, None]  # (B, 1, C): each row's last
         done = torch.zeros(B, dtype=torch.bool, device=ids.device)
-        for i in range(max_new_tokens):
-            logits = self.head(x)[:, -1]  # (B, V)
-            if temperature > 0:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
-            else:
-                new = logits.argmax(-1, keepdim=True)  # (B, 1)
-            if stop is not None:
-                new = torch.where(done[:, None], stop, new)
-                done |= new[:, 0] == stop
-            out.scatter_(1, (lengths + i)[:, None], new)
-            if i + 1 == max_new_tokens or (stop is not None and bool(done.all())):
-                break
-            x = self.hidden(new, cache=cache)  # (B, 1, C)
         if self.decoder:
-            self.decoder.known = None
+            self.decoder.known = {}  # nothing changes while this runs
+        try:
+            x = self.hidden(ids, prompt, cache, lengths, first)[rows, lengths - 1][:, None]  # (B, 1, C) each row's last
+            for i in range(max_new_tokens):
+                logits = self.head(x)[:, -1]  # (B, V)
+                if temperature > 0:
+                    new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+                else:
+                    new = logits.argmax(-1, keepdim=True)  # (B, 1)
+                if stop is not None:
+                    new = torch.where(done[:, None], stop, new)
+                    done |= new[:, 0] == stop
+                out.scatter_(1, (lengths + i)[:, None], new)
+                if i + 1 == max_new_tokens or (stop is not None and bool(done.all())):
+                    break
+                x = self.hidden(new, cache=cache)  # (B, 1, C)
+        finally:
+            if self.decoder:
+                self.decoder.known = None
         if stop is not None:  # rows that stopped early repeat the stop token to the end
             end = torch.arange(T + max_new_tokens, device=ids.device) > (lengths + i)[:, None]
             behind = end & (torch.arange(T + max_new_tokens, device=ids.device) < (lengths + max_new_tokens)[:, None])
@@ -567,6 +570,7 @@ def main():
     args = parser.parse_args()
 
     def run():
+        """The whole job, for `guard` to watch."""
         config = study.sized(args.size, args.seed, args.out, without=args.without)
         if args.without:
             config.out = os.path.join(config.out, f"without-{args.without}")

@@ -343,6 +343,13 @@ def test_compiled_decode_writes_the_same_tokens():
         assert torch.equal(gpt.generate(ids[2:3], 11), want)
         seen.append(want.tolist())
     assert len({str(tokens) for tokens in seen}) > 2
+
+    def broken(x):
+        raise KeyboardInterrupt
+    gpt.head = broken
+    with pytest.raises(KeyboardInterrupt):
+        gpt.generate(ids[2:3], 11)
+    assert gpt.decoder.known is None  # so that what changes next is seen
     assert kernels.compile_decode(gpt, False).decoder is None
 
 
