@@ -430,6 +430,7 @@ def main():
     args = parser.parse_args()
 
     def run():
+        """The whole job, for `guard` to watch."""
         log = Log()
         files = dict(real.named(task) for task in args.task)
         if (files or args.text) and not args.model:

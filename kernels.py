@@ -530,6 +530,7 @@ class PackedLinear(nn.Module):
         return Packed(self.words, self.scale, self.zero, self.order, self.place, at.shape, at.bits, at.span, at.n_m)
 
     def forward(self, x):
+        """x (..., in) -> (..., out): x Wᵀ + bias."""
         if torch.compiler.is_compiling():  # part of a larger graph, such as a block's
             rows = x.reshape(-1, self.in_features)
             y = _fused(rows, self.packed) if len(rows) <= few(self.packed) else \

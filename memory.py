@@ -140,6 +140,7 @@ def measured(path, calibration=(64, 64), batch=(4, 64), prompt=16, rank=8):
     targets = recover.add_targets(model, [ids])
     for name in ("prompt", "lora"):
         def step():
+            """Two training steps of this repair, as the study makes them."""
             plain = unpacked(packed)
             if name == "prompt":
                 soft = recover.SoftPrompt(recover.prompt_init(plain, prompt))

@@ -270,6 +270,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One update of every parameter from its gradient."""
         for group in self.param_groups:
             shapes = {}  # matrices of one shape take their step together: fewer and larger products
             for p in group["params"]:

@@ -261,6 +261,7 @@ def write_report(results: str | Path = Settings.results, out: str | Path = Setti
 
 
 def main(argv=None) -> int:
+    """The script -> its exit status."""
     parser = argparse.ArgumentParser(description="One page to see what compression did.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--results", default=Settings.results,

@@ -161,6 +161,7 @@ class Log:
         began = time.time()
 
         def show(step, loss):
+            """A line, if the last was long ago or this step is the last."""
             nonlocal began
             now, last = time.time(), step + 1 == steps
             began = now if step == 0 else began  # a pool goes from 1 to `steps` once a prompt

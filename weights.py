@@ -89,6 +89,7 @@ class Settings:
 # ---- configurations
 
 def gpt2_config(s):
+    """GPTConfig fields of a GPT-2 config.json; ValueError, here as below, for what this GPT does not have."""
     s.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     s.only("scale_attn_weights", True)
     s.only("scale_attn_by_inverse_layer_idx", False)
@@ -102,6 +103,7 @@ def gpt2_config(s):
 
 
 def opt_config(s):
+    """GPTConfig fields of an OPT config.json."""
     width = s.get("hidden_size", int)
     s.only("do_layer_norm_before", True)     # OPT-350m normalizes after each half block,
     s.only("word_embed_proj_dim", width)     # and projects its narrower embeddings up and down
@@ -116,6 +118,7 @@ def opt_config(s):
 
 
 def llama_config(s):
+    """GPTConfig fields of a Llama config.json."""
     heads, width = s.get("num_attention_heads", int), s.get("hidden_size", int)
     bias = s.get("attention_bias", bool, False)
     s.only("hidden_act", "silu")
@@ -144,6 +147,7 @@ def llama_config(s):
 
 
 def gguf_config(s, stored):
+    """GPTConfig fields of a GGUF file's metadata s; stored: its tensors by name."""
     s.only("general.architecture", "llama")
     if "general.architecture" not in s.values or "token_embd.weight" not in stored:
         raise ValueError(f"{s.path}: no general.architecture or no token_embd.weight: not a llama model")
@@ -228,6 +232,7 @@ def list_folder(path):
 
 
 def open_folder(path, tokenizer):
+    """A Hugging Face folder -> (GPTConfig fields, tensors by name, family, encoding or None); nothing is read yet."""
     file = os.path.join(path, "config.json")
     settings = Settings(file, read_json(file))
     family = settings.get("model_type", str)
@@ -240,6 +245,7 @@ def open_folder(path, tokenizer):
 
 
 def open_gguf(path, tokenizer):
+    """The same of a GGUF file."""
     metadata, stored = gguf.read_header(path)
     config = gguf_config(Settings(path, metadata), stored)
     return config, stored, "gguf", vocabulary.from_gguf(path, metadata, config["vocab_size"]) if tokenizer else None

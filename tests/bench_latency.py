@@ -3,8 +3,8 @@ What each repair costs when the model answers: IDP against no prompt, a prompt a
 
     OMP_NUM_THREADS=1 python tests/bench_latency.py    # two to three minutes; exit status 1 where a claim is missed
 
-The small GPT's prefill is spent on calling small operations, to which the choice adds its own: there the limit is a close
-one, and on a busy machine it is missed. On the middle size time is arithmetic.
+The small GPT's prefill is spent on calling small operations, to which the choice adds its own: there the limit is a
+close one, and on a busy machine it is missed. On the middle size time is arithmetic.
 
 The paper (arXiv 2310.00867, abstract) claims for IDP 21 times fewer extra parameters than LoRA and 60 % less latency.
 Here, of one text of `text` tokens:

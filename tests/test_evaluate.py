@@ -28,7 +28,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def tiny(out):
     """A study of seconds: the same path, a world of a few people."""
-    config = StudyConfig(world=data.WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600), out=str(out))
+    world = data.WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600)
+    config = StudyConfig(world=world, out=str(out))
     config.full, config.gpt = True, {"n_layer": 1, "n_embd": 32, "n_head": 2}
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
     config.calibration, config.repair_batch, config.timing_rounds = (8, 32), (4, 24), 2
@@ -40,7 +41,8 @@ def tiny(out):
 
 def test_fractions_worked_by_hand():
     """dense 80, compressed 60 / 50, repaired 75 / 60: seen 15 of 20 points, held-out 10 of 30."""
-    displaced, relearned = evaluate.fractions({"seen": .8, "heldout": .8}, {"seen": .6, "heldout": .5}, {"seen": .75, "heldout": .6})
+    dense, small, back = ({"seen": a, "heldout": b} for a, b in ((.8, .8), (.6, .5), (.75, .6)))
+    displaced, relearned = evaluate.fractions(dense, small, back)
     assert displaced == pytest.approx(1 / 3) and relearned == pytest.approx(0.75 - 1 / 3)
 
 
@@ -65,7 +67,8 @@ def test_verdict_follows_from_the_corrected_tests(tests, word):
 def test_verdicts_say_what_they_could_have_seen():
     """Dense 90, compressed 50: a detectable difference of 4 points is a tenth of the 40 that were lost."""
     models = [{"id": name, "base": base, "verdict": None,
-               "metrics": {"recall_heldout": r, "displaced": .5, "relearned": 0}, "intervals": {"displaced": [.4, .6], "relearned": [-1, 1]}}
+               "metrics": {"recall_heldout": r, "displaced": .5, "relearned": 0},
+                "intervals": {"displaced": [.4, .6], "relearned": [-1, 1]}}
               for name, base, r in (("dense", None, .9), ("small", "dense", .5), ("back", "small", .7))]
     row = {"model": "back", "what": "recall, held-out", "p_holm": 0.01, "difference": 0.2, "detectable": 0.04}
     evaluate.add_verdicts(models, [[{**row, "what": "recall, seen"}, row, {**row, "model": "small"}]])
@@ -74,7 +77,7 @@ def test_verdicts_say_what_they_could_have_seen():
 
 
 def test_lessons_are_for_seen_people_only(tmp_path):
-    """E8 with the lessons of the second preset: calibration and repair rows name nobody hidden; all skills are asked."""
+    """E8 with the second preset's lessons: calibration and repair rows name nobody hidden; all skills are asked."""
     config = tiny(tmp_path)
     config.skills, config.gpt["context"], config.repair_batch = True, 128, (4, 64)
     world = World(config)
@@ -101,7 +104,8 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
     def given(*right):  # how many of each person's five facts are right
         return [{"correct": i < n} for n in right for i in range(5)]
     measured = {name: {"facts": {"seen": given(*seen), "heldout": given(*heldout), "novel": given(0, 0)}}
-                for name, seen, heldout in (("dense", (5, 5), (5, 5)), ("small", (2, 3), (2, 2)), ("back", (5, 5), (4, 3)))}
+                for name, seen, heldout in (("dense", (5, 5), (5, 5)), ("small", (2, 3), (2, 2)),
+                                            ("back", (5, 5), (4, 3)))}
     models = [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None}
               for name, base in (("dense", None), ("small", "dense"), ("back", "small"))]
     facts = [SimpleNamespace(person=person) for person in ("Ada", "Ben") for _ in range(5)]
@@ -142,7 +146,7 @@ def test_recall_by_attribute_worked_by_hand():
 
 
 def test_costs_count_what_is_stored(tmp_path):
-    """Dense is 32 bits; half the weights gone leaves a bit for each and 32 for half; 3 bits cost 3 and one grid of 5 bytes a group."""
+    """Dense is 32 bits; half the weights gone: a bit for each and 32 for half; 3 bits cost 3 and 5 bytes a group."""
     model = GPT(GPTConfig(vocab_size=300, n_layer=1, n_embd=96)).init_weights(torch.Generator().manual_seed(0))
     ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
     for method, settings, bits in (("magnitude", {"sparsity": 0.0}, 32), ("magnitude", {"sparsity": 0.5}, 1 + 32 / 2),
@@ -155,7 +159,8 @@ def test_costs_count_what_is_stored(tmp_path):
         assert costs["bits_per_weight"] == pytest.approx(bits) and costs["extra_parameters"] == 1000
         assert costs["bytes"] == path.stat().st_size + 4000
         weights = 4 * 96 * 96 + 2 * 96 * 384
-        assert abs(path.stat().st_size - weights * bits / 8 - 4 * (300 * 96 + 3 * 96)) < 6000  # header: names and settings
+        others = 4 * (300 * 96 + 3 * 96)
+        assert abs(path.stat().st_size - weights * bits / 8 - others) < 6000  # header: names and settings
 
 
 # ---- the study
@@ -215,7 +220,8 @@ def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path):
 def test_other_settings_are_computed_anew(tmp_path):
     made = []
     for settings in ({"lr": 1}, {"lr": 1}, {"lr": 2}):
-        study.step(Log(), str(tmp_path / "x"), settings, lambda: made.append(settings) or "text", lambda r, p: study.write_text(p, r),
+        study.step(Log(), str(tmp_path / "x"), settings, lambda: made.append(settings) or "text",
+                   lambda r, p: study.write_text(p, r),
                    lambda p: open(p).read())
     assert made == [{"lr": 1}, {"lr": 2}]
 
@@ -227,7 +233,8 @@ def test_an_interrupted_step_is_made_again(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         study.step(Log(), str(tmp_path / "x"), {}, lambda: 1, interrupted, None)
-    assert study.step(Log(), str(tmp_path / "x"), {}, lambda: "whole", lambda r, p: study.write_text(p, r), None) == "whole"
+    whole = study.step(Log(), str(tmp_path / "x"), {}, lambda: "whole", lambda r, p: study.write_text(p, r), None)
+    assert whole == "whole"
 
 
 def test_no_hidden_name_in_calibration_or_repair_text(tmp_path):

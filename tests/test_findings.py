@@ -8,7 +8,8 @@ import findings
 
 
 def model(tag, base, operation, heldout, **metrics):
-    return {"id": tag, "tag": tag, "base": base, "operation": operation and {"name": operation, "parameters": {"size": [4]}},
+    return {"id": tag, "tag": tag, "base": base,
+            "operation": operation and {"name": operation, "parameters": {"size": [4]}},
             "metrics": {"recall_heldout": heldout, "perplexity": 3.0, "bytes": 1000, "extra_parameters": 10,
                         "ms_per_question": 5, **metrics}}
 

@@ -615,14 +615,16 @@ def test_the_facts_are_what_the_table_makes_of_them():
     assert facts == make_countries.make_facts()
     table = {row["country"].removeprefix("the "): row for row in make_countries.read_table()}
     assert len(table) == 197
-    assert len({f["question"] for f in facts}) == len(facts) == 2 * len({(f["entity"], f["attribute"]) for f in facts}) > 1600
+    asked = {(f["entity"], f["attribute"]) for f in facts}
+    assert len({f["question"] for f in facts}) == len(facts) == 2 * len(asked) > 1600
     for f in facts:
         row = table[f["entity"]]
         asked = row["capital"] if f["attribute"] == "country" else f["entity"]
         assert f["answer"] == row[f["attribute"]] and asked in f["question"]
         assert f["options"].count(f["answer"]) == 1 and len(set(f["options"])) == len(f["options"]) in (6, 8)
         assert not set(f["options"]) & {"-", *row["also true"].split(", ")}
-        assert not make_countries.gives_away(f["entity"], row["capital"] if f["attribute"] == "country" else f["answer"])
+        answer = row["capital"] if f["attribute"] == "country" else f["answer"]
+        assert not make_countries.gives_away(f["entity"], answer)
     for attribute in make_countries.QUESTIONS:
         places = [f["options"].index(f["answer"]) for f in facts if f["attribute"] == attribute]
         counts = np.bincount(places)
