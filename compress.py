@@ -13,11 +13,11 @@ What it leaves out: embedding and head, which stay as they are; activations, whi
     python compress.py --method sparsegpt --n-m 2 4 --bits 4     # half of the weights, 4 bits for the others
 
 Where we deviate: the grids of GPTQ's groups are narrower than their weights where that costs less (`search`). On
-request scales, or the weights that stay, are fitted once more when all codes, or the mask, are known (`refit`). N:M
-keeps N of every M (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros). Masks have exactly the promised number
-of zeros, ties included. An input that is zero in all of the data keeps its weights, rounded. A group's grid is fitted
-to fully compensated columns, so the result does not depend on `block_size`. Symmetric grids always reach the largest
-weight. GPTQ is greedy: on a weight of a few rows it can lose to rounding; the report has both errors.
+request scales and codes, or the weights that stay, are fitted once more when the sweep is over (`refit`). N:M keeps N
+of every M (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros). Masks have exactly the promised number of zeros,
+ties included. An input that is zero in all of the data keeps its weights, rounded. A group's grid is fitted to fully
+compensated columns, so the result does not depend on `block_size`. Symmetric grids always reach the largest weight.
+GPTQ is greedy: on a weight of a few rows it can lose to rounding; the report has both errors.
 """
 import argparse
 import contextlib
@@ -68,7 +68,7 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     search      each grid as narrow as makes the loss of its own columns, (w_j - q_j)² / U_jj², least: see `narrower`;
                 False, as in the paper: each grid spans all of its weights; None: True where errors have spread the
                 columns a grid is fitted to, so with more than one group, and an H that is not diagonal
-    refit       when all codes are known, each scale as costs the calibration data least: see `sweep.refit`
+    refit       when the sweep is over, scales and codes once more as cost the calibration data least: see `sweep.refit`
 
     Raises ValueError for bad input: NaN or infinity, shapes that do not fit, H not symmetric or not positive
     semidefinite, settings out of range. Source: Algorithm 1 of the paper; `sweep.py` says how it is done here.
@@ -133,8 +133,8 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
     sparsity    the share of zeros, exactly round(sparsity * weights) of them in every block of block_size columns; or
     n_m         (N, M): at most N weights that are not zero in every aligned group of M inputs
     bits        quantize what stays in the same pass, on grids as in `gptq`
-    refit       when the mask is known, the weights that stay (or, with bits, the scales) by least squares: see
-                `sweep.refit`; False, as in the paper: a column is settled once and for all
+    refit       when the mask is known, the weights that stay (or, with bits, their scales and codes) by least squares:
+                see `sweep.refit`; False, as in the paper: a column is settled once and for all
 
     Raises ValueError as `gptq` does, and for a group_size that cuts through a pattern of M. Source: Algorithm 1 of
     the paper, with "Extension to Semi-Structured Sparsity" and "Joint Sparsification & Quantization".
@@ -240,7 +240,7 @@ class Settings:
     symmetric: bool = False        # the zero-point in the middle of every grid
     act_order: bool = False        # the most active columns first
     search: bool | None = None     # narrower grids where they cost less; None: with more than one group
-    refit: bool = False            # scales, or the weights that stay, by least squares in the end
+    refit: bool = False            # scales and codes, or the weights that stay, once more in the end
     sparsity: float | None = None  # share of weights set to zero
     n_m: tuple | None = None       # or N weights kept of every M
     damp: float = 0.01             # share of the mean diagonal that is added to H
@@ -387,7 +387,7 @@ def settings_parser():
     parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=s["search"],
                         help="narrower grids where they cost less (gptq)")
     parser.add_argument("--refit", action=argparse.BooleanOptionalAction, default=s["refit"],
-                        help="scales, or the weights that stay, by least squares in the end (gptq, sparsegpt)")
+                        help="scales and codes, or the weights that stay, once more in the end (gptq, sparsegpt)")
     parser.add_argument("--sparsity", type=float, default=s["sparsity"], help="share of zeros (pruning methods)")
     parser.add_argument("--n-m", type=int, nargs=2, metavar=("N", "M"), default=s["n_m"], help="or keep N of every M")
     parser.add_argument("--damp", type=float, default=s["damp"], help="share of mean diag H added (gptq, sparsegpt)")

@@ -15,7 +15,7 @@ from torch import nn
 import compress as compress_module
 from compress import METHODS, calibrate, compress, gptq, magnitude, rtn, sparsegpt, wanda
 from model import GPT, GPTConfig, load, save
-from sweep import factor, grid, narrower, refit, sweep
+from sweep import best_codes, best_scales, best_weights, factor, grid, narrower, refit, sweep
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -172,7 +172,8 @@ def test_refit_scales_are_the_best_there_are(settings):
     """Oracle: a step of any single scale either way costs more; one scale a row has a closed form."""
     for seed in range(3):
         W, H = problem(6, 40, seed=seed)
-        plain, best = (gptq(W, H, **settings, refit=refit) for refit in (False, True))
+        plain = gptq(W, H, **settings)
+        best = best_scales(W, H, plain)
         assert torch.equal(plain.codes, best.codes) and torch.equal(plain.zero, best.zero)
         assert error(W, best.dequantize(), H) < error(W, plain.dequantize(), H)
         A = best.codes.double() - best.zero[:, best.group]
@@ -186,13 +187,83 @@ def test_refit_scales_are_the_best_there_are(settings):
             assert error(W, best._replace(scale=scale).dequantize(), H) > error(W, best.dequantize(), H)
 
 
+@pytest.mark.parametrize("settings", [dict(bits=2), dict(bits=3), dict(bits=4, symmetric=True), dict(bits=3, size=16),
+                                      dict(bits=4, size=32), dict(bits=8), dict(sparsity=0.3), dict(sparsity=0.7),
+                                      dict(n_m=(2, 4)), dict(sparsity=0.5, bits=4)])
+def test_refit_is_never_above_the_published_algorithm(settings):
+    """On random weights, of one row and of many; the grids of the published code, where they are another's."""
+    for shape in ((1, 40), (13, 131), (40, 12), (24, 96)):
+        for seed in range(3):
+            W, H = problem(*shape, seed=seed)
+            published = error(W, naive(W, H, **settings, stale=True)[0], H)
+            how = dict(settings)
+            size = how.pop("size", None)
+            Q = gptq(W, H, group_size=size, **how, refit=True).dequantize() if not {"sparsity", "n_m"} & how.keys() \
+                else sparsegpt(W, H, **how, refit=True)[0]
+            assert error(W, Q, H) < published, (shape, seed)
+
+
+def codes_one_by_one(W, H, quantized, keep):
+    """The slow way: for each column in turn every code is tried in every row, and the cheapest stays -> codes."""
+    codes, scale, zero, group, bits = quantized
+    codes, offset, s = codes.double(), zero[:, group].double(), scale[:, group].double()
+    for j in range(W.shape[1]):
+        costs = []
+        for code in range(2**bits):
+            tried = codes.clone()
+            tried[keep[:, j], j] = code
+            D = W - (tried - offset) * s
+            costs.append(((D @ H) * D).sum(1))
+        codes[keep[:, j], j] = torch.stack(costs).argmin(0).double()[keep[:, j]]
+    return codes.to(torch.uint8)
+
+
+@pytest.mark.parametrize("settings", [dict(bits=2), dict(bits=3, group_size=7, act_order=True),
+                                      dict(bits=4, symmetric=True, group_size=16), dict(bits=3, search=True)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_refit_codes_are_each_the_best_while_the_others_stand(settings, masked):
+    for n, block in ((24, 128), (40, 16), (9, 4)):
+        W, H = problem(6, n)
+        keep = torch.rand(6, n, generator=torch.Generator().manual_seed(n)) > 0.4 if masked else torch.ones(6, n).bool()
+        done = gptq(W, H, **settings, mask=keep if masked else None)
+        ours = best_codes(W, H, done, keep if masked else None, block)
+        assert torch.equal(ours.codes, codes_one_by_one(W, H, done, keep))
+        assert torch.equal(ours.dequantize()[~keep], torch.zeros(int((~keep).sum())))
+        assert torch.equal(ours.scale, done.scale) and torch.equal(ours.group, done.group)
+        both = gptq(W, H, **settings, mask=keep if masked else None, refit=True)  # scales, codes, scales
+        assert torch.equal(both.codes, best_codes(W, H, best_scales(W, H, done), keep if masked else None).codes)
+        assert torch.equal(both.dequantize()[~keep], torch.zeros(int((~keep).sum())))
+        errors = [error(W, q.dequantize(), H) for q in (both, best_scales(W, H, done), done, ours)]
+        assert errors[0] < errors[1] < errors[2] > errors[3]
+
+
+def test_refit_leaves_the_codes_of_an_input_that_is_always_zero():
+    W, H = problem(5, 12)
+    H[3], H[:, 3] = 0, 0
+    plain, best = (gptq(W, H, 3, refit=refit) for refit in (False, True))
+    assert torch.equal(plain.codes[:, 3], best.codes[:, 3]) and bool(best.scale.isfinite().all())
+
+
+def test_refit_codes_in_float32_and_at_the_ends_of_its_range():
+    W, H = problem(16, 200)
+    exact = error(W, gptq(W, H, 3, refit=True).dequantize(), H)
+    assert error(W, gptq(W.float(), H.float(), 3, refit=True).dequantize(), H) == pytest.approx(exact, rel=0.02)
+    for size in (1e-36, 1e-18, 1e18, 1e36):
+        for W_size, H_size in ((size, 1.0), (1.0, size)):
+            done = gptq((W_size * W).float(), (H_size * H).float(), 3, refit=True)
+            assert bool(done.scale.isfinite().all()) and int(done.codes.max()) < 8
+            if W_size * H_size**0.5 > 1e-20:
+                assert error(W, done.dequantize().double() / W_size, H) < 1.2 * exact
+
+
 @pytest.mark.parametrize("pattern", [dict(sparsity=0.5), dict(n_m=(2, 4)), dict(sparsity=1.0), dict(sparsity=0.0)])
 def test_refit_weights_go_where_least_squares_has_them(pattern):
     """Oracle: each row's kept weights by a solver, H_kk w_k = (H w)_k; a step for each input gets there."""
     W, H = problem(5, 24)
     f = factor(H, 24, dtype=torch.float64)
     swept = sweep(W, f, **pattern)
-    few, many = refit(W, H, swept, steps=2), refit(W, H, swept, steps=60)
+    few, many = (swept._replace(weight=best_weights(W, H, swept.weight.double(), swept.keep.double(), steps).float())
+                 for steps in (2, 60))
     weight, keep = sparsegpt(W, H, **pattern, refit=True)
     assert torch.equal(keep, swept.keep) and torch.equal(weight != 0, keep)
     errors = [error(W, done.weight, H) for done in (swept, few, refit(W, H, swept), many)]
@@ -207,6 +278,7 @@ def test_refit_weights_go_where_least_squares_has_them(pattern):
 def test_a_diagonal_hessian_leaves_nothing_to_search_or_refit():  # Q3, S3 with all that is offered
     W, H = problem(6, 32)[0].float(), torch.diag(torch.rand(32, generator=torch.Generator().manual_seed(0)) + 0.1)
     assert torch.equal(gptq(W, H, 3, 8).dequantize(), rtn(W, 3, 8).dequantize())
+    assert torch.equal(best_codes(W, H, rtn(W, 3, 8)).dequantize(), rtn(W, 3, 8).dequantize())
     assert torch.equal(sparsegpt(W, H, 0.5, refit=True)[0], sparsegpt(W, H, 0.5)[0])
 
 
