@@ -71,9 +71,11 @@ def test_a_rule_follows_the_numbers(name, change, now):
     assert found(results)[name] is now
 
 
-@pytest.mark.parametrize("pruned, holds", [(0.9, True), (0.8, False)])
-def test_retrieval(pruned, holds):
+@pytest.mark.parametrize("pruned, recall, holds", [(0.9, 0.6, True), (0.8, 0.1, False),  # of 0.95, of 0.9
+                                                   (0.93, 0.86, True), (0.92, 0.86, False), (0.95, 0.9, False)])
+def test_retrieval(pruned, recall, holds):
     results = copy.deepcopy(RESULTS)
+    results["models"][3]["metrics"]["recall_heldout"] = recall
     for m, read in ((results["models"][0], 0.95), (results["models"][3], pruned)):
         m["tasks"] = {"retrieval": {"novel": {"exact": [read, 0, 1]}}}
     assert found(results)["retrieval_survives"] is holds
