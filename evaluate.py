@@ -438,7 +438,7 @@ def main():
         if args.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
         if args.model:
-            config = real.real_config(args.model, args.seed, args.out, args.repair_steps)
+            config = real.real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds)
             facts = real.read_facts(args.facts)
             dense, encoding = real.real_dense(args.model, log)
             world = real.RealWorld(dense.model, encoding, facts, config, log, args.text)

@@ -71,13 +71,13 @@ class RealFact(NamedTuple):
         return self.options.index(self.answer)
 
 
-def real_config(path, seed=0, out="out", steps=STEPS):
+def real_config(path, seed=0, out="out", steps=STEPS, seeds=1):
     """The study's settings for the model at `path`; everything is written to a folder of its own in `out`."""
     if steps < 4:
         raise ValueError(f"--repair-steps must be at least 4, a batch for each prompt of a pool, got {steps}")
     name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
     return StudyConfig(calibration=(64, 64), repair_batch=(4, 64), repair_steps=steps, repair_bfloat16=True,
-                       test_people=10 ** 6, seed=seed,
+                       test_people=10 ** 6, seed=seed, seeds=seeds,
                        timing_rounds=3, ablation_people=25, out=os.path.join(out, name),
                        compressions=COMPRESSIONS, repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID)
 

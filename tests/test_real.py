@@ -262,7 +262,7 @@ def run(*args):
 def test_the_study_of_a_model_end_to_end(tmp_path, folder):
     facts = written(tmp_path / "facts.jsonl", some_facts())
     tasks = [a for name, (row, *_) in ROWS.items() for a in ("--task", f"{name}={written(tmp_path / name, [row] * 3)}")]
-    command = ["--model", folder, "--facts", facts, "--repair-steps", 4, "--out", tmp_path / "out", *tasks]
+    command = ["--model", folder, "--facts", facts, "--repair-steps", 4, "--out", tmp_path / "out", "--seeds", 2, *tasks]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "tiny-llama" / "results.json").read_text())
@@ -272,7 +272,7 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder):
     assert "novel" not in done.stdout.splitlines()[0]
     for m in results["models"]:
         asked = {"recall_seen", "recall_heldout", "arc_easy acc_norm", "lambada_openai perplexity"}
-        assert asked <= m["metrics"].keys()
+        assert asked <= m["metrics"].keys() and len(m["seeds"]["recall_heldout"]) == 2
     predictions = tmp_path / "out" / "tiny-llama" / "predictions.jsonl"
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert {row["split"] for row in rows} == {"seen", "heldout"}
