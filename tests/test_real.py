@@ -137,7 +137,7 @@ def test_rows_are_shared_out_without_overlap(tmp_path):
 def test_another_seed_reads_text_of_its_own(tmp_path, from_file):
     """Not the same calibration and repair twice; the windows of perplexity stay, and a finished text is read again."""
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(f"It is {i} times as warm here as it was {7 * i} days ago, they say." for i in range(99)))
+    path.write_text("\n\n".join(f"It is {i} times as warm as it was {7 * i} days ago, they say." for i in range(99)))
     _, config, world = tiny_world(tmp_path, str(path) if from_file else None)
     other = dataclasses.replace(config, repeat=1)
     texts = [(world.calibration(c), torch.cat(world.repair_rows(c))) for c in (config, other)]
@@ -262,7 +262,8 @@ def run(*args):
 def test_the_study_of_a_model_end_to_end(tmp_path, folder):
     facts = written(tmp_path / "facts.jsonl", some_facts())
     tasks = [a for name, (row, *_) in ROWS.items() for a in ("--task", f"{name}={written(tmp_path / name, [row] * 3)}")]
-    command = ["--model", folder, "--facts", facts, "--repair-steps", 4, "--out", tmp_path / "out", "--seeds", 2, *tasks]
+    command = ["--model", folder, "--facts", facts, "--repair-steps", 4, "--seeds", 2, "--out", tmp_path / "out",
+               *tasks]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "tiny-llama" / "results.json").read_text())
