@@ -312,9 +312,11 @@ class _Dequantized(torch.autograd.Function):
 FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape
 UNROLL = 32      # positions written out in the loop body
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
-# Inductor's own limits would store the long expression half-way; "fast" lets it multiply and add in one go.
+# Inductor's own limits would store the long expression half-way, and write it out again for each of a few groups, which
+# takes minutes to compile; "fast" lets it multiply and add in one go.
 OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20,
-           "realize_acc_reads_threshold": 1 << 20, "cpp.enable_floating_point_contract_flag": "fast"}
+           "realize_acc_reads_threshold": 1 << 20, "unroll_reductions_threshold": 1,
+           "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def _code(words, where):
