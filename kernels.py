@@ -648,7 +648,7 @@ def compile_decode(model, enabled=True):
     Returns the model.
 
     The first token waits for the compiler, once a process and kind of block, whatever the size of the cache: a second
-    for a dense model compiled before, a quarter of a minute and more for a packed one. The numbers are those of the
+    for a dense model compiled before, ten seconds and more for a packed one. The numbers are those of the
     eager path up to the order of additions.
     """
     model.decoder = Decoder() if enabled else None
