@@ -231,7 +231,9 @@ def test_refit_codes_are_each_the_best_while_the_others_stand(settings, masked):
         assert torch.equal(ours.dequantize()[~keep], torch.zeros(int((~keep).sum())))
         assert torch.equal(ours.scale, done.scale) and torch.equal(ours.group, done.group)
         both = gptq(W, H, **settings, mask=keep if masked else None, refit=True)  # scales, codes, scales
-        assert torch.equal(both.codes, best_codes(W, H, best_scales(W, H, done), keep if masked else None).codes)
+        twice = best_codes(W, H, best_scales(W, H, done), keep if masked else None)
+        assert torch.equal(both.codes, twice.codes) and torch.equal(both.scale, best_scales(W, H, twice).scale)
+        assert error(W, both.dequantize(), H) < error(W, twice.dequantize(), H)
         assert torch.equal(both.dequantize()[~keep], torch.zeros(int((~keep).sum())))
         errors = [error(W, q.dequantize(), H) for q in (both, best_scales(W, H, done), done, ours)]
         assert errors[0] < errors[1] < errors[2] > errors[3]
