@@ -294,7 +294,8 @@ class _Dequantized(torch.autograd.Function):
 #     cvt   makes 16 floats of them, exactly: they have four significant bits
 #     fma   multiplies by x[k], the same for all 16 rows, and adds up; x[k] was divided by 16^i beforehand, exactly too
 #
-# No shift, no shuffle, and no sum across a register. The code at the top of a word is stored less half its range
+# No shuffle, no sum across a register, and no shift, except one for the upper half of the codes of 2 and 3 bits: a mask
+# for each of 16 places is more than the registers hold, and one reloaded for every code costs as much as the code. The code at the top of a word is stored less half its range
 # (`flipped`), so that it stands there as a signed number; half its range times x[k] is added with the zero-point.
 # Scale and zero-point come in once a group g: with W = s (q - z),
 #
@@ -310,6 +311,7 @@ class _Dequantized(torch.autograd.Function):
 # they stay in the cache, and a plain matmul reads them there.
 
 FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape
+HALF = {2: 16, 3: 15}  # codes from here up are read in the word shifted down: so they share the masks of the lower ones
 UNROLL = 32      # positions written out in the loop body
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
 # Inductor's own limits would store the long expression half-way, and write it out again for each of a few groups, which
@@ -319,14 +321,15 @@ OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 <<
            "cpp.enable_floating_point_contract_flag": "fast"}
 
 
-def _code(words, where):
+def _code(words, where, half=32):
     """One code of each cell as int32 (..., 16) from the cell's words, the power of two it comes out too large by, and
     what it then lacks: half its range at the top of a word.
     """
     (word, at, _, n), *rest = where
     if not rest:
         top = at + n == 32
-        return words[word] & (-(1 << at) if top else ((1 << n) - 1) << at), 2.0 ** at, 2.0 ** (n - 1) if top else 0.0
+        word, at = (words[word], at) if at < half else (words[word] >> half, at - half)
+        return word & (-(1 << at) if top else ((1 << n) - 1) << at), 2.0 ** at, 2.0 ** (n - 1) if top else 0.0
     return sum(((words[w] >> s) & ((1 << k) - 1)) << low for w, s, low, k in where), 1.0, 0.0  # split over words
 
 
@@ -367,7 +370,7 @@ def _fused(x, packed):
         G = packed.scale.shape[1]
         scale, zero = (t.view(NB, T, groups, 1, LANES).transpose(0, 1) if G > 1 else t.view(1, NB, 1, 1, LANES)
                        for t in (packed.scale, packed.zero))  # (T or 1, NB, groups, 1, 16)
-        codes = [_code(words[c:c + cell_words], where)
+        codes = [_code(words[c:c + cell_words], where, HALF.get(bits, 32))
                  for c in range(0, len(words), cell_words) for where in pieces(bits)]
     if packed.n_m:
         at = pieces(place_bits(m))
