@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from compress import Quantized
 
-LAYOUT = 2  # of words, in every file: whoever changes it counts on
+LAYOUT = 3  # of words, in every file: whoever changes it counts on
 LANES = 16  # output rows side by side in memory: as many 32-bit words as the widest register of a CPU holds
 
 # ---- codes in 32-bit words
@@ -75,9 +75,9 @@ def flipped(codes, bits, dim):
     return codes ^ half
 
 
-def from_words(words, bits):
-    """The way back: tiles of int32 words (T, NB, n, 16) -> int32 codes (NB, K, 16)."""
-    words = words.transpose(0, 1).flatten(1, 2)  # (NB, T * n, 16)
+def from_words(tiles, bits):
+    """The way back: tiles of int32 words (T, NB, ..., 16) -> int32 codes (NB, K, 16)."""
+    words = tiles.transpose(0, 1).flatten(1, -2)  # (NB, n, 16)
     NB = words.shape[0]
     n_words, per = CELL[bits]
     cells = words.reshape(NB, -1, n_words, 1, LANES)
@@ -98,10 +98,11 @@ class Packed(NamedTuple):
     the column at position p, K for padding; None where that is just 0, 1, 2, ... An N:M sparse weight keeps n of every
     m positions: then words hold the P * n / m kept ones only, `span` counts those, and `place` says which of its m
     positions each has. Positions are cut into T tiles, the outermost dimension, so short that a tile's part of x stays
-    in the fastest cache while all rows pass by.
+    in the fastest cache while all rows pass by. Behind the words of a group stand the 32 bits of its scale, so that all
+    of it arrives as one stream: memory is read ahead of a program along few streams, and a second, much shorter one
+    cost a sixth of the bandwidth.
     """
-    words: torch.Tensor          # (T, NB, P * n / m * bits / 32 / T, 16) int32; or float32 values, when bits is 32
-    scale: torch.Tensor | None   # (NB, G, 16) float32; None for float values
+    words: torch.Tensor          # (T, NB, groups of a tile, words of a group + 1, 16) int32; or float32, when bits is 32
     zero: torch.Tensor | None    # (NB, G, 16) uint8;   None for float values
     order: torch.Tensor | None   # (P,) int32
     place: torch.Tensor | None   # (T, NB, P * n / m * place bits / 32 / T, 16) int32, for N:M
@@ -110,19 +111,30 @@ class Packed(NamedTuple):
     span: int
     n_m: tuple | None            # (n, m)
 
-    TENSORS = ("words", "scale", "zero", "order", "place")
+    TENSORS = ("words", "zero", "order", "place")
 
     @property
     def nbytes(self):
         """Bytes in memory, everything included; on disk they are the same."""
         return sum(getattr(self, name).nbytes for name in self.TENSORS if getattr(self, name) is not None)
 
+    @property
+    def codes(self):
+        """The words without the scales: (T, NB, groups of a tile, words of a group, 16)."""
+        return self.words if self.bits == 32 else self.words[..., :-1, :]
+
+    @property
+    def scale(self):
+        """(NB, G, 16) float32."""
+        scale = self.words[..., -1, :].view(torch.float32)  # (T, NB, groups of a tile, 16)
+        return scale.transpose(0, 1).flatten(1, 2) if self.zero.shape[1] > 1 else scale[0]
+
     def dequantize(self):
         """The float weight (N, K), equal to the last bit to what was packed."""
         if self.bits == 32:
-            return _columns(self, self.words.transpose(0, 1).flatten(1, 2), 0.0)
+            return _columns(self, self.words.transpose(0, 1).flatten(1, -2), 0.0)
         bits = stored_bits(self.bits)
-        codes = flipped(from_words(self.words, bits), bits, 1)  # (NB, P * n / m, 16)
+        codes = flipped(from_words(self.codes, bits), bits, 1)  # (NB, P * n / m, 16)
         return _columns(self, _by_group(self.scale, self) * (codes - _by_group(self.zero, self)), 0.0)
 
 
@@ -185,9 +197,17 @@ def n_tiles(span, groups, unit):
     return fits[0] if fits and n // fits[0] * atom >= 128 else 1 if groups == 1 or span <= 2048 else groups
 
 
-def _tiled(words, T):
-    """(NB, n, 16) -> (T, NB, n / T, 16)."""
-    return words.view(words.shape[0], T, -1, LANES).transpose(0, 1).contiguous()
+def _tiled(words, T, scale=None):
+    """(NB, n, 16) -> (T, NB, n / T, 16); with scale (NB, G, 16) -> (T, NB, G / T, n / G + 1, 16): each group, then its
+    scale. One group in several tiles has it in each.
+    """
+    NB = words.shape[0]
+    tiles = words.view(NB, T, -1, LANES).transpose(0, 1)
+    if scale is None:
+        return tiles.contiguous()
+    scale = scale.view(torch.int32).view(NB, -1, 1, LANES)
+    scale = scale.view(NB, T, -1, 1, LANES).transpose(0, 1) if scale.shape[1] > 1 else scale.expand(T, NB, 1, 1, LANES)
+    return torch.cat([tiles.view(*scale.shape[:3], -1, LANES), scale], dim=3)
 
 
 def _order(order, K):
@@ -207,9 +227,9 @@ def pack(quantized):
         raise ValueError(f"a code of {int(codes.max())} does not fit {bits} bits")
     order, span = _arrange(group, scale.shape[1], CELL[stored][1])
     codes = F.pad(codes, (0, 1, 0, -N % LANES))[:, order]  # (N padded, P)
-    words = _tiled(to_words(flipped(codes, stored, 1), stored), n_tiles(span, scale.shape[1], CELL[stored][1]))
-    return Packed(words, _lanes(scale), _lanes(zero.to(torch.uint8)), _order(order, K), None,
-                  (N, K), bits, span, None)
+    words = to_words(flipped(codes, stored, 1), stored)
+    words = _tiled(words, n_tiles(span, scale.shape[1], CELL[stored][1]), _lanes(scale))
+    return Packed(words, _lanes(zero.to(torch.uint8)), _order(order, K), None, (N, K), bits, span, None)
 
 
 def pack_sparse(weight, n_m):
@@ -246,8 +266,9 @@ def pack_sparse(weight, n_m):
     scale, zero = (_lanes(weight.scale), _lanes(weight.zero.to(torch.uint8))) if quantized else (None, None)
     words = to_words(flipped(values, stored, 1), stored) if quantized else _lanes(values)
     T = n_tiles(span * n, scale.shape[1] if quantized else 1, unit)
-    return Packed(_tiled(words, T), scale, zero, _order(columns.flatten().clamp_max(K), K),
-                  _tiled(to_words(place, stored_place), T), (N, K), bits, span * n, (n, m))
+    words = _tiled(words, T, scale) if quantized else _tiled(words, T)[:, :, None]
+    return Packed(words, zero, _order(columns.flatten().clamp_max(K), K), _tiled(to_words(place, stored_place), T),
+                  (N, K), bits, span * n, (n, m))
 
 
 def unpack(packed):
@@ -257,7 +278,7 @@ def unpack(packed):
     (N, K), G = packed.shape, packed.scale.shape[1]
     scale, zero = (t.transpose(1, 2).flatten(0, 1)[:N].contiguous() for t in (packed.scale, packed.zero))  # (N, G)
     bits = stored_bits(packed.bits)
-    codes = flipped(from_words(packed.words, bits), bits, 1)  # (NB, positions, 16)
+    codes = flipped(from_words(packed.codes, bits), bits, 1)  # (NB, positions, 16)
     n, m = packed.n_m or (1, 1)
     group = torch.arange(codes.shape[1] // n * m, device=codes.device) // (packed.span // n * m)  # (P,)
     codes = _columns(packed, codes, zero[:, group].int()).byte()
@@ -295,8 +316,9 @@ class _Dequantized(torch.autograd.Function):
 #     fma   multiplies by x[k], the same for all 16 rows, and adds up; x[k] was divided by 16^i beforehand, exactly too
 #
 # No shuffle, no sum across a register, and no shift, except one for the upper half of the codes of 2 and 3 bits: a mask
-# for each of 16 places is more than the registers hold, and one reloaded for every code costs as much as the code. The code at the top of a word is stored less half its range
-# (`flipped`), so that it stands there as a signed number; half its range times x[k] is added with the zero-point.
+# for each of 16 places is more than the registers hold, and one reloaded for every code costs as much as the code. The
+# code at the top of a word is stored less half its range (`flipped`), so that it stands there as a signed number; half
+# its range times x[k] is added with the zero-point.
 # Scale and zero-point come in once a group g: with W = s (q - z),
 #
 #     y_n = sum over g of s_ng * (sum over k in g of q_nk x_k  -  z_ng * sum over k in g of x_k)
@@ -354,10 +376,9 @@ def _fused(x, packed):
     bits = 32 if packed.bits == 32 else stored_bits(packed.bits)
     (n, m), (cell_words, per) = packed.n_m or (1, 1), CELL[bits]
     unit = math.lcm(per, CELL[place_bits(m)][1], n) if packed.n_m else per
-    T, NB, n_words, _ = packed.words.shape
-    tile = n_words // cell_words * per  # positions
+    T, NB, groups, n_words, _ = packed.codes.shape
+    tile = groups * n_words // cell_words * per  # positions
     body = unit * math.gcd(max(1, UNROLL // unit), min(tile, packed.span) // unit)  # positions written out
-    groups = max(1, tile // packed.span)
     nest = (T, NB, groups, tile // groups // body)  # over tiles, row blocks; sums over groups and the bodies of a group
     x = x.float()
     if packed.order is not None:
@@ -365,11 +386,10 @@ def _fused(x, packed):
     elif T * tile // n * m > K:
         x = F.pad(x, (0, T * tile // n * m - K))
     x = x.view(M, T, 1, *nest[2:], body // n * m)
-    words = packed.words.view(*nest, -1, LANES).unbind(-2)  # each (T, NB, groups, bodies, 16)
+    words = packed.codes.unflatten(3, (nest[3], -1)).unbind(-2)  # each (T, NB, groups, bodies, 16)
     if bits < 32:
-        G = packed.scale.shape[1]
-        scale, zero = (t.view(NB, T, groups, 1, LANES).transpose(0, 1) if G > 1 else t.view(1, NB, 1, 1, LANES)
-                       for t in (packed.scale, packed.zero))  # (T or 1, NB, groups, 1, 16)
+        scale = packed.words[..., -1:, :].view(torch.float32)  # (T, NB, groups, 1, 16)
+        zero = packed.zero.view(NB, -1, groups, 1, LANES).transpose(0, 1)  # the same, or 1 for T
         codes = [_code(words[c:c + cell_words], where, HALF.get(bits, 32))
                  for c in range(0, len(words), cell_words) for where in pieces(bits)]
     if packed.n_m:
@@ -411,7 +431,7 @@ def _rows(packed, first, last):
     """Row blocks first .. last of a packed weight, as a packed weight."""
     N = min(packed.shape[0], last * LANES) - first * LANES
     cut = {name: t[:, first:last] if name in ("words", "place") else t[first:last]
-           for name in ("words", "place", "scale", "zero") if (t := getattr(packed, name)) is not None}
+           for name in ("words", "place", "zero") if (t := getattr(packed, name)) is not None}
     return packed._replace(shape=(N, packed.shape[1]), **cut)
 
 
@@ -422,7 +442,7 @@ def _dequantized(packed, dtype):
 def _by_position(packed, dtype):
     """The float weight as (P, N padded): 16 rows lie side by side in memory as in the words, so no lane has to move."""
     bits = stored_bits(packed.bits)
-    codes = flipped(from_words(packed.words, bits), bits, 1).unflatten(1, (-1, packed.span))  # (NB, G, span, 16)
+    codes = flipped(from_words(packed.codes, bits), bits, 1).unflatten(1, (-1, packed.span))  # (NB, G, span, 16)
     values = packed.scale[:, :, None] * (codes - packed.zero[:, :, None])
     return values.flatten(1, 2).transpose(0, 1).flatten(1).to(dtype)  # (P, NB * 16)
 
@@ -463,7 +483,7 @@ def _fused_matmul(x, packed):
     parts = [_rows(packed, i, min(NB, i + blocks)) for i in range(0, NB, blocks)]
     if packed.n_m:  # where each value stands differs from row to row
         return torch.cat([F.linear(x, compiled_dequantized(part, x.dtype)) for part in parts], dim=1)
-    P = packed.scale.shape[1] * packed.span
+    P = packed.zero.shape[1] * packed.span
     x = F.pad(x, (0, P - x.shape[1])) if packed.order is None else F.pad(x, (0, 1))[:, packed.order]  # (M, P)
     return torch.cat([x @ compiled_by_position(part, x.dtype) for part in parts], dim=1)[:, :packed.shape[0]]
 
@@ -532,7 +552,7 @@ class PackedLinear(nn.Module):
     @property
     def packed(self):
         at = self.layout
-        return Packed(self.words, self.scale, self.zero, self.order, self.place, at.shape, at.bits, at.span, at.n_m)
+        return Packed(self.words, self.zero, self.order, self.place, at.shape, at.bits, at.span, at.n_m)
 
     def forward(self, x):
         """x (..., in) -> (..., out): x Wᵀ + bias."""

@@ -107,7 +107,7 @@ def contenders(N, K, group_size, M, s):
 
     def ours(packed, fused):  # words, scale, ... as arguments, so that copies can take turns
         return (lambda *t: kernels.matmul(x, packed._replace(**dict(zip(kernels.Packed.TENSORS, t))), fused)), \
-            copies(packed[:5], s.rotate)
+            copies([getattr(packed, name) for name in kernels.Packed.TENSORS], s.rotate)
 
     out = {"float32 F.linear": (lambda w: F.linear(x, w), dense)}
     if M == 1 and fused:
