@@ -102,7 +102,7 @@ class Packed(NamedTuple):
     of it arrives as one stream: memory is read ahead of a program along few streams, and a second, much shorter one
     cost a sixth of the bandwidth.
     """
-    words: torch.Tensor          # (T, NB, groups of a tile, words of a group + 1, 16) int32; or float32, when bits is 32
+    words: torch.Tensor          # (T, NB, groups of a tile, words of a group + 1, 16) int32; bits 32: floats, no scale
     zero: torch.Tensor | None    # (NB, G, 16) uint8;   None for float values
     order: torch.Tensor | None   # (P,) int32
     place: torch.Tensor | None   # (T, NB, P * n / m * place bits / 32 / T, 16) int32, for N:M
@@ -371,8 +371,8 @@ def _stored(x):
 
 
 def _fused(x, packed):
-    """x (M, K) with few rows M -> (M, N) float32, in one pass over the packed weight."""
-    M, K = x.shape
+    """x (M, K) with few rows M -> (M, N), in one pass over the packed weight."""
+    (M, K), dtype = x.shape, x.dtype
     bits = 32 if packed.bits == 32 else stored_bits(packed.bits)
     (n, m), (cell_words, per) = packed.n_m or (1, 1), CELL[bits]
     unit = math.lcm(per, CELL[place_bits(m)][1], n) if packed.n_m else per
@@ -418,7 +418,7 @@ def _fused(x, packed):
         if not packed.n_m:
             total = total + (lacks[i] - zero.float() * sums[i])
         y.append((total if bits == 32 else total * scale).sum((2, 3)))  # (T, NB, 16)
-    return torch.stack(y).sum(1).view(M, -1)[:, :packed.shape[0]]  # (M, N)
+    return torch.stack(y).sum(1).view(M, -1)[:, :packed.shape[0]].to(dtype)  # (M, N)
 
 
 def few(packed):
@@ -435,63 +435,85 @@ def _rows(packed, first, last):
     return packed._replace(shape=(N, packed.shape[1]), **cut)
 
 
-def _dequantized(packed, dtype):
-    return packed.dequantize().to(dtype)
+def _dequantized(like, packed):
+    """The float weight (N, K), in the dtype of `like`."""
+    return packed.dequantize().to(like.dtype)
 
 
-def _by_position(packed, dtype):
+def _by_position(like, packed):
     """The float weight as (P, N padded): 16 rows lie side by side in memory as in the words, so no lane has to move."""
     bits = stored_bits(packed.bits)
     codes = flipped(from_words(packed.codes, bits), bits, 1).unflatten(1, (-1, packed.span))  # (NB, G, span, 16)
     values = packed.scale[:, :, None] * (codes - packed.zero[:, :, None])
-    return values.flatten(1, 2).transpose(0, 1).flatten(1).to(dtype)  # (P, NB * 16)
+    return values.flatten(1, 2).transpose(0, 1).flatten(1).to(like.dtype)  # (P, NB * 16)
 
 
-compiled_fused = torch.compile(_fused, fullgraph=True, dynamic=False, options=OPTIONS, recompile_limit=1000)
-compiled_dequantized = torch.compile(_dequantized, fullgraph=True, dynamic=False, recompile_limit=1000)
-compiled_by_position = torch.compile(_by_position, fullgraph=True, dynamic=False, recompile_limit=1000)
+_ready = {}  # {all that it takes for granted: compiled code}
 
 
-_ready = {}  # {what guards would look at: the code compiled for it}
+def _compiled(f, tensors, dynamic=()):
+    """f(*tensors) compiled for tensors such as these: called with a list of them, it returns a tuple of one.
+
+    dynamic  {number of a tensor: its dimension that may have any size}
+
+    This is torch.compile(f) by hand: record the operations, hand them to Inductor, its compiler. What is left out
+    stands between a caller and the code: a dozen Python calls that find out, every time, whether the code fits. Where
+    weights stream through the cache, even Python has to come from memory, and those calls took a sixth of the time of
+    a product. So whoever calls the code has to know that it fits: see what `_run` and `Decoder` take for a key.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner  # here, as these imports take a second
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    mode, dynamic = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), dict(dynamic)
+    sizes = [[DimDynamic.DYNAMIC if dynamic.get(i) == d else DimDynamic.STATIC for d in range(t.dim())]
+             for i, t in enumerate(tensors)]
+    fakes = [mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(size)) for t, size in zip(tensors, sizes)]
+    _State.tracing = True  # f runs once, on shapes without numbers, and each operation it comes to is written down
+    try:
+        graph = make_fx(torch.func.functionalize(lambda *given: (f(*given),)), select_decomp_table())(*fakes)
+    finally:
+        _State.tracing = False
+    with torch._inductor.config.patch(OPTIONS), torch._functorch.config.patch(bundled_autograd_cache=False), \
+            torch._guards.tracing(torch._guards.TracingContext(mode)):  # the last two: the code is kept on the disk too
+        return compile_fx_inner(graph, fakes).current_callable
 
 
-def without_guards(compiled, *given):
-    """The code that a torch.compile'd function has for `given`, and for whatever its caller knows to be alike."""
-    with torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False):
-        code = compiled.aot_compile((given, {}))
-    code.disable_guard_check()
-    return code
-
-
-def _few_rows(x, packed):
-    """`compiled_fused`, without the guards that find out at every call what it was compiled for: a quarter of the time
-    of a small product. The key is what they would look at."""
-    key = (x.shape, x.dtype, x.device, packed.shape, packed.bits, packed.span, packed.n_m, packed.words.shape,
-           packed.order is None, torch.get_num_threads())
+def _run(f, x, packed):
+    """f(x, packed), compiled at the first call for such an x, a layout and a number of threads."""
+    tensors = [x, *(t for t in packed[:len(Packed.TENSORS)] if t is not None)]
+    key = (f, x.shape, x.dtype, x.device, packed.words.shape, packed.words.stride(), packed[len(Packed.TENSORS):],
+           len(tensors), torch.get_num_threads())
     if key not in _ready:
-        _ready[key] = without_guards(compiled_fused, x, packed)
-    return _ready[key](x, packed).to(x.dtype)
+        names = [name for name in Packed.TENSORS if getattr(packed, name) is not None]
+        _ready[key] = _compiled(lambda x, *given: f(x, packed._replace(**dict(zip(names, given)))), tensors)
+    return _ready[key](tensors)[0]
 
 
 def _fused_matmul(x, packed):
     """x (M, K), any M, without gradients."""
-    M, NB = len(x), packed.words.shape[1]
+    (M, K), N, NB = x.shape, packed.shape[0], packed.words.shape[1]
     if M <= few(packed):
-        x = x.contiguous()
-        return _few_rows(x, packed) if M in (1, FEW) else _few_rows(F.pad(x, (0, 0, 0, FEW - M)), packed)[:M]
-    blocks = max(1, CHUNK // (LANES * packed.shape[1]))
-    parts = [_rows(packed, i, min(NB, i + blocks)) for i in range(0, NB, blocks)]
-    if packed.n_m:  # where each value stands differs from row to row
-        return torch.cat([F.linear(x, compiled_dequantized(part, x.dtype)) for part in parts], dim=1)
-    P = packed.zero.shape[1] * packed.span
-    x = F.pad(x, (0, P - x.shape[1])) if packed.order is None else F.pad(x, (0, 1))[:, packed.order]  # (M, P)
-    return torch.cat([x @ compiled_by_position(part, x.dtype) for part in parts], dim=1)[:, :packed.shape[0]]
+        y = _run(_fused, x.contiguous() if M in (1, FEW) else F.pad(x, (0, 0, 0, FEW - M)), packed)
+        return y if M == len(y) else y[:M]
+    y = x.new_empty(M, NB * LANES)
+    if not packed.n_m:  # else where each value stands differs from row to row
+        P = packed.zero.shape[1] * packed.span
+        x = F.pad(x, (0, P - K)) if packed.order is None else F.pad(x, (0, 1))[:, packed.order]  # (M, P)
+    blocks = max(1, CHUNK // (LANES * K))
+    for first in range(0, NB, blocks):
+        part = _rows(packed, first, min(NB, first + blocks))
+        W = _run(_dequantized, x[:0], part).T if packed.n_m else _run(_by_position, x[:0], part)  # (P or K, rows)
+        torch.mm(x, W, out=y[:, first * LANES:][:, :W.shape[1]])
+    return y[:, :N]
 
 
 class _State:
     """The one switch, and why compilation was given up, if it was."""
     enabled = False
     failure = None
+    tracing = False  # a larger graph, such as a block's, is being written down
 
 
 def use_compile(enabled):
@@ -514,12 +536,12 @@ def matmul(x, packed, fused=True):
     """
     if x.shape[-1] != packed.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight takes {packed.shape[1]}")
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (M, K)
     if fused and len(rows) and not (x.requires_grad and torch.is_grad_enabled()):
         y = _or_eager(_fused_matmul, _Dequantized.apply, rows, packed)
     else:
         y = _Dequantized.apply(rows, packed)
-    return y.view(*x.shape[:-1], packed.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], packed.shape[0])
 
 
 def _or_eager(compiled, eager, *arguments):
@@ -527,8 +549,8 @@ def _or_eager(compiled, eager, *arguments):
     if _State.failure is None:
         try:
             return compiled(*arguments)
-        except RuntimeError as error:
-            if type(error).__name__ != "InductorError":  # its module takes a second to import
+        except (RuntimeError, OSError) as error:  # OSError: the folder of the compiled code cannot be written
+            if isinstance(error, RuntimeError) and type(error).__name__ != "InductorError":  # imports take a second
                 raise
             _State.failure = str(error).strip().splitlines()[0]
             warnings.warn(f"no fused matmul, the eager one instead: {_State.failure}", RuntimeWarning, stacklevel=3)
@@ -556,11 +578,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out): x Wᵀ + bias."""
-        if torch.compiler.is_compiling():  # part of a larger graph, such as a block's
+        if _State.tracing:  # part of a larger graph, such as a block's
             rows = x.reshape(-1, self.in_features)
             y = _fused(rows, self.packed) if len(rows) <= few(self.packed) else \
-                F.linear(rows, _dequantized(self.packed, x.dtype))
-            y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+                F.linear(rows, _dequantized(x, self.packed))
+            y = y.view(*x.shape[:-1], self.out_features)
         else:
             y = matmul(x, self.packed, _State.enabled)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -603,16 +625,14 @@ def from_spec(spec):
 # layer. Keys, values and the token's position stay in tensors, so the loop of GPT.generate never
 # waits for the device.
 
-def _block(block, x, positions, mask, past):
-    return block(x, positions, mask, past)
+class _Step(nn.ModuleList):
+    """A block, or the final norm and the head: modules as one function of tensors."""
 
-
-def _head(norm, lm_head, x):
-    return lm_head(norm(x))
-
-
-compiled_block = torch.compile(_block, fullgraph=True, options=OPTIONS, recompile_limit=1000)
-compiled_head = torch.compile(_head, fullgraph=True, dynamic=False, options=OPTIONS, recompile_limit=1000)
+    def forward(self, x, positions=None, mask=None, *past):
+        if past:
+            return self[0](x, positions, mask, past)
+        norm, lm_head = self
+        return lm_head(norm(x))
 
 
 class Decoder:
@@ -620,46 +640,51 @@ class Decoder:
     """
 
     def __init__(self):
-        self.known = None  # while `generate` runs, and nothing changes: {a module's id: its compiled function}
+        self.known = None  # while `generate` runs, and nothing changes: {a module's id: its tensors, its compiled code}
 
     def block(self, block, x, positions, mask, past):
-        if len(x) > FEW:
-            return _block(block, x, positions, mask, past)
-        for t, dim in ((past[0], 2), (past[1], 2), (mask, 3)):  # one compilation for caches of any size
-            torch._dynamo.mark_dynamic(t, dim) if not hasattr(t, "_dynamo_dynamic_indices") else None
-        return self.run(compiled_block, _block, block, x, positions, mask, past)
+        return self.run((block,), x, positions, mask, *past)
 
     def head(self, norm, lm_head, x):
-        if len(x) > FEW:
-            return _head(norm, lm_head, x)
-        return self.run(compiled_head, _head, norm, lm_head, x)
+        return self.run((norm, lm_head), x)
 
-    def run(self, compiled, eager, *given):
-        """compiled(*given) or, on a machine that cannot compile, eager(*given)."""
-        return _or_eager(lambda *given: self.made(compiled, given)(*given), eager, *given)
+    def run(self, modules, *given):
+        if len(given[0]) > FEW or self.known is None:
+            return self.eager(modules, *given)
+        return _or_eager(self.compiled, self.eager, modules, *given)
 
-    def made(self, compiled, given):
-        """The compiled function without its guards, for modules and tensors such as the `given` ones."""
-        if self.known is None:
-            return compiled
-        name = id(given[0])
+    def eager(self, modules, *given):
+        return _Step(modules)(*given)
+
+    def compiled(self, modules, *given):
+        name = id(modules[0])
         if name not in self.known:
-            modules = [kind(a) for a in given if isinstance(a, nn.Module)]
-            tensors = [(a.dtype, a.device, a.shape[:1]) for a in given if isinstance(a, torch.Tensor)]
-            key = (compiled, torch.get_num_threads(), *modules, *tensors)
+            step = _Step(modules)
+            held = {name: t for named in (step.named_parameters, step.named_buffers)
+                    for name, t in named(remove_duplicate=False)}
+            key = (kind(step), torch.get_num_threads(), *map(_layout, given))
             if key not in _ready:
-                _ready[key] = without_guards(compiled, *given)
-            self.known[name] = _ready[key]
-        return self.known[name]
+                def function(*tensors):
+                    return torch.func.functional_call(step, dict(zip(held, tensors)), tensors[len(held):])
+                dynamic = {len(held) + i: dim for i, dim in ((2, 3), (3, 2), (4, 2))}  # mask and cache: of any length
+                _ready[key] = _compiled(function, [*held.values(), *given], dynamic)
+            self.known[name] = list(held.values()), _ready[key]
+        tensors, code = self.known[name]
+        return code([*tensors, *given])[0]
+
+
+def _layout(t):
+    """What compiled code takes for granted of a tensor given to it: all but how long a mask and a cache are."""
+    return t.dtype, t.device, len(t), None if t.is_contiguous() else t.stride()
 
 
 def kind(module):
-    """All that compiled code takes for granted of a module: its parts, their plain attributes, their tensors' shapes.
+    """All that compiled code takes for granted of a module: its parts, their plain attributes, their tensors' layout.
     """
     plain = (int, float, str, tuple, type(None))
     parts = [(name, type(m), *((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
              for name, m in module.named_modules()]
-    tensors = [(name, t.shape, t.dtype, t.device)
+    tensors = [(name, t.shape, t.stride(), t.dtype, t.device)
                for named in (module.named_parameters, module.named_buffers)
                for name, t in named(remove_duplicate=False)]
     return hash((tuple(parts), tuple(tensors)))
@@ -670,8 +695,8 @@ def compile_decode(model, enabled=True):
 
     Returns the model.
 
-    The first token waits for the compiler, once a process and kind of block, whatever the size of the cache: a second
-    for a dense model compiled before, ten seconds and more for a packed one. The numbers are those of the
+    The first token waits for the compiler, once a process and kind of block, whatever the size of the cache: five to
+    twenty seconds for a packed model, one or two where its code is on the disk already. The numbers are those of the
     eager path up to the order of additions.
     """
     model.decoder = Decoder() if enabled else None
