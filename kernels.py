@@ -334,7 +334,9 @@ class _Dequantized(torch.autograd.Function):
 
 FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape
 HALF = {2: 16, 3: 15}  # codes from here up are read in the word shifted down: so they share the masks of the lower ones
-UNROLL = 32      # positions written out in the loop body
+UNROLL = 32      # positions written out in the loop body; for N:M a fraction of 1 / M, as each takes M - 1 choices
+CHAINS = 8       # sums side by side in it. An addition takes four cycles, and two can start in each; besides, the sooner
+                 # a body is done, the further ahead the core can look for words that have not arrived from memory
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
 # Inductor's own limits would store the long expression half-way, and write it out again for each of a few groups, which
 # takes minutes to compile; "fast" lets it multiply and add in one go.
@@ -378,7 +380,7 @@ def _fused(x, packed):
     unit = math.lcm(per, CELL[place_bits(m)][1], n) if packed.n_m else per
     T, NB, groups, n_words, _ = packed.codes.shape
     tile = groups * n_words // cell_words * per  # positions
-    body = unit * math.gcd(max(1, UNROLL // unit), min(tile, packed.span) // unit)  # positions written out
+    body = unit * math.gcd(max(1, UNROLL // m // unit), min(tile, packed.span) // unit)  # positions written out
     nest = (T, NB, groups, tile // groups // body)  # over tiles, row blocks; sums over groups and the bodies of a group
     x = x.float()
     if packed.order is not None:
@@ -405,18 +407,20 @@ def _fused(x, packed):
                   for i in range(M)]
     else:
         values = [code.float() for code, *_ in codes]
-        sums = x.sum(-1)[..., None]  # (M, T, 1, groups, bodies, 1)
+        x_sum = x.sum(-1)[..., None]  # (M, T, 1, groups, bodies, 1)
         lacks = (x * torch.tensor([lack for *_, lack in codes], device=x.device)).sum(-1)[..., None]
         x = _stored(x * torch.tensor([1 / factor for _, factor, _ in codes], device=x.device))
         inputs = [[x[i, ..., p, None] for p in range(body)] for i in range(M)]
     y = []
     for i in range(M):
-        chains = [0.0] * 4  # four sums side by side: an addition takes four cycles, and one can start in each
+        sums = [0.0] * CHAINS
         for p in range(body):
-            chains[p % 4] = chains[p % 4] + values[p] * inputs[i][p]
-        total = (chains[0] + chains[1]) + (chains[2] + chains[3])
+            sums[p % CHAINS] = sums[p % CHAINS] + values[p] * inputs[i][p]
+        while len(sums) > 1:
+            sums = [a + b for a, b in zip(sums[::2], sums[1::2])]
+        total, = sums
         if not packed.n_m:
-            total = total + (lacks[i] - zero.float() * sums[i])
+            total = total + (lacks[i] - zero.float() * x_sum[i])
         y.append((total if bits == 32 else total * scale).sum((2, 3)))  # (T, NB, 16)
     return torch.stack(y).sum(1).view(M, -1)[:, :packed.shape[0]].to(dtype)  # (M, N)
 
