@@ -334,9 +334,8 @@ class _Dequantized(torch.autograd.Function):
 
 FEW = 4          # most rows of x the fused loop is written out for; 2 and 3 are padded to it: two compilations a shape
 HALF = {2: 16, 3: 15}  # codes from here up are read in the word shifted down: so they share the masks of the lower ones
-UNROLL = 32      # positions written out in the loop body; for N:M a fraction of 1 / M, as each takes M - 1 choices
-CHAINS = 8       # sums side by side in it. An addition takes four cycles, and two can start in each; besides, the sooner
-                 # a body is done, the further ahead the core can look for words that have not arrived from memory
+UNROLL = 8       # positions written out in the loop body, or one cell: the sooner a body is done, the further ahead the
+                 # core can look for words that have not arrived from memory
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
 # Inductor's own limits would store the long expression half-way, and write it out again for each of a few groups, which
 # takes minutes to compile; "fast" lets it multiply and add in one go.
@@ -380,7 +379,7 @@ def _fused(x, packed):
     unit = math.lcm(per, CELL[place_bits(m)][1], n) if packed.n_m else per
     T, NB, groups, n_words, _ = packed.codes.shape
     tile = groups * n_words // cell_words * per  # positions
-    body = unit * math.gcd(max(1, UNROLL // m // unit), min(tile, packed.span) // unit)  # positions written out
+    body = unit * math.gcd(max(1, UNROLL // unit), min(tile, packed.span) // unit)  # positions written out
     nest = (T, NB, groups, tile // groups // body)  # over tiles, row blocks; sums over groups and the bodies of a group
     x = x.float()
     if packed.order is not None:
@@ -413,9 +412,9 @@ def _fused(x, packed):
         inputs = [[x[i, ..., p, None] for p in range(body)] for i in range(M)]
     y = []
     for i in range(M):
-        sums = [0.0] * CHAINS
+        sums = [0.0] * (8 if body >= 16 else 4)  # side by side: an addition takes four cycles, two can start in each
         for p in range(body):
-            sums[p % CHAINS] = sums[p % CHAINS] + values[p] * inputs[i][p]
+            sums[p % len(sums)] = sums[p % len(sums)] + values[p] * inputs[i][p]
         while len(sums) > 1:
             sums = [a + b for a, b in zip(sums[::2], sums[1::2])]
         total, = sums

@@ -157,7 +157,7 @@ def test_fused_loop_equals_the_product(bits):
                 assert relative_error(kernels._fused(x, p), x, p.dequantize()) < 1e-6, (N, K, group_size, M)
 
 
-@pytest.mark.parametrize("n_m", [(2, 4), (4, 8), (1, 4)])
+@pytest.mark.parametrize("n_m", [(2, 4), (4, 8), (1, 4), (3, 200)])
 def test_fused_sparse_loop_equals_the_product(n_m):
     for N, K in SHAPES + [(17, 4200)]:
         mask = keep(N, K, *n_m)
