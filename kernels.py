@@ -145,7 +145,7 @@ def _by_group(values, packed):
 
 def place_bits(m):
     """Bits for a place among m, in a width we can store: 2:4 takes 2, 4:8 takes 3."""
-    return max(2, (m - 1).bit_length())
+    return stored_bits(max(2, (m - 1).bit_length()))
 
 
 def _columns(packed, values, filler):
