@@ -338,10 +338,11 @@ UNROLL = 8       # positions written out in the loop body, or one cell: the soon
                  # core can look for words that have not arrived from memory
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
 # Inductor's own limits would store the long expression half-way, and write it out again for each of a few groups, which
-# takes minutes to compile; "fast" lets it multiply and add in one go.
+# takes minutes to compile; "fast" lets it multiply and add in one go. It would also look at the sizes of all that is
+# given, at every call: a tenth of the time of a small block.
 OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20,
            "realize_acc_reads_threshold": 1 << 20, "unroll_reductions_threshold": 1,
-           "cpp.enable_floating_point_contract_flag": "fast"}
+           "size_asserts": False, "alignment_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def _code(words, where, half=32):
