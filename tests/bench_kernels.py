@@ -12,14 +12,15 @@ and the share of the bandwidth that a plain sum over a large tensor reaches in t
 F.linear does not use a second thread for a single row, so a compiled float32 product stands in the tables as well.
 
 Then whole models with random weights, which take the same time as trained ones: bytes in memory and on disk, tokens a
-second, and the time to the first token with an empty compile cache (cold) and in a process that finds it filled (warm).
+second, and the time to the first token in a new process, its imports included: with an empty cache of compiled code
+(cold), and with what a process before has left there (warm).
 Each claim stands at the end, beside what it must reach and what it aims for; exit status 1 where one is missed.
 """
 import argparse
-import copy
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,6 +56,7 @@ class Settings:
     model: str = "all"       # small, gpt2 (the shape of GPT-2 small), smollm2 (of SmolLM2-135M), all or none
     no_compile: bool = False  # the eager twin everywhere, and no claims
     quick: bool = False      # only what a claim is made about
+    first: str = ""          # a row of the table: print the seconds to its first token, and no more
 
 
 def random_quantized(N, K, bits, group_size, generator):
@@ -186,37 +188,39 @@ def matmul_claims(s):
 
 # ---- whole models
 
-def compressed(model, bits):
-    """A copy of the model, its blocks at `bits` bits (or "2:4"), a large head at 8."""
-    model = copy.deepcopy(model)
-    for block in model.blocks:
-        for part in (block.attn, block.mlp):
-            for name, m in list(part.named_children()):
-                if isinstance(m, nn.Linear):
-                    W = m.weight.detach()
-                    if bits == "2:4":
-                        packed = kernels.pack_sparse(torch.where(magnitude(W, n_m=(2, 4)), W, 0.0), (2, 4))
-                    else:
-                        packed = kernels.pack(rtn(W, bits, 32 if W.shape[1] % 64 else 64))
-                    setattr(part, name, kernels.PackedLinear(packed, m.bias))
+ROWS = ("dense eager", "dense", "8 bits", "4 bits", "3 bits", "2 bits", "2:4")
+
+
+def variant(name, row, s):
+    """The model of a row of the table, its weights random; packed blocks get a head at 8 bits, if it is a large one."""
+    model = gpt.GPT(MODELS[name]).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
+    kernels.compile_decode(model, row != "dense eager" and not s.no_compile)
+    if row.startswith("dense"):
+        return model
+    for part in [part for block in model.blocks for part in (block.attn, block.mlp)]:
+        for child, m in list(part.named_children()):
+            if isinstance(m, nn.Linear):
+                if row == "2:4":
+                    packed = kernels.pack_sparse(torch.where(magnitude(m.weight, n_m=(2, 4)), m.weight, 0.0), (2, 4))
+                else:
+                    packed = kernels.pack(rtn(m.weight, int(row[0]), 32 if m.in_features % 64 else 64))
+                setattr(part, child, kernels.PackedLinear(packed, m.bias))
     if model.wte.weight.numel() > 1 << 20:  # the embedding stays float, but decoding reads one row of it
-        model.lm_head = kernels.PackedLinear(kernels.pack(rtn(model.wte.weight.detach(), 8, 64)))
+        model.lm_head = kernels.PackedLinear(kernels.pack(rtn(model.wte.weight, 8, 64)))
     return model
 
 
-def first_token(model, compiled, ids, empty):
-    """[seconds to the first token, cold; the same, warm]; one number where nothing is compiled."""
-    kernels.compile_decode(model, compiled)
-    torch._dynamo.reset()
-    kernels._ready.clear()
-    times = [seconds_of(model.generate, ids, 2)]
-    if compiled:
-        if empty:
-            kernels._ready.clear()
-            torch._dynamo.reset()  # the compiled code is on the disk only: what a second process finds
-            torch._inductor.utils.clear_caches()
-            times.append(seconds_of(model.generate, ids, 2))
-    return times
+IDS = torch.arange(1, 9)[None]
+
+
+def first_token(name, row, s):
+    """Seconds to the first token in a new process: [the cache of compiled code empty, filled by the one before]."""
+    command = [sys.executable, __file__, "--first", row, "--model", name, "--threads", str(s.threads),
+               *["--no-compile"] * s.no_compile]
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        return [float(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout)
+                for _ in range(2)]
 
 
 def sizes(model):
@@ -229,31 +233,29 @@ def sizes(model):
 
 def whole_models(name, s):
     """Prints a row a model; returns the claims about them."""
-    dense = gpt.GPT(MODELS[name]).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
-    rows = [("dense eager", dense, False)]
-    if not s.no_compile:
-        rows.append(("dense", copy.deepcopy(dense), True))
-    for bits in (4,) if s.quick else (8, 4, 3, 2, "2:4"):
-        rows.append((f"{bits} bits" if bits != "2:4" else bits, compressed(dense, bits), not s.no_compile))
-    ids = torch.arange(1, 9)[None]
+    rows = [row for row in ROWS if row in ("dense eager", "dense", "4 bits") or not s.quick]
+    rows = [row for row in rows if row != "dense" or not s.no_compile]
     first = {}
-    for row, model, compiled in rows:
-        first[row] = first_token(model, compiled, ids, not s.quick)
-        print(f"  {name}, {row}: first token after {first[row][0]:.1f} s", file=sys.stderr, flush=True)
-    spent = {row: [] for row, _, _ in rows}
-    for turn in range(6):  # in turns; the first one warms up
-        for row, model, _ in rows:
-            decode = seconds_of(model.generate, ids, s.tokens + 1) - seconds_of(model.generate, ids, 1)
+    for row in rows:
+        first[row] = ["", ""]
+        if not s.quick:
+            first[row] = [f"{t:.1f}" for t in first_token(name, row, s)]
+            print(f"  {name}, {row}: first token after {' / '.join(first[row])} s", file=sys.stderr, flush=True)
+    models = {row: variant(name, row, s) for row in rows}
+    spent = {row: [] for row in rows}
+    print(f"  {name}: compiling, then in turns", file=sys.stderr, flush=True)
+    for turn in range(6):  # the first one compiles
+        for row, model in models.items():
+            decode = seconds_of(model.generate, IDS, s.tokens + 1) - seconds_of(model.generate, IDS, 1)
             spent[row] += [decode] if turn else []
     rate = {row: s.tokens / statistics.median(spent[row]) for row in spent}
     print(f"\n{name} shape, {s.threads} thread(s), decode of {s.tokens} tokens after 8, batch 1; random weights")
     print(f"  {'':12s} {'MB memory':>9s} {'MB disk':>8s} {'tokens/s':>9s} {'x eager':>8s} "
           f"{'first token s:':>14s} {'cold':>6s} {'warm':>6s}")
-    for row, model, _ in rows:
+    for row, model in models.items():
         memory, disk = sizes(model)
-        cold, warm = [f"{t:.2f}" for t in first[row] * 2][:2] if not s.quick else ("", "")
         print(f"  {row:12s} {memory / 1e6:9.1f} {disk / 1e6:8.1f} {rate[row]:9.1f} "
-              f"{rate[row] / rate['dense eager']:8.2f} {'':14s} {cold:>6s} {warm:>6s}", flush=True)
+              f"{rate[row] / rate['dense eager']:8.2f} {'':14s} {first[row][0]:>6s} {first[row][1]:>6s}", flush=True)
     if s.no_compile or name == "small":
         return []
     claims = [(f"{name} shape, 4 bits / eager float32", rate["4 bits"] / rate["dense eager"], 4, 8)]
@@ -269,7 +271,8 @@ def options():
              "rotate": "MB of weights each walks through", "tokens": "generated by whole models",
              "shapes": "of single matmuls: all or none",
              "model": f"{', '.join(MODELS)}, all or none",
-             "no_compile": "the eager twin everywhere, and no claims", "quick": "only what a claim is made about"}
+             "no_compile": "the eager twin everywhere, and no claims", "quick": "only what a claim is made about",
+             "first": "a row of a model's table: print the seconds to its first token, and no more"}
     for f in fields(Settings):
         name = "--" + f.name.replace("_", "-")
         if f.type is bool:
@@ -282,17 +285,19 @@ def options():
 def main():
     s = Settings(**vars(options().parse_args()))
     if s.model not in (*MODELS, "all", "none") or s.shapes not in ("all", "none") \
-            or min(s.threads, s.rounds, s.rotate, s.tokens) < 1:
+            or min(s.threads, s.rounds, s.rotate, s.tokens) < 1 \
+            or s.first and (s.model not in MODELS or s.first not in ROWS):
         print(f"error: --model must be one of {', '.join(MODELS)}, all, none, --shapes all or none, "
-              f"and every number at least 1, got {s}", file=sys.stderr)
+              f"--first one of {', '.join(ROWS)} and one model, and every number at least 1, got {s}", file=sys.stderr)
         return 2
     torch.set_num_threads(s.threads)
     names = [] if s.model == "none" else ["gpt2", "smollm2"] if s.model == "all" and s.quick else \
         list(MODELS) if s.model == "all" else [s.model]
-    with torch.no_grad(), tempfile.TemporaryDirectory() as empty:
+    with torch.no_grad():
+        if s.first:
+            print(seconds_of(variant(s.model, s.first, s).generate, IDS, 2))
+            return 0
         claims = matmul_claims(s) if s.shapes == "all" else []
-        if not s.quick:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # cold means cold
         for name in names:
             claims += whole_models(name, s)
     if kernels.compile_failure():
