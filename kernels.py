@@ -481,8 +481,9 @@ def _compiled(f, tensors, dynamic=()):
         graph = make_fx(lambda *given: (f(*given),), select_decomp_table())(*fakes)
     finally:
         _State.tracing = False
+    # the last two let the code be kept on the disk
     with torch._inductor.config.patch(OPTIONS), torch._functorch.config.patch(bundled_autograd_cache=False), \
-            torch._guards.tracing(torch._guards.TracingContext(mode)):  # the last two: the code is kept on the disk too
+            torch._guards.tracing(torch._guards.TracingContext(mode)):
         return compile_fx_inner(graph, fakes).current_callable
 
 
@@ -660,9 +661,11 @@ class Decoder:
         return _or_eager(self.compiled, self.eager, modules, *given)
 
     def eager(self, modules, *given):
+        """What a block, or the final norm and the head, make of the given tensors."""
         return _Step(modules)(*given)
 
     def compiled(self, modules, *given):
+        """The same, by code compiled at the first call for modules and tensors of this kind."""
         name = id(modules[0])
         if name not in self.known:
             step = _Step(modules)
