@@ -474,8 +474,8 @@ def _compiled(f, tensors, dynamic=()):
     sizes = [[DimDynamic.DYNAMIC if dynamic.get(i) == d else DimDynamic.STATIC for d in range(t.dim())]
              for i, t in enumerate(tensors)]
     fakes = [mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(size)) for t, size in zip(tensors, sizes)]
-    # f runs once, on shapes without numbers, and each operation it comes to is recorded: also the one that writes into a
-    # cache, in place. Made functional, as is usual, it would copy the whole cache twice a token.
+    # f runs once, on shapes without numbers, and each operation it comes to is recorded: also the one that writes into
+    # a cache, in place. Made functional, as is usual, it would copy the whole cache twice a token.
     _State.tracing = True
     try:
         graph = make_fx(lambda *given: (f(*given),), select_decomp_table())(*fakes)
