@@ -244,6 +244,14 @@ def test_no_compiler_one_warning_same_numbers(missing, tmp_path):
     assert done.stdout.split() == ["True", "1", "True"], done.stderr
 
 
+def test_an_error_of_another_kind_is_not_taken_for_a_missing_compiler(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+    monkeypatch.setattr(kernels, "_run", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        matmul(torch.ones(1, 20), pack(quantized(40, 20, 4)))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_loop_on_a_gpu():
     p = pack(quantized(40, 100, 4, 32))
@@ -332,25 +340,34 @@ def small_packed_model():
     return gpt
 
 
-def test_compiled_decode_writes_the_same_tokens():
+def test_compiled_decode_writes_the_same_tokens(monkeypatch):
     """One compiled block serves every layer, every prompt and cache size; a wide batch takes the ordinary way."""
     gpt = small_packed_model()
     prompt = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     ids = torch.randint(0, 32, (6, 5), generator=torch.Generator().manual_seed(2))
-    calls = [(ids[:1], 6, None), (ids[:1], 9, None), (ids[1:2, :3], 4, prompt), (ids[2:3], 11, None), (ids, 3, None)]
+    calls = [(ids[:1], 6, None), (ids[:1], 9, None), (ids[1:2, :3], 4, prompt), (ids[2:3], 11, None), (ids, 3, None),
+             (ids[3:5], 7, None)]
     expected = [gpt.generate(i, n, prompt=p) for i, n, p in calls]
     kernels._ready.clear()
+    fused, traced = kernels._fused, []
+    monkeypatch.setattr(kernels, "_fused", lambda x, packed: traced.append(packed.shape) or fused(x, packed))
     kernels.compile_decode(gpt)
     for (i, n, p), want in zip(calls, expected):
         assert torch.equal(gpt.generate(i, n, prompt=p), want)
-    assert len(kernels._ready) == 2  # the head, the block
+    assert len(kernels._ready) == 4  # the head and the block, for one row and for two
+    assert traced == [(32, 16), (16, 16), (16, 32), (32, 16), (16, 16)]  # 2:4 takes the fused loop for one row only
     other = kernels.compile_decode(small_packed_model())  # another model of this kind: its tensors, the same code
     for block in other.blocks:
         block.attn.rope = block.attn.rope.flip(0)
     other.norm.weight.mul_(torch.arange(16.0))
     got, other.decoder = other.generate(ids[2:3], 11), None
     assert torch.equal(got, other.generate(ids[2:3], 11)) and not torch.equal(got, expected[3])
-    assert len(kernels._ready) == 2
+    assert len(kernels._ready) == 4
+    for linear in (other.blocks[1].attn.v, other.blocks[1].attn.o, other.blocks[1].mlp.up):
+        linear.weight.data = linear.weight.mul_(9).T.contiguous().T  # stored in another order
+    other.decoder = None
+    got = other.generate(ids[2:3], 11)
+    assert torch.equal(kernels.compile_decode(other).generate(ids[2:3], 11), got)
     seen = [expected[3].tolist()]
     for change in range(3):  # what no guard looks at any more has to be seen all the same
         if change == 0:
