@@ -99,9 +99,8 @@ class Packed(NamedTuple):
     m positions: then words hold the P * n / m kept ones only, `span` counts those, and `place` says which of its m
     positions each has. Positions are cut into T tiles, the outermost dimension, so short that a tile's part of x stays
     in the fastest cache while all rows pass by. Before the words of a group stand the 32 bits of its scale, so that the
-    loop reads one stream, strictly upwards: that is what a core recognises and reads ahead of. With the scales in a
-    tensor of their own a sixth of the bandwidth was lost; with each scale behind its words, but needed first, a third
-    of the speed at 2 and 3 bits.
+    loop reads one stream, strictly upwards: that is what a core recognises and reads ahead of. Scales in a tensor of
+    their own, or behind the words though needed first, make it lose the thread.
     """
     words: torch.Tensor          # (T, NB, groups of a tile, 1 + words of a group, 16) int32; bits 32: floats, no scale
     zero: torch.Tensor | None    # (NB, G, 16) uint8;   None for float values
@@ -324,9 +323,9 @@ class _Dequantized(torch.autograd.Function):
 #
 #     y_n = sum over g of s_ng * (sum over k in g of q_nk x_k  -  z_ng * sum over k in g of x_k)
 #
-# torch.compile turns the Python below into that loop: the dimension of 16 becomes the vector, the Python loops become
-# a straight-line body, and sums over the same words become one loop nest. To read what it made (search for "_mm",
-# "Vectorized"):
+# Inductor, torch.compile's compiler, turns the Python below into that loop: the dimension of 16 becomes the vector, the
+# Python loops become a straight-line body, and sums over the same words become one loop nest. To read what it made
+# (search for "_mm", "Vectorized"):
 #
 #     TORCH_LOGS=output_code python kernels.py --quick 2>&1 | less
 #
@@ -339,7 +338,7 @@ UNROLL = 32      # positions written out in the loop body; for N:M a fraction of
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
 # Inductor's own limits would store the long expression half-way, and write it out again for each of a few groups, which
 # takes minutes to compile; "fast" lets it multiply and add in one go. It would also look at the sizes of all that is
-# given, at every call: a tenth of the time of a small block.
+# given, at every call.
 OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20,
            "realize_acc_reads_threshold": 1 << 20, "unroll_reductions_threshold": 1,
            "size_asserts": False, "alignment_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
@@ -462,8 +461,8 @@ def _compiled(f, tensors, dynamic=()):
 
     This is torch.compile(f) by hand: record the operations, hand them to Inductor, its compiler. What is left out
     stands between a caller and the code: a dozen Python calls that find out, every time, whether the code fits. Where
-    weights stream through the cache, even Python has to come from memory, and those calls took a sixth of the time of
-    a product. So whoever calls the code has to know that it fits: see what `_run` and `Decoder` take for a key.
+    weights stream through the cache, even Python has to come from memory, and a small product takes no longer than
+    that. So whoever calls the code has to know that it fits: see what `_run` and `Decoder` take for a key.
     """
     from torch._inductor.compile_fx import compile_fx_inner  # here, as these imports take a second
     from torch._inductor.decomposition import select_decomp_table
@@ -704,9 +703,9 @@ def compile_decode(model, enabled=True):
 
     Returns the model.
 
-    The first token waits for the compiler, once a process and kind of block, whatever the size of the cache: five to
-    twenty seconds for a packed model, one or two where its code is on the disk already. The numbers are those of the
-    eager path up to the order of additions.
+    The first token waits for the compiler, once a process and kind of block, whatever the size of the cache;
+    much less where a process before left its code on the disk (python kernels.py prints both). The numbers are those of
+    the eager path up to the order of additions.
     """
     model.decoder = Decoder() if enabled else None
     return model
