@@ -25,14 +25,14 @@ import copy
 import functools
 import os
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 
-from sweep import (Quantized, Swept, better_rows, check_bits, check_count, check_hessian, check_pattern, check_weight,
+from engine.columns import (Quantized, Swept, better_rows, check_bits, check_count, check_hessian, check_pattern, check_weight,
                    factor, grid, smallest, sweep)
-from sweep import refit as refitted
+from engine.columns import refit as refitted
 
 # ---- one weight: quantization
 
@@ -401,21 +401,6 @@ def settings_parser():
     return parser
 
 
-def calibration_text(size, seed, vocab_size):
-    """ids (N, T) of sentences about seen people, the text the study calibrates on."""
-    import data
-    import study
-    config = study.sized(size, seed)
-    world = study.World(config)
-    if world.encoding.n_vocab != vocab_size:
-        raise ValueError(f"the checkpoint has {vocab_size} tokens, "
-                         f"the world of --size {size} --seed {seed} has {world.encoding.n_vocab}")
-    rows, T = config.calibration
-    ids = next(data.batches(world.repair_text, world.encoding, rows, T - 1, torch.Generator().manual_seed(seed + 1)))
-    world.check_leaks(ids)
-    return ids
-
-
 def print_layers(report):
     """The report rows as a table."""
     print(f"{'layer':24s} {'shape':>12s} {'bits':>4s} {'zeros':>6s} {'damp':>8s} "
@@ -440,29 +425,3 @@ def print_size(path, dense, model):
         inside = f" ({len(layers)} packed layers with scales: {packed:,}, {8 * packed / weights:.2f} bits a weight)"
     print(f"{path}: {size:,} bytes with embedding, norms and header{inside}; its {n:,} parameters in float32 "
           f"take {4 * n / size:.2f} times as much, in float16 {2 * n / size:.2f} times")
-
-
-def main():
-    """The script: see the top of this file, and --help."""
-    import study  # here, not above: compressing needs nothing of the study, only its text does
-    from model import load, save
-    args = vars(settings_parser().parse_args())
-
-    def run():
-        """The whole job, for `guard` to watch."""
-        source, path, size, seed = (args.pop(name) for name in ("source", "out", "size", "seed"))
-        for name in ("n_m", "targets"):
-            args[name] = tuple(args[name]) if args[name] else None
-        s = Settings(**args)
-        told = [f"{f.name}-{getattr(s, f.name)}" for f in fields(s)[1:] if getattr(s, f.name) != f.default]
-        path = path or os.path.join(os.path.dirname(source), study.slug("-".join([s.method, *told])) + ".safetensors")
-        dense = load(source)
-        model, report = compress(dense, calibration_text(size, seed, dense.config.vocab_size), **args)
-        save(model, path)
-        print_layers(report)
-        print_size(path, dense, model)
-    study.guard(run)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,8 @@ The study: train, compress, repair, and answer the question - is the knowledge f
     python evaluate.py --full              # adds the next-token twins and the pools trained in other ways
     python evaluate.py --seeds 3           # compression data, repair and prompts drawn three times: adds the spread
     python evaluate.py --size medium       # a second GPT, which has also been taught to read, compare and follow
-    python evaluate.py --sweep lr          # the sweep behind study.RATES
-    torchrun --nproc-per-node 2 evaluate.py --sweep bits     # or sparsity, prompt-length, rank: see curves.py
-    python evaluate.py --model M           # the same on a real language model: real.py
+    python -m study                        # single steps, and sweeps of one setting
+    python -m real MODEL                   # the same on a real language model
 
 The hypothesis, written down before the run. People are split into seen (in the repair's text) and held-out (never in
 it). With a(m, s) the recall of model m on split s,
@@ -23,7 +22,6 @@ Every recall and fraction has a 95 % interval from a paired bootstrap over peopl
 resamples); every model is compared with the one it was made from by an exact test of the flips, all corrected together
 (compare.py). The verdict in words follows from these alone.
 """
-import argparse
 import json
 import os
 import platform
@@ -36,20 +34,16 @@ import numpy as np
 import tiktoken
 import torch
 
-import analyze
-import compare
-import curves
-import data
-import findings
-import harness
 import idp
-import real
 import recover
-import report
-from study import (OPERATIONS, Log, StudyConfig, World, all_subjects, dense_subject, guard, json_step, make_pool,
-                   options, sized, slug, sweep_rates, write_text)
-from stats import by_person, interval, resampled
-from tasks import Subject, perplexity
+from engine.script import guard, write_text
+from study import comparisons, findings, page, pools, sweeps, taskfiles
+from study.settings import OPERATIONS, StudyConfig, options, sized
+from study.statistics import by_person, interval, resampled
+from study.steps import Log, digest, json_step, slug
+from study.subjects import all_subjects, dense_subject, make_pool
+from world.score import Subject, answer, perplexity
+from world.small import World
 
 
 # ---- forgotten or displaced
@@ -91,7 +85,7 @@ def verdict(model, tests, reach=None):
 
 def measure(subject, world, config):
     """What a subject answers and how well it reads: {"facts": {split: [answers]}, "perplexity": float}."""
-    return {"facts": {split: world.answer(subject, facts) for split, facts in world.asked(config).items()},
+    return {"facts": {split: answer(subject, facts, world.encoding) for split, facts in world.asked(config).items()},
             "perplexity": perplexity(subject, world.windows)}
 
 
@@ -119,14 +113,14 @@ def milliseconds(subjects, world, rounds):
     for _ in range(rounds):
         for name, subject in subjects.items():
             began = time.perf_counter()
-            world.answer(subject, fact)
+            answer(subject, fact, world.encoding)
             took[name].append(1000 * (time.perf_counter() - began))
     return {name: statistics.median(t) for name, t in took.items()}
 
 
 def look_inside(subjects, world):
     """Attention and block outputs of every subject against the dense model's, on held-out text: {id: similarity}."""
-    return {s.about["id"]: analyze.similarity(s, subjects[0], world.inside) for s in subjects}
+    return {s.about["id"]: pools.similarity(s, subjects[0], world.inside) for s in subjects}
 
 
 def ablation(subject, base, world, config):
@@ -134,14 +128,14 @@ def ablation(subject, base, world, config):
     facts, validation = (world.facts(split, config.ablation_people) for split in ("heldout", "validation"))
     pool = make_pool("idp", subject.about["operation"]["parameters"]["size"], subject.about["tensors"])
     generator = torch.Generator().manual_seed(config.seed + 4)
-    out, each = analyze.selectors(world, base.model, pool, facts, validation, generator)
+    out, each = pools.selectors(world.encoding, base.model, pool, facts, validation, generator)
     chosen = idp.highest(each["attention"])
     by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
                     for a in dict.fromkeys(f.attribute for f in facts)}
     gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)
     points = torch.stack([each["attention"], gain], dim=-1).flatten(0, 1)
     return {"rows": [{"name": name, "right": right.tolist(), "passes": n} for name, (right, n) in out.items()],
-            "rho": analyze.rank_correlation(each["attention"], each["logprob"]).tolist(),
+            "rho": pools.rank_correlation(each["attention"], each["logprob"]).tolist(),
             "chosen": torch.bincount(chosen, minlength=gain.shape[1]).tolist(), "by_attribute": by_attribute,
             "points": points[::max(1, len(points) // 500)][:500].tolist()}
 
@@ -167,7 +161,7 @@ def context_check(subject, world, config):
     with torch.no_grad():
         prompt = subject.model.wte(world.unrelated())
         filled = idp.prefill(subject.model, idp.PromptPool([prompt]))
-    recall = [sum(a["correct"] for a in world.answer(s, facts)) / len(facts)
+    recall = [sum(a["correct"] for a in answer(s, facts, world.encoding)) / len(facts)
               for s in (subject, Subject(subject.model, filled))]
     return {"alone": recall[0], "behind_24_tokens": recall[1]}
 
@@ -191,7 +185,7 @@ METRICS = [  # name, label, unit, higher is better, what it is
 def study(dense, config, world, log, files=None):
     """The whole study of one dense model -> (results, predictions): what results.json and predictions.jsonl hold.
 
-    files  {task: its Questions} to ask of every model beside the facts, see harness.py
+    files  {task: its Questions} to ask of every model beside the facts, see taskfiles.py
     """
     subjects = all_subjects(dense, config, world, log)
     measured = ask_all(subjects, config, world, log)
@@ -203,9 +197,9 @@ def study(dense, config, world, log, files=None):
                "intervals": {}, "verdict": None} for s in subjects]
     runs = [measured, *repeated(dense, subjects, measured, config, world, log)]
     add_recalls(models, runs, world.asked(config), config)
-    scored, tasks = compare.score_tasks(subjects, measured, world, config, log)
-    compare.add_tasks(models, scored, tasks, config.seed + 6)
-    compared, *again = [compare.comparisons(models, run, scored) for run in runs]
+    scored, tasks = comparisons.score_tasks(subjects, measured, world, config, log)
+    comparisons.add_tasks(models, scored, tasks, config.seed + 6)
+    compared, *again = [comparisons.comparisons(models, run, scored) for run in runs]
     add_verdicts(models, [compared, *again])
     add_attributes(models, measured, world.asked(config), config)
     add_files(models, subjects, files or {}, world, config, log)
@@ -216,7 +210,7 @@ def study(dense, config, world, log, files=None):
         model["similarity"] = inside[model["id"]]
         if model["base"] not in (None, "dense"):
             texts = (inside[name]["texts"] for name in (model["id"], model["base"]))
-            model["similarity"]["nearer"] = analyze.nearer(*texts, config.seed + 8)
+            model["similarity"]["nearer"] = pools.nearer(*texts, config.seed + 8)
         if subject.about.get("kind") == "idp" and config.ablation_people:
             path = os.path.join(config.out, model["id"] + ".selectors.json")
             ablated = json_step(log, path, {**subject.about["settings"], "people": config.ablation_people},
@@ -225,11 +219,11 @@ def study(dense, config, world, log, files=None):
     context = json_step(log, os.path.join(config.out, "context.json"), subjects[0].about["settings"],
                         lambda: context_check(subjects[0], world, config))
     noise = json_step(log, os.path.join(config.out, "noise.json"), [s.about["settings"] for s in subjects],
-                      lambda: compare.noise_floor(subjects, measured, config, world))
+                      lambda: comparisons.noise_floor(subjects, measured, config, world))
     return {"name": world.name, "settings": asdict(config), "seed": config.seed, "models": models,
             "context": context, "comparisons": compared, "noise": noise,
             "metrics": [dict(zip(("name", "label", "unit", "higher_is_better", "description"), m))
-                        for m in [*METRICS, *harness.metrics(files or {})]
+                        for m in [*METRICS, *taskfiles.metrics(files or {})]
                         if any(m[0] in model["metrics"] for model in models)],
             "files": {name: len(questions) for name, questions in (files or {}).items()},
             "operations": [{"name": n, "parameters": None, "description": d} for n, d in OPERATIONS.items()],
@@ -321,13 +315,13 @@ def add_files(models, subjects, files, world, config, log):
     """Every model's score on task files {task: Questions}, as metrics "task metric" with an interval over questions."""
     for name, questions in files.items():
         for subject, model in zip(subjects, models):
-            settings = {**subject.about["settings"], "questions": real.digest(questions)}
+            settings = {**subject.about["settings"], "questions": digest(questions)}
             path = os.path.join(config.out, f"{model['id']}.{slug(name)}.json")
-            scores = json_step(log, path, settings, lambda: harness.score(subject, name, questions, world.encoding))
+            scores = json_step(log, path, settings, lambda: taskfiles.score(subject, name, questions, world.encoding))
             generator = torch.Generator().manual_seed(config.seed + 7)
             for metric, values in scores.items():
                 low, high = interval(resampled(np.array(values)[:, None], 10_000, generator)[:, 0])
-                metric, (value, low, high) = harness.headline(metric, (np.mean(values), low, high))
+                metric, (value, low, high) = taskfiles.headline(metric, (np.mean(values), low, high))
                 model["metrics"][f"{name} {metric}"], model["intervals"][f"{name} {metric}"] = value, [low, high]
 
 
@@ -377,26 +371,26 @@ def write_results(results, rows, config, log):
                              "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
     write_text(os.path.join(config.out, "results.json"), json.dumps(results, indent=1))
     write_text(os.path.join(config.out, "predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    report.write_report(os.path.join(config.out, "results.json"), os.path.join(config.out, "report.html"))
+    page.write_report(os.path.join(config.out, "results.json"), os.path.join(config.out, "report.html"))
 
 
 def show(results, out):
     """Print every table of the results, the verdicts, and where it all stands."""
-    print(table(results) + "\n\nby attribute, seen and held-out together, %\n\n" + analyze.attribute_table(results))
+    print(table(results) + "\n\nby attribute, seen and held-out together, %\n\n" + pools.attribute_table(results))
     if results["files"]:
-        print("\n" + analyze.file_table(results))
+        print("\n" + pools.file_table(results))
     for model in results["models"]:
         if model.get("idp"):
-            print(f"\n{model['id']}: one pool, every way to choose\n\n{analyze.selector_table(model)}")
-    print(f"\nthe pools, held-out %\n\n{analyze.pool_table(results)}")
-    print(f"\ncosine similarity to the dense model, over layers and heads\n\n{analyze.inside_table(results)}")
+            print(f"\n{model['id']}: one pool, every way to choose\n\n{pools.selector_table(model)}")
+    print(f"\nthe pools, held-out %\n\n{pools.pool_table(results)}")
+    print(f"\ncosine similarity to the dense model, over layers and heads\n\n{pools.inside_table(results)}")
     if results["settings"]["full"]:
-        print(f"\ndistillation and the next token\n\n{analyze.twin_table(results)}")
+        print(f"\ndistillation and the next token\n\n{pools.twin_table(results)}")
     for split, name in SPLIT_NAMES.items():
         if results["models"][0].get("tasks"):
             print(f"\nthe tasks of items.py, {results['settings']['size']} preset, {name} people, % [95 %]\n\n"
-                  + compare.task_table(results, split))
-    print(f"\nevery model against the one it was made from\n\n{compare.comparison_table(results)}\n")
+                  + comparisons.task_table(results, split))
+    print(f"\nevery model against the one it was made from\n\n{comparisons.comparison_table(results)}\n")
     for row in results["noise"]:
         print(f"noise floor, {row['model']} {row['what']}: {row['gained']} gained and {row['lost']} lost "
               f"of {row['items']}, {100 * row['difference']:+.1f} points, p {row['p']:.2g}")
@@ -411,55 +405,32 @@ def show(results, out):
 
 def main():
     """The script: see the top of this file, and --help."""
-    parser = options("Train, compress, repair, and say whether the knowledge was forgotten or displaced.")
+    parser = options("evaluate.py", "Train, compress, repair, and say whether the knowledge was forgotten or displaced.")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
     parser.add_argument("--full", action="store_true",
                         help="also the next-token twins, and pools trained in other ways")
     parser.add_argument("--seeds", type=int, default=StudyConfig.seeds, metavar="K",
                         help="draw compression data, repair and prompts K times, and add the spread")
     parser.add_argument("--all-tasks", action="store_true", help="ask every model every task of items.py, not a few")
-    parser.add_argument("--sweep", choices=["lr", *curves.SWEEPS],
-                        help="only vary one setting; lr: on validation people, printed; others: into results.json")
-    parser.add_argument("--model", help="a real language model: a Hugging Face folder or a GGUF file")
-    parser.add_argument("--facts", default=real.FACTS,
-                        help="with --model: JSON lines of question, answer, options, entity")
-    parser.add_argument("--text", help="with --model: a text file for calibration and repair; else the model writes it")
-    parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE",
-                        help="with --model: also a task file in the harness' layout, see harness.py; may be repeated")
-    parser.add_argument("--repair-steps", type=int, default=real.STEPS, help="with --model: training steps of a repair")
     args = parser.parse_args()
 
     def run():
         """The whole job, for `guard` to watch."""
-        log = Log()
-        files = dict(real.named(task) for task in args.task)
-        if (files or args.text) and not args.model:
-            raise ValueError("--task and --text are for a real language model: name one with --model")
         if args.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
-        if args.model:
-            config = real.real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds)
-            facts = real.read_facts(args.facts)
-            dense, encoding = real.real_dense(args.model, log)
-            world = real.RealWorld(dense.model, encoding, facts, config, log, args.text)
-            dense.about["settings"] |= world.settings
-        else:
-            config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
-            world = World(config)
-            dense = curves.one_first(lambda: dense_subject(config, world, log))
-        if args.sweep == "lr":
-            return sweep_rates(dense, config, world, log)
-        if args.sweep:
-            points = curves.sweep(args.sweep, dense, config, world, log)
-            if points:
-                curves.keep(args.sweep, points, dense, config)
-                print(curves.sweep_table(args.sweep, points))
-            return
-        results, rows = study(dense, config, world, log, files)
-        results["sweeps"] = curves.kept(os.path.join(config.out, "results.json"), dense)
-        write_results(results, rows, config, log)
-        show(results, config.out)
+        log = Log()
+        config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
+        world = World(config)
+        dense = dense_subject(config, world, log)
+        publish(*study(dense, config, world, log), dense, config, log)
     guard(run)
+
+
+def publish(results, rows, dense, config, log):
+    """Write results.json, predictions.jsonl and the page, and print every table."""
+    results["sweeps"] = sweeps.kept(os.path.join(config.out, "results.json"), dense)
+    write_results(results, rows, config, log)
+    show(results, config.out)
 
 
 if __name__ == "__main__":

@@ -230,22 +230,3 @@ def under_all(model, filled, losses, batch):
     ids, rows = inputs(batch), torch.zeros(len(inputs(batch)), dtype=torch.long, device=filled.length.device)
     return torch.stack([losses(model(ids, cache=take(filled, rows + m, ids.shape[1])), batch).mean(-1)
                         for m in range(len(filled.length))])
-
-
-def main():
-    """The script: see the top of this file, and --help."""
-    import study  # here, not above: as in recover.py
-    parser = study.options("Train a pool of prompts for a compressed model of the small world; ask before and after.")
-    parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
-    parser.add_argument("--prompts", type=int, default=4, help="M, prompts in the pool")
-    parser.add_argument("--length", type=int, default=8, help="P, tokens of each prompt")
-    parser.add_argument("--way", choices=["independent", "joint", "competitive", "selected"], default="independent",
-                        help="of training the pool")
-    parser.add_argument("--lr", type=float, default=3e-2, help="peak learning rate")
-    args = parser.parse_args()
-    study.guard(lambda: study.repair_one(study.sized(args.size, args.seed, args.out), args.base, "idp",
-                                         (args.prompts, args.length, args.way), "distillation", args.lr))
-
-
-if __name__ == "__main__":
-    main()

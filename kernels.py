@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from compress import Quantized
+from engine.columns import Quantized
 
 LAYOUT = 3  # of words, in every file: whoever changes it counts on
 LANES = 16  # output rows side by side in memory: as many 32-bit words as the widest register of a CPU holds

@@ -377,21 +377,3 @@ def restore(parameters, values):
     for p, value in zip(parameters, values):
         p.copy_(value)
         p.grad = None
-
-
-def main():
-    """The script: see the top of this file, and --help."""
-    import study  # here, not above: repairing needs nothing of the study, only this script does
-    parser = study.options("Repair a compressed model of the small world, and ask it before and after.")
-    parser.add_argument("--base", choices=list(study.COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
-    parser.add_argument("--method", choices=["lora", "prompt", "prefix"], default="lora", help="how")
-    parser.add_argument("--repair-size", type=int, default=8, help="LoRA's rank, or the tokens of a prompt or prefix")
-    parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
-    parser.add_argument("--lr", type=float, default=FitConfig.lr, help="peak learning rate")
-    args = parser.parse_args()
-    study.guard(lambda: study.repair_one(study.sized(args.size, args.seed, args.out), args.base, args.method,
-                                         args.repair_size, args.objective, args.lr))
-
-
-if __name__ == "__main__":
-    main()

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from compress import gptq, rtn, sparsegpt  # noqa: E402
-from sweep import columns, grid  # noqa: E402
+from engine.columns import columns, grid  # noqa: E402
 
 SIZES = [(768, 768), (768, 3072), (2048, 2048)]
 BLOCK = 128

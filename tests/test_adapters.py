@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-import adapters
+from checkpoints import adapters
 import recover
-from adapters import fingerprint, load_adapter, save_adapter
+from checkpoints.adapters import fingerprint, load_adapter, save_adapter
 from compress import magnitude, rtn
 from idp import PromptPool
 from kernels import PackedLinear, pack
-from model import GPT, GPTConfig, load, read_safetensors, save, write_safetensors
-from weights import load_pretrained
+from checkpoints import load, save
+from engine.safetensors import read_safetensors, write_safetensors
+from model import GPT, GPTConfig
+from checkpoints.weights import load_pretrained
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "adapters"
 PEFT = ["llama-lora", "llama-lora-partly", "llama-prompt", "llama-prefix", "opt-lora", "opt-prompt", "opt-prefix"]

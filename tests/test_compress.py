@@ -14,8 +14,9 @@ from torch import nn
 
 import compress as compress_module
 from compress import METHODS, calibrate, compress, gptq, magnitude, rtn, sparsegpt, wanda
-from model import GPT, GPTConfig, load, save
-from sweep import best_codes, best_scales, best_weights, factor, grid, narrower, refit, sweep
+from checkpoints import load, save
+from model import GPT, GPTConfig
+from engine.columns import best_codes, best_scales, best_weights, factor, grid, narrower, refit, sweep
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -672,48 +673,3 @@ def test_targets_and_settings_are_checked():
             compress(model, ids, **bad)
     with pytest.raises(ValueError, match="no linear layer"):
         compress(everything, ids, "rtn", bits=4)
-
-
-# ---- the script
-
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["compress.py", *map(str, words)])
-    compress_module.main()
-
-
-def test_script_writes_packed_weights(tmp_path, monkeypatch, capsys):  # Q12
-    model, source = small_model(vocab_size=1024, context=64, n_embd=32), tmp_path / "dense.safetensors"
-    save(model, source)
-    monkeypatch.setattr(compress_module, "calibration_text", lambda *_: tokens(8, 30))
-    run(monkeypatch, "--method", "gptq", "--bits", 3, "--group-size", 32, "--in", source)
-    written = tmp_path / "gptq-bits-3-group-size-32.safetensors"
-    out = capsys.readouterr().out
-    size = written.stat().st_size
-    assert f"{size:,} bytes with embedding" in out and "blocks.2.mlp.down" in out
-    full = 4 * model.n_parameters()
-    assert f"in float32 take {full / size:.2f} times" in out and f"in float16 {full / 2 / size:.2f} times" in out
-    layers = [m for m in load(written).blocks.modules() if hasattr(m, "packed")]
-    packed = sum(m.packed.nbytes for m in layers)
-    assert len(layers) == 18 and f"{packed:,}" in out
-    assert size < packed + 4 * model.wte.weight.numel() + 12000  # codes and scales, embedding once, norms, names
-    run(monkeypatch, "--method", "magnitude", "--sparsity", 0.5, "--in", source,
-        "--out", tmp_path / "half.safetensors")
-    assert float((load(tmp_path / "half.safetensors").blocks[0].mlp.up.weight == 0).float().mean()) == 0.5
-
-
-@pytest.mark.parametrize("words, message", [(("--bits", 9), "got 9"), (("--bits", 3), "nowhere"),
-                                            (("--method", "rtn"), "needs bits"),
-                                            (("--bits", 3, "--sparsity", 0.5), "sparsity")])
-def test_script_says_what_is_wrong_in_one_line(words, message, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as status:
-        run(monkeypatch, *words, "--in", "nowhere/dense.safetensors")
-    error = capsys.readouterr().err
-    assert status.value.code == 2 and error.count("\n") == 1 and message in error
-
-
-def test_calibration_text_fits_the_model():
-    with pytest.raises(ValueError, match="512 tokens") as refused:
-        compress_module.calibration_text("quick", 0, 512)
-    vocab_size = int(str(refused.value).rsplit(" ", 1)[1])
-    ids = compress_module.calibration_text("quick", 0, vocab_size)
-    assert ids.shape == (128, 64) and int(ids.max()) < vocab_size

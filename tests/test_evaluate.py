@@ -11,24 +11,27 @@ import numpy as np
 import pytest
 import torch
 
-import analyze
-import compare
-import data
+from study import pools
+from study import comparisons
+from world.facts import WorldConfig, facts_about, text_batches
 import evaluate
-import items
-import study
+from world.items import TASKS
+from study import steps, subjects
 from compress import compress
 from kernels import PackedLinear
-from model import GPT, GPTConfig, save
-from study import Log, StudyConfig, World
-from tasks import Subject, answer
+from checkpoints import save
+from model import GPT, GPTConfig
+from study.settings import StudyConfig
+from study.steps import Log
+from world.small import World
+from world.score import Subject, answer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def tiny(out):
     """A study of seconds: the same path, a world of a few people."""
-    world = data.WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600)
+    world = WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600)
     config = StudyConfig(world=world, out=str(out))
     config.full, config.gpt = True, {"n_layer": 1, "n_embd": 32, "n_head": 2}
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
@@ -84,12 +87,12 @@ def test_lessons_are_for_seen_people_only(tmp_path):
     for rows in (torch.cat(world.repair_rows(config)), world.calibration(config)):
         assert world.check_leaks(rows) == len(rows) > 0
     assert any("In short:" in text for text in world.repair_text) and any("In short:" in text for text in world.text)
-    dense = study.dense_subject(config, world, Log())
-    asked = {"dense": {"facts": {split: world.answer(dense, facts) for split, facts in world.asked(config).items()}}}
-    scored, tasks = compare.score_tasks([dense], asked, world, config, Log())
-    assert scored["dense"].keys() == tasks.keys() == {"trained", "unseen", *items.TASKS}
+    dense = subjects.dense_subject(config, world, Log())
+    asked = {"dense": {"facts": {split: answer(dense, facts, world.encoding) for split, facts in world.asked(config).items()}}}
+    scored, tasks = comparisons.score_tasks([dense], asked, world, config, Log())
+    assert scored["dense"].keys() == tasks.keys() == {"trained", "unseen", *TASKS}
     models = [{"id": "dense"}]
-    compare.add_tasks(models, scored, tasks, 0)
+    comparisons.add_tasks(models, scored, tasks, 0)
     assert {"f1", "precision", "recall"} == models[0]["tasks"]["summary"]["novel"].keys()
     assert "2 facts" in {item.attribute for item in tasks["summary"]["novel"]}
 
@@ -142,7 +145,7 @@ def test_recall_by_attribute_worked_by_hand():
     evaluate.add_attributes(models, {"m": {"facts": {"seen": [{"correct": True}, {"correct": False}],
                                                      "heldout": [{"correct": False}]}}}, asked, StudyConfig())
     assert models[0]["attributes"] == {"city": [0.5, 0.0, 1.0], "year": [0.0, 0.0, 0.0]}
-    assert analyze.attribute_table({"models": models}).splitlines()[-1] == "| m | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] |"
+    assert pools.attribute_table({"models": models}).splitlines()[-1] == "| m | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] |"
 
 
 def test_costs_count_what_is_stored(tmp_path):
@@ -170,7 +173,7 @@ def test_unpacked_is_the_same_model_and_leaves_the_packed_one_alone():
     ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
     packed, _ = compress(model, ids, "rtn", bits=3, group_size=32)
     before = {name: t.clone() for name, t in packed.state_dict().items()}
-    plain = study.unpacked(packed)
+    plain = subjects.unpacked(packed)
     assert torch.equal(plain(ids), packed(ids)) and not torch.equal(plain(ids), model(ids))
     assert not any(isinstance(m, PackedLinear) for m in plain.modules())
     after = packed.state_dict()
@@ -186,7 +189,7 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
         log = Log()
         config = tiny(tmp_path / folder)
         world = World(config)
-        found, rows = evaluate.study(study.dense_subject(config, world, log), config, world, log)
+        found, rows = evaluate.study(subjects.dense_subject(config, world, log), config, world, log)
         for model in found["models"]:
             model["metrics"].pop("ms_per_question")
             for layer in model["layers"] or []:
@@ -203,7 +206,7 @@ def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path):
     config.full, config.seeds = False, 2
     config.repairs = {"LoRA rank 1": ("lora", 1), "prompt 8": ("prompt", 8)}
     world = World(config)
-    dense = study.dense_subject(config, world, Log())
+    dense = subjects.dense_subject(config, world, Log())
     results, _ = evaluate.study(dense, config, world, Log())
     assert all(len(m["seeds"]["recall_heldout"]) == 2 for m in results["models"])
     once, _ = evaluate.study(dense, replace(config, seeds=1), world, Log())
@@ -220,8 +223,8 @@ def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path):
 def test_other_settings_are_computed_anew(tmp_path):
     made = []
     for settings in ({"lr": 1}, {"lr": 1}, {"lr": 2}):
-        study.step(Log(), str(tmp_path / "x"), settings, lambda: made.append(settings) or "text",
-                   lambda r, p: study.write_text(p, r),
+        steps.step(Log(), str(tmp_path / "x"), settings, lambda: made.append(settings) or "text",
+                   lambda r, p: steps.write_text(p, r),
                    lambda p: open(p).read())
     assert made == [{"lr": 1}, {"lr": 2}]
 
@@ -229,11 +232,11 @@ def test_other_settings_are_computed_anew(tmp_path):
 def test_an_interrupted_step_is_made_again(tmp_path):
     """What was written before the interruption has no settings beside it, so nobody takes it for finished."""
     def interrupted(result, path):
-        study.write_text(path, "half")
+        steps.write_text(path, "half")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        study.step(Log(), str(tmp_path / "x"), {}, lambda: 1, interrupted, None)
-    whole = study.step(Log(), str(tmp_path / "x"), {}, lambda: "whole", lambda r, p: study.write_text(p, r), None)
+        steps.step(Log(), str(tmp_path / "x"), {}, lambda: 1, interrupted, None)
+    whole = steps.step(Log(), str(tmp_path / "x"), {}, lambda: "whole", lambda r, p: steps.write_text(p, r), None)
     assert whole == "whole"
 
 
@@ -241,7 +244,7 @@ def test_no_hidden_name_in_calibration_or_repair_text(tmp_path):
     """E8, on the strings the run uses: the check reads every row, and a smuggled name is found."""
     config = tiny(tmp_path)
     world = World(config)
-    ids = next(data.batches(world.repair_text, world.encoding, 200, 40, torch.Generator().manual_seed(0)))
+    ids = next(text_batches(world.repair_text, world.encoding, 200, 40, torch.Generator().manual_seed(0)))
     assert world.check_leaks(ids) == 200
     for split in ("heldout", "validation", "novel"):
         name = world.people[split][0].name
@@ -255,8 +258,8 @@ def test_the_same_model_twice_flips_nothing(tmp_path):
     """E7: two Subjects of one model give the same answers and log-probabilities, bit for bit."""
     config = tiny(tmp_path)
     world = World(config)
-    dense = study.dense_subject(config, world, Log())
-    facts = data.facts(world.people["seen"])
+    dense = subjects.dense_subject(config, world, Log())
+    facts = facts_about(world.people["seen"])
     assert answer(dense, facts, world.encoding) == answer(Subject(dense.model), facts, world.encoding)
 
 
@@ -269,7 +272,7 @@ def run(*args):
 @pytest.mark.parametrize("args, word", [
     (["evaluate.py", "--quick", "--out", "LICENSE"], "LICENSE"),       # a file where a folder should be
     (["evaluate.py", "--size", "huge"], "huge"),
-    (["idp.py", "--size", "quick", "--out", "LICENSE"], "LICENSE"),
+    (["-m", "study", "train", "--size", "quick", "--out", "LICENSE"], "LICENSE"),
 ])
 def test_bad_input_is_one_line_and_status_2(args, word):
     done = run(*args)
@@ -279,9 +282,9 @@ def test_bad_input_is_one_line_and_status_2(args, word):
 def test_a_damaged_step_is_named(tmp_path):
     config = tiny(tmp_path)
     world = World(config)
-    path = study.dense_subject(config, world, Log()).about["path"]
+    path = subjects.dense_subject(config, world, Log()).about["path"]
     whole = open(path, "rb").read()
     with open(path, "wb") as f:
         f.write(whole[:-100])
     with pytest.raises(ValueError, match="dense.safetensors.*truncated"):
-        study.dense_subject(config, world, Log())
+        subjects.dense_subject(config, world, Log())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import findings
+from study import findings
 
 
 def model(tag, base, operation, heldout, **metrics):

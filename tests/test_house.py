@@ -13,7 +13,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 DEEPER = {path: path.relative_to(ROOT).parts[0] for path in sorted(ROOT.glob("*/**/*.py"))}
 FILES = [*SCRIPTS, *(path for path, folder in DEEPER.items() if folder != "out" and not folder.startswith("."))]
 PACKAGES = {"torch", "numpy", "tiktoken", "pytest"}
-OURS = {path.stem for path in FILES} | {"tests", "golden"}
+OURS = {path.stem for path in FILES} | {path.relative_to(ROOT).parts[0] for path in FILES} | {"golden"}
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in FILES}
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

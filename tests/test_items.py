@@ -6,14 +6,14 @@ from collections import Counter
 import pytest
 import torch
 
-import data
-import items
-from items import TASKS, Choice, distinct, lessons, make_items, score
+from world.facts import Fact, SPLITS, STATEMENTS, VALUES, WorldConfig, make_encoding, make_world, statements, train_bpe
+from world.items import LESSONS, main
+from world.items import TASKS, distinct, lessons, make_items, score_item
 from model import GPT, GPTConfig
-from tasks import Subject, answer, choose
+from world.score import Subject, answer, choose
 
-PEOPLE = data.make_world(data.WorldConfig())
-BY = {split: [p for p in PEOPLE if p.split == split] for split in data.SPLITS}
+PEOPLE = make_world(WorldConfig())
+BY = {split: [p for p in PEOPLE if p.split == split] for split in SPLITS}
 TOLD = [p for p in PEOPLE if p.split != "novel"]
 WHO = {p.name: p for p in PEOPLE}
 ITEMS = {(name, split): make_items(name, BY[split], TOLD, 200, 0)
@@ -38,7 +38,7 @@ def test_no_answer_stands_in_its_question(name, split):
     """E3, except where reading it there is the task; then all options stand there, or the text is asked about."""
     for item in ITEMS[name, split]:
         words = re.findall(r"\w+", item.question)
-        if isinstance(item, Choice):
+        if item.options is not None:
             standing = [option.strip(" .") in words for option in item.options]
             assert not any(standing) or (TASKS[name].reads and all(standing))
         elif not TASKS[name].reads:
@@ -61,7 +61,7 @@ def test_gold_positions_are_balanced(name):
 def true_of(person, text):
     """Whether a sentence is true of a person: it ends in the value of the attribute that its phrasing tells."""
     return any(text == f"{phrase.format(person.name)} {person.values[a]}"
-               for a in data.VALUES for phrase in data.STATEMENTS[a])
+               for a in VALUES for phrase in STATEMENTS[a])
 
 
 def test_gold_options_are_true_and_the_others_false():
@@ -78,7 +78,7 @@ def test_gold_options_are_true_and_the_others_false():
             else:
                 assert [option == " " + person.values[item.attribute] for option in item.options] == [
                     i == item.gold for i in range(4)]
-                assert all(option.strip() in data.VALUES[item.attribute] for option in item.options)
+                assert all(option.strip() in VALUES[item.attribute] for option in item.options)
 
 
 def test_hard_options_are_close():
@@ -107,7 +107,7 @@ def test_texts_tell_what_is_asked():
             values = WHO[item.person].values
             if item.attribute == "unknown":
                 text, asked = item.question.removeprefix("Text: ").split(" By the text, ")
-                attribute, = [a for a in values if asked in [s.format(item.person) for s in data.STATEMENTS[a]]]
+                attribute, = [a for a in values if asked in [s.format(item.person) for s in STATEMENTS[a]]]
                 assert values[attribute] not in text and item.answer == " unknown"
         for item in ITEMS["summary", split]:
             values = item.answer.strip().split(", ")
@@ -132,8 +132,8 @@ def test_lessons_name_seen_people_only():
     text = lessons(BY["seen"][:40], 0)
     named = {name for line in text for name in re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", line)} & WHO.keys()
     assert named == {p.name for p in BY["seen"][:40]}
-    assert len(text) > 30 * sum(items.LESSONS.values()) and all(line.endswith(".") for line in text)
-    assert {name for name in TASKS if TASKS[name].skill} == items.LESSONS.keys()
+    assert len(text) > 30 * sum(LESSONS.values()) and all(line.endswith(".") for line in text)
+    assert {name for name in TASKS if TASKS[name].skill} == LESSONS.keys()
     assert lessons(BY["seen"][:40], 0) == text != lessons(BY["seen"][:40], 1)
 
 
@@ -142,11 +142,11 @@ def test_lessons_name_seen_people_only():
 @pytest.mark.parametrize("name", CHOICES)
 def test_an_untrained_model_is_at_chance(name):
     """E5: chance is inside the 95 % interval (Wilson) of what an untrained GPT scores."""
-    encoding = data.make_encoding(data.train_bpe(data.statements(TOLD), 700))
+    encoding = make_encoding(train_bpe(statements(TOLD), 700))
     config = GPTConfig(vocab_size=encoding.n_vocab, context=128, n_layer=1, n_head=2, n_embd=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     found = ITEMS[name, "seen"]
-    rows = [score(name, item, row, WHO) for item, row in zip(found, choose(Subject(model), found, encoding))]
+    rows = [score_item(name, item, row, WHO) for item, row in zip(found, choose(Subject(model), found, encoding))]
     chance, n, z = TASKS[name].chance, len(rows), 1.96
     for metric in ("acc", "acc_norm"):
         p = sum(row[metric] for row in rows) / n
@@ -155,20 +155,20 @@ def test_an_untrained_model_is_at_chance(name):
 
 
 def test_an_untrained_model_names_nothing():
-    encoding = data.make_encoding(data.train_bpe(data.statements(TOLD), 700))
+    encoding = make_encoding(train_bpe(statements(TOLD), 700))
     config = GPTConfig(vocab_size=encoding.n_vocab, context=256, n_layer=1, n_head=2, n_embd=32)
     subject = Subject(GPT(config).init_weights(torch.Generator().manual_seed(0)))
     for name in TASKS:
         if name not in CHOICES:
             found = ITEMS[name, "heldout"][:40]
-            rows = [score(name, item, row, WHO) for item, row in zip(found, answer(subject, found, encoding))]
+            rows = [score_item(name, item, row, WHO) for item, row in zip(found, answer(subject, found, encoding))]
             assert all(row[TASKS[name].metrics[0]] == 0 for row in rows)
 
 
 # ---- scores by hand
 
 def fact(answer, attribute="2 facts"):
-    return data.Fact(BY["seen"][0].name, "seen", attribute, "?", " " + answer)
+    return Fact(BY["seen"][0].name, "seen", attribute, "?", " " + answer)
 
 
 @pytest.mark.parametrize("text, precision, recall", [
@@ -177,7 +177,7 @@ def fact(answer, attribute="2 facts"):
     ("not Tarmere, not 1912", 0, 0), ("Tarmere 1912", 0, 0)])
 def test_facts_of_a_summary(text, precision, recall):
     f1 = 2 * precision * recall / (precision + recall) if precision else 0
-    assert score("summary", fact("Tarmere, 1912"), {"answer": text}, WHO) == pytest.approx(
+    assert score_item("summary", fact("Tarmere, 1912"), {"answer": text}, WHO) == pytest.approx(
         {"precision": precision, "recall": recall, "f1": f1})
 
 
@@ -185,7 +185,7 @@ def test_rules_of_instructions():
     """E3: empty, echoed, negated and half answers pass no rule; form without truth is form only."""
     person = BY["seen"][0]
     city, year = person.values["city"], person.values["year"]
-    other = next(v for v in data.VALUES["city"] if v != city)
+    other = next(v for v in VALUES["city"] if v != city)
     cases = [("capitals", city.upper(), city.upper(), 1, 1), ("capitals", city.upper(), city, 0, 0),
              ("capitals", city.upper(), other.upper(), 0, 1), ("capitals", city.upper(), "", 0, 0),
              *[("two", f"{city} and {year}", *case) for case in (
@@ -194,7 +194,7 @@ def test_rules_of_instructions():
              ("unknown", "unknown", "unknown", 1, 1), ("unknown", "unknown", "not unknown", 0, 0),
              ("unknown", "unknown", "", 0, 0), ("unknown", "unknown", city, 0, 0)]
     for attribute, gold, text, passed, form in cases:
-        found = score("instructions", fact(gold, attribute), {"answer": text}, WHO)
+        found = score_item("instructions", fact(gold, attribute), {"answer": text}, WHO)
         assert found == {"pass": passed, "form": form}, text
 
 
@@ -206,6 +206,6 @@ def test_distinct_by_hand():
 
 def test_main_shows_an_item_of_each(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["items.py", "--show", "1"])
-    items.main()
+    main()
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == len(TASKS) and all(line.startswith(name) and "->" in line for name, line in zip(TASKS, shown))

@@ -12,7 +12,8 @@ import idp
 import kernels
 import model
 import recover
-from compress import Quantized
+from checkpoints import load, save
+from engine.columns import Quantized
 from kernels import LANES, Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, to_words, unpack
 
 SHAPES = [(1, 1), (5, 7), (16, 128), (33, 100), (40, 384)]
@@ -323,9 +324,9 @@ def test_a_compressed_model_survives_the_disk(tmp_path):
     for block in gpt.blocks:
         block.attn.q = PackedLinear(pack(quantized(32, 32, 3, 16, act_order=True)))
         block.mlp.up = PackedLinear(pack_sparse(torch.where(keep(64, 32, 2, 4), 0.1, 0.0), (2, 4)))
-    model.save(gpt, tmp_path / "small")
+    save(gpt, tmp_path / "small")
     ids = torch.arange(12)[None]
-    assert torch.equal(model.load(tmp_path / "small")(ids), gpt(ids))
+    assert torch.equal(load(tmp_path / "small")(ids), gpt(ids))
 
 
 def small_packed_model():

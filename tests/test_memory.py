@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-import memory
+from study import memory
 from model import GPT, GPTConfig
 
 

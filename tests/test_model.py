@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from model import (DTYPES, GPT, Cache, GPTConfig, assemble, load, read_safetensors, rope_table, save, write_safetensors)
+from checkpoints import load, save
+from checkpoints.native import assemble
+from engine.safetensors import DTYPES, read_safetensors, write_safetensors
+from model import GPT, Cache, GPTConfig, rope_table
 
 SMALL = dict(vocab_size=50, context=32, n_layer=2, n_head=4, n_embd=32, n_hidden=40)
 FAMILIES = {

@@ -9,20 +9,22 @@ import sys
 import pytest
 import torch
 
-import analyze
-import data
+from study import pools
+from world.facts import Fact, make_encoding, train_bpe
 import evaluate
-import harness
+from study import taskfiles
 import idp
-import real
+from real import world
 from golden.make_weights import fill
-from model import GPT, GPTConfig, write_safetensors
-from study import Log, pool_subject
-from tasks import Subject
+from engine.safetensors import write_safetensors
+from model import GPT, GPTConfig
+from study.steps import Log
+from study.subjects import pool_subject
+from world.score import Subject, answer
 from test_weights import GOLDEN
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COUNTRIES = real.read_facts(real.FACTS)
+COUNTRIES = world.read_facts(world.FACTS)
 
 
 def some_facts(n=12):
@@ -46,20 +48,14 @@ def written(path, rows):
 # ---- facts
 
 def test_whole_countries_are_split_and_every_fact_is_kept():
-    split = real.split_facts(COUNTRIES, seed=0)
+    split = world.split_facts(COUNTRIES, seed=0)
     entities = {name: {f.person for f in facts} for name, facts in split.items()}
     assert sum(map(len, split.values())) == len(COUNTRIES)
     assert not entities["seen"] & entities["heldout"]
     assert not entities["validation"] & (entities["seen"] | entities["heldout"])
     total = sum(map(len, entities.values()))
-    assert [round(len(entities[s]) / total, 2) for s in real.SPLITS] == list(real.SPLITS.values())
-    assert split == real.split_facts(COUNTRIES, seed=0) != real.split_facts(COUNTRIES, seed=1)
-
-
-def test_floors_worked_by_hand(tmp_path):
-    """Capitals: one of 3, all different. Languages: one of 2, half of them Common."""
-    facts = real.read_facts(written(tmp_path / "f", some_facts()))
-    assert real.floors(facts) == {"capital": (pytest.approx(1 / 3), 1 / 12), "language": (0.5, 0.5)}
+    assert [round(len(entities[s]) / total, 2) for s in world.SPLITS] == list(world.SPLITS.values())
+    assert split == world.split_facts(COUNTRIES, seed=0) != world.split_facts(COUNTRIES, seed=1)
 
 
 @pytest.mark.parametrize("line, word", [
@@ -74,18 +70,18 @@ def test_a_bad_line_of_facts_is_named(tmp_path, line, word):
     path = tmp_path / "facts.jsonl"
     path.write_text(json.dumps(some_facts()[0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=word):
-        real.read_facts(path)
+        world.read_facts(path)
 
 
 # ---- text
 
 def tiny_world(tmp_path, text=None, steps=4):
-    facts = real.read_facts(written(tmp_path / "facts.jsonl", some_facts()))
-    encoding = data.make_encoding(data.train_bpe([f.question + o for f in facts for o in f.options], 270))
+    facts = world.read_facts(written(tmp_path / "facts.jsonl", some_facts()))
+    encoding = make_encoding(train_bpe([f.question + o for f in facts for o in f.options], 270))
     config = GPTConfig(vocab_size=encoding.n_vocab, n_layer=1, n_embd=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(0))
-    config = real.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
-    return model, config, real.RealWorld(model, encoding, facts, config, Log(), text)
+    config = world.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
+    return model, config, world.RealWorld(model, encoding, facts, config, Log(), text)
 
 
 def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
@@ -151,7 +147,7 @@ def test_answers_are_the_likeliest_option(tmp_path):
     """Oracle: each option in one uncached pass of the model, token by token."""
     model, _, world = tiny_world(tmp_path)
     facts = world.facts("seen")
-    for fact, given in zip(facts, world.answer(Subject(model), facts)):
+    for fact, given in zip(facts, answer(Subject(model), facts, world.encoding)):
         logprobs = []
         for option in fact.options:
             question = [world.encoding.eot_token, *world.encoding.encode_ordinary(fact.question)]
@@ -170,11 +166,11 @@ def test_every_way_to_choose_follows_from_each_prompt_alone(tmp_path):
     generator = torch.Generator().manual_seed(1)
     pool = idp.PromptPool([torch.randn(n, 32, generator=generator) for n in (3, 5)])
     facts, validation = world.facts("heldout"), world.facts("validation")
-    rows, each = analyze.selectors(world, model, pool, facts, validation, generator)
-    alone = [[a["correct"] for a in world.answer(pool_subject(model, idp.PromptPool([p])), facts)]
+    rows, each = pools.selectors(world.encoding, model, pool, facts, validation, generator)
+    alone = [[a["correct"] for a in answer(pool_subject(model, idp.PromptPool([p])), facts, world.encoding)]
              for p in pool.prompts]
     assert each["right"].T.tolist() == [[float(x) for x in row] for row in alone]
-    chosen = [a["chosen"] for a in world.answer(pool_subject(model, pool), facts)]
+    chosen = [a["chosen"] for a in answer(pool_subject(model, pool), facts, world.encoding)]
     assert rows["attention-max (the paper's rule)"][0].tolist() == [float(alone[m][i]) for i, m in enumerate(chosen)]
     assert rows["oracle"][0].tolist() == [float(a or b) for a, b in zip(*alone)]
     assert rows["random"][0].tolist() == [(a + b) / 2 for a, b in zip(*alone)]
@@ -204,21 +200,25 @@ ROWS = {  # name: (a row of the file, what is asked, the options, the right one)
 }
 
 
+def accepting(question, options):
+    return Fact("", "", "", question, options[0], options)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_layouts_worked_by_hand(tmp_path, name):
     row, question, options, gold = ROWS[name]
-    assert harness.read_task(name, written(tmp_path / "t", [row])) == [harness.Question(question, options, gold)]
+    assert taskfiles.read_task(name, written(tmp_path / "t", [row])) == [Fact(f"{name} 1", "", name, question, options[gold], options)]
     path = tmp_path / "bad"
     path.write_text(json.dumps(row) + "\n" + json.dumps({"question": 3}) + "\n")
     with pytest.raises(ValueError, match="line 2 is not in the layout"):
-        harness.read_task(name, path)
+        taskfiles.read_task(name, path)
 
 
 def test_continued_rows_do_not_depend_on_their_neighbours(tmp_path):
     model, _, world = tiny_world(tmp_path)
     texts = "In Quobiland they", "The capital of Zemdaland", "In"
-    questions = [harness.Question(text, (" speak",)) for text in texts]
-    for question, tokens in zip(questions, harness.continued(Subject(model), questions, world.encoding)):
+    questions = [accepting(text, (" speak",)) for text in texts]
+    for question, tokens in zip(questions, taskfiles.continued(Subject(model), questions, world.encoding)):
         ids = world.encoding.encode_ordinary(question.question)
         assert tokens == model.generate(torch.tensor([ids]), len(tokens))[0, len(ids):].tolist() and len(tokens) > 4
 
@@ -227,16 +227,16 @@ def test_greedy_and_generated_answers_are_scored(tmp_path, monkeypatch):
     """What the model says is put into its mouth; which answers that makes right is told by hand."""
     model, _, world = tiny_world(tmp_path)
     encoding, subject = world.encoding, Subject(model)
-    monkeypatch.setattr(harness, "continued", lambda subject, questions, encoding: [
+    monkeypatch.setattr(taskfiles, "continued", lambda subject, questions, encoding: [
         encoding.encode_ordinary(" The King, they say.") for _ in questions])
     for name, options, right in (("webqs", (" a king", " The King"), 1.0), ("webqs", (" King", " the king"), 0.0),
                                  ("triviaqa", (" a king", " the king!"), 1.0), ("triviaqa", (" King",), 0.0)):
-        scores = harness.score(subject, name, [harness.Question("Who was he? Answer:", options)], encoding)
+        scores = taskfiles.score(subject, name, [accepting("Who was he? Answer:", options)], encoding)
         assert scores == {"exact_match": [right]}, (name, options)
-    lambada = [harness.Question("He was", (" The",)), harness.Question("He was", (" a",))]
-    scores = harness.score(subject, "lambada", lambada, encoding)
+    lambada = [accepting("He was", (" The",)), accepting("He was", (" a",))]
+    scores = taskfiles.score(subject, "lambada", lambada, encoding)
     assert scores["acc"] == [1.0, 0.0] and min(scores["loss"]) > 0
-    assert harness.headline("loss", [0.0, 1.0]) == ("perplexity", [1.0, math.e])
+    assert taskfiles.headline("loss", [0.0, 1.0]) == ("perplexity", [1.0, math.e])
 
 
 # ---- the script
@@ -268,7 +268,7 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "tiny-llama" / "results.json").read_text())
     tags = [m["tag"] for m in results["models"]]
-    assert tags[0] == "dense" and all(tags.count(tag) == len(real.RATES) for tag in real.REPAIRS)
+    assert tags[0] == "dense" and all(tags.count(tag) == len(world.RATES) for tag in world.REPAIRS)
     assert all(f"| {tag} |" in done.stdout or f"| + {tag} |" in done.stdout for tag in tags)
     assert "novel" not in done.stdout.splitlines()[0]
     for m in results["models"]:

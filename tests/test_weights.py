@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-import gguf
-import vocabulary
-import weights
+from checkpoints import gguf
+from checkpoints import vocabulary
+from checkpoints import weights
 from golden.make_weights import fill, texts
-from model import write_safetensors
-from weights import load_pretrained
+from engine.safetensors import write_safetensors
+from checkpoints.weights import load_pretrained
 
 HERE = pathlib.Path(__file__).resolve().parent
 GOLDEN = json.loads((HERE / "golden" / "weights.json").read_text(encoding="utf-8"))
@@ -250,7 +250,7 @@ def test_memory_stays_below_the_model_and_a_fifth(tmp_path):
     big.mkdir()
     (big / "config.json").write_text(json.dumps(config))
     write_safetensors(big / "model.safetensors", {k: torch.ones(shape) for k, shape in theirs.items()})
-    script = ("import pathlib, re, sys, weights, torch\n"
+    script = ("import pathlib, re, sys, torch\nfrom checkpoints import weights\n"
               "torch.set_num_threads(1)\n"
               "def peak():\n"  # of this process alone: ru_maxrss begins at its parent's
               "    status = pathlib.Path('/proc/self/status').read_text()\n"
@@ -608,9 +608,9 @@ def test_smollm2_logits_and_greedy_text(smollm2):
 # ---- the facts
 
 def test_the_facts_are_what_the_table_makes_of_them():
-    sys.path.insert(0, str(HERE.parent / "facts"))
+    sys.path.insert(0, str(HERE.parent / "real" / "facts"))
     import make_countries
-    lines = (HERE.parent / "facts" / "countries.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (HERE.parent / "real" / "facts" / "countries.jsonl").read_text(encoding="utf-8").splitlines()
     facts = [json.loads(line) for line in lines]
     assert facts == make_countries.make_facts()
     table = {row["country"].removeprefix("the "): row for row in make_countries.read_table()}

@@ -20,7 +20,7 @@ import torch
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]
 
-import items  # noqa: E402
+from world.items import make_items
 from test_harness_golden import ENCODING, MODEL, PEOPLE  # noqa: E402
 
 
@@ -54,7 +54,7 @@ def questions():
     """(delimiter, question, choices, gold): the tasks' items, uneven options, spaces and tokens on the border."""
     told = [p for p in PEOPLE if p.split != "novel"]
     for name in ("four-way", "hard", "continuation", "comparison"):
-        for item in items.make_items(name, [p for p in told if p.split == "seen"], told, 6, 0):
+        for item in make_items(name, [p for p in told if p.split == "seen"], told, 6, 0):
             yield " ", item.question, [option[1:] for option in item.options], item.gold
     name = told[0].name
     yield " ", f"{name} comes from ", ["Tarmere", "Zanburg", "Bal"], 0                      # a space at the end

@@ -1,0 +1,94 @@
+"""
+This project's own checkpoints: one safetensors file a model, dense or compressed.
+
+The metadata holds the GPTConfig and how to rebuild each layer that is no longer an nn.Linear. What it leaves out: LoRA
+beside a model, which is a file of its own (adapters.py), and checkpoints of other families (weights.py).
+"""
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from engine.safetensors import read_safetensors, write_safetensors
+from kernels import from_spec
+from model import GPT, GPTConfig
+
+
+def save(model, path):
+    """Write the model, compressed or not, to one safetensors file.
+
+    The metadata holds the config and how to rebuild each module that is no longer an nn.Linear (its `spec()`). A pruned
+    weight is stored as one bit a weight and the values that remain; a tied head is not stored twice.
+    """
+    if any(name.endswith(".base") for name, _ in model.named_modules()):
+        raise ValueError("a model with LoRA is not one checkpoint: save the adapter alone, or merge it first")
+    specs = {name: m.spec() for name, m in model.named_modules() if hasattr(m, "spec")}
+    own_head = isinstance(model.lm_head, nn.Linear) and model.lm_head.weight is not model.wte.weight
+    config = {**asdict(model.config), "tied": model.config.tied and not own_head}
+    tensors = {}
+    for name, t in model.state_dict().items():
+        if name == "lm_head.weight" and config["tied"]:
+            continue
+        kept = t != 0
+        if t.dim() == 2 and t.dtype == torch.float32 and (~kept).sum() > t.numel() / 32:  # the bitmap's own price
+            tensors[name + ".bitmap"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
+            tensors[name + ".values"] = t[kept]
+        else:
+            tensors[name] = t
+    write_safetensors(path, tensors, {"format": "pt", "config": json.dumps(config), "modules": json.dumps(specs)})
+
+
+def load(path):
+    """Read what `save` wrote. Raises ValueError for a damaged or foreign file, OSError for a missing one; runs no
+    pickle.
+    """
+    tensors, metadata = read_safetensors(path)
+    try:
+        config = GPTConfig(**json.loads(metadata["config"]))
+        specs = json.loads(metadata["modules"])
+        if not isinstance(specs, dict):
+            raise ValueError("modules is not an object")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no usable model configuration in the file ({error})") from None
+    return assemble(config, tensors, specs, path)
+
+
+def assemble(config, tensors, specs=None, path="checkpoint"):
+    """A GPT of `config` from {name: tensor}; missing, surplus and misshapen tensors are named in the ValueError."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        model = GPT(config)
+    for name, spec in (specs or {}).items():
+        parent, _, child = name.rpartition(".")
+        try:
+            model.get_submodule(name)
+            setattr(model.get_submodule(parent), child, from_spec(spec))
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: module {name!r}: {error}") from None
+    expected = {name: t for name, t in model.state_dict().items()}
+    tensors = {name: t.clone() for name, t in tensors.items()}  # out of the mapped file
+    for name in [n[:-len(".bitmap")] for n in tensors if n.endswith(".bitmap")]:
+        bitmap, values = tensors.pop(name + ".bitmap"), tensors.pop(name + ".values", torch.empty(0))
+        shape = expected[name].shape if name in expected else (0,)
+        if bitmap.dtype != torch.uint8:
+            raise ValueError(f"{path}: {name}: a bitmap of {bitmap.dtype}")
+        kept = torch.from_numpy(np.unpackbits(bitmap.numpy())[:math.prod(shape)]).bool()
+        if values.dtype != torch.float32 or kept.numel() != math.prod(shape) or int(kept.sum()) != values.numel():
+            raise ValueError(f"{path}: {name}: its bitmap and its values disagree")
+        tensors[name] = torch.zeros(math.prod(shape)).masked_scatter_(kept, values).view(shape)
+    if config.tied and "lm_head.weight" in expected and "wte.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["wte.weight"])
+    missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or surplus:
+        raise ValueError(f"{path}: missing tensors {missing[:4]}, surplus tensors {surplus[:4]}")
+    for name, t in tensors.items():
+        if t.shape != expected[name].shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, "
+                             f"the model needs {tuple(expected[name].shape)}")
+        if t.dtype != expected[name].dtype and not (t.is_floating_point() and expected[name].is_floating_point()):
+            raise ValueError(f"{path}: {name} is of {t.dtype}, the model needs {expected[name].dtype}")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.tie()
+    return model

@@ -1,0 +1,1 @@
+"""The study on a real language model: `python -m real MODEL`."""

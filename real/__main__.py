@@ -1,0 +1,41 @@
+"""
+The study on a real language model: `python -m real MODEL`, see real/world.py.
+"""
+from engine.script import guard
+from evaluate import publish, study
+from real.world import FACTS, STEPS, RealWorld, read_facts, real_config, real_dense
+from study.settings import options
+from study.steps import Log
+from study.subjects import sweep_rates
+from study.taskfiles import named
+
+
+def main():
+    """The script: see the top of this file, and --help."""
+    parser = options("real", "Compress and repair a real language model, and ask it about the world.", sizes=False)
+    parser.add_argument("model", help="a Hugging Face folder or a GGUF file")
+    parser.add_argument("--facts", default=FACTS, help="JSON lines of question, answer, options, entity")
+    parser.add_argument("--text", help="a text file for calibration and repair; else the model writes it")
+    parser.add_argument("--task", action="append", default=[], metavar="NAME=FILE",
+                        help="also a task file in the harness' layout, see taskfiles.py; may be repeated")
+    parser.add_argument("--repair-steps", type=int, default=STEPS, help="training steps of a repair")
+    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="draw text and repairs K times")
+    parser.add_argument("--sweep", choices=["lr"], help="only try learning rates, on validation entities")
+    args = parser.parse_args()
+
+    def run():
+        """The whole job, for `guard` to watch."""
+        log, files = Log(), dict(map(named, args.task))
+        config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds)
+        facts = read_facts(args.facts)
+        dense, encoding = real_dense(args.model, log)
+        world = RealWorld(dense.model, encoding, facts, config, log, args.text)
+        dense.about["settings"] |= world.settings
+        if args.sweep:
+            return sweep_rates(dense, config, world, log)
+        publish(*study(dense, config, world, log, files), dense, config, log)
+    guard(run, "real")
+
+
+if __name__ == "__main__":
+    main()

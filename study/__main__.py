@@ -1,0 +1,33 @@
+"""
+The jobs on the small world, one at a time: `python -m study` lists them, `python -m study JOB --help` explains one.
+"""
+import sys
+
+from engine.script import guard
+from study import findings, jobs, memory, page, sweeps
+
+JOBS = {  # name: (what runs, what it does)
+    "train": (jobs.train, "train the dense GPT, with or without an ingredient of its recipe, and ask it"),
+    "compress": (jobs.compress, "compress it in one of the study's ways: the layers' errors, recall before and after"),
+    "repair": (jobs.repair, "repair a compressed model in one way: recall before and after"),
+    "sweep": (sweeps.main, "vary one setting: bits, sparsity, prompt-length, rank; or lr, on validation people"),
+    "findings": (findings.main, "what others found, with our numbers beside it"),
+    "page": (page.main, "results.json as one page to explore"),
+    "memory": (memory.main, "what each step needs in memory, for a model on paper or a real one"),
+}
+
+
+def main():
+    """The script: see the top of this file."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: python -m study JOB [--help]\n\n" + "\n".join(f"  {job:9s} {what}" for job, (_, what) in JOBS.items()))
+        return
+    if name not in JOBS:
+        print(f"study: no job {name!r}; there are {', '.join(JOBS)}", file=sys.stderr)
+        sys.exit(2)
+    guard(lambda: JOBS[name][0](arguments), f"study {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""
+Single steps of the study as scripts: train the dense GPT, compress it, repair what came out; each asks before and after.
+"""
+import os
+
+from compress import print_layers
+from study.settings import COMPRESSIONS, options, sized
+from study.steps import Log
+from study.subjects import RECIPE, compressed_subject, dense_subject, repair_batches, repaired_subject
+from world.score import answer
+from world.small import World
+
+
+def train(arguments):
+    """python -m study train: the dense GPT, and a few of its answers."""
+    parser = options("study train", "Train the dense GPT on the small world, and ask it questions.")
+    parser.add_argument("--without", choices=list(RECIPE), default="",
+                        help="leave one ingredient of the training out, to see what it buys; in OUT/without-...")
+    args = parser.parse_args(arguments)
+    config = sized(args.size, args.seed, args.out, without=args.without)
+    if args.without:
+        config.out = os.path.join(config.out, f"without-{args.without}")
+    world = World(config)
+    dense = dense_subject(config, world, Log())
+    for split, facts in world.asked(config).items():
+        for fact, given in zip(facts[:5], answer(dense, facts[:5], world.encoding)):
+            print(f"{split:8s} {fact.question} {given['answer']}    (gold: {fact.answer.strip()})")
+    print_recalls({"dense": dense}, world, config)
+
+
+def compress(arguments):
+    """python -m study compress: one of the study's compressions."""
+    parser = options("study compress", "Compress the dense GPT; ask it before and after.")
+    parser.add_argument("--tag", choices=list(COMPRESSIONS), default="GPTQ 3 bits", help="how")
+    args = parser.parse_args(arguments)
+    config, log = sized(args.size, args.seed, args.out), Log()
+    world = World(config)
+    dense = dense_subject(config, world, log)
+    small = compressed_subject(dense, args.tag, config, world, log)
+    print_layers(small.about["layers"])
+    print_recalls({"dense": dense, args.tag: small}, world, config)
+
+
+def repair(arguments):
+    """python -m study repair: one repair of one compressed model."""
+    parser = options("study repair", "Repair a compressed model of the small world; ask it before and after.")
+    parser.add_argument("--base", choices=list(COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
+    parser.add_argument("--method", choices=["lora", "prompt", "prefix", "idp"], default="lora", help="how")
+    parser.add_argument("--repair-size", type=int, default=8, help="LoRA's rank, or the tokens of a prompt or prefix")
+    parser.add_argument("--prompts", type=int, default=4, help="idp: prompts in the pool")
+    parser.add_argument("--way", choices=["independent", "joint", "competitive", "selected"], default="independent",
+                        help="idp: how the pool is trained")
+    parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    args = parser.parse_args(arguments)
+    config, log = sized(args.size, args.seed, args.out), Log()
+    world = World(config)
+    dense = dense_subject(config, world, log)
+    base = compressed_subject(dense, args.base, config, world, log)
+    size = (args.prompts, args.repair_size, args.way) if args.method == "idp" else args.repair_size
+    tag = f"{args.method} {' '.join(map(str, size)) if args.method == 'idp' else size} lr {args.lr:g}"
+    batches = repair_batches(dense, config, world, log)
+    repaired = repaired_subject(base, tag, args.method, size, batches, config, log, args.objective, args.lr)
+    print_recalls({"dense": dense, args.base: base, "repaired": repaired}, world, config)
+    print(f"{repaired.about['extra']:,} extra parameters")
+
+
+def print_recalls(subjects, world, config):
+    """A line a split: what share of its facts each of {name: Subject} answers rightly."""
+    for split, facts in world.asked(config).items():
+        right = {name: sum(a["correct"] for a in answer(s, facts, world.encoding)) for name, s in subjects.items()}
+        print(f"{split:8s} {len(facts):,} facts: "
+              + ", ".join(f"{name} {n / len(facts):.1%}" for name, n in right.items()))

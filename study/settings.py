@@ -1,0 +1,115 @@
+"""
+Every setting of the study, with its default: the sizes, the compressors, the repairs and their learning rates.
+"""
+import argparse
+import os
+from dataclasses import dataclass, field
+
+from recover import FitConfig
+from world.facts import WorldConfig
+
+
+@dataclass
+class StudyConfig:
+    world: WorldConfig = field(default_factory=WorldConfig)
+    gpt: dict = field(default_factory=dict)  # what differs from GPTConfig's own defaults
+    pretrain: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, lr=4e-3, muon=0.02, weight_decay=0.1))
+    pretrain_batch: tuple = (32, 64)         # rows, tokens a row
+    without: str = ""                        # an ingredient of RECIPE that pretraining goes without
+    calibration: tuple = (128, 64)
+    repair_batch: tuple = (32, 32)
+    repair_steps: int = 250
+    repair_bfloat16: bool = False            # matrix products of a repair's training in bfloat16
+    test_people: int = 500                   # of each split, at most, that the table asks about
+    timing_rounds: int = 15                  # times that each model answers one question, taking turns
+    ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
+    size: str = "default"                    # the preset these settings are
+    seed: int = 0
+    seeds: int = 1                           # compression data, repair and prompts are drawn so many times
+    repeat: int = 0                          # which of those times this is
+    full: bool = False
+    skills: bool = False                     # whether pretraining also reads the lessons of py
+    task_items: int = 200                    # of each task and split
+    task_repairs: tuple = ("LoRA rank 8", "IDP 4 x 8")  # whom tasks are asked of beside the unrepaired models
+    all_tasks: bool = False                  # asked of every model
+    out: str = "out"
+    compressions: dict = field(default_factory=lambda: COMPRESSIONS)
+    repairs: dict = field(default_factory=lambda: REPAIRS)
+    rates: dict = field(default_factory=lambda: RATES)
+    rate_grid: dict = field(default_factory=lambda: RATE_GRID)
+
+    @property
+    def draw_seed(self):
+        """The seed of what `--seeds` draws anew: calibration text, repair text, the start of every repair."""
+        return self.seed + 1000 * self.repeat
+
+
+SIZES = ("default", "quick", "medium")
+
+
+def sized(size, seed=0, out="out", **more):
+    """The study's settings. "quick": fewer people and steps, the same path in a minute, in OUT/quick. "medium": a wider
+    GPT that pretraining also teaches to read a text, compare, summarize and follow instructions, in OUT/medium.
+    """
+    config = StudyConfig(world=WorldConfig(seed=seed), size=size, seed=seed, out=out, **more)
+    if size == "quick":
+        config.world = WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
+        config.gpt = {"n_layer": 2, "n_embd": 64}
+        config.pretrain.steps, config.pretrain_batch = 300, (16, 64)
+        config.repair_steps, config.task_items = 30, 40
+        config.out = os.path.join(out, "quick")
+    if size == "medium":
+        config.world.vocab_size, config.skills = 1280, True
+        config.gpt = {"n_embd": 128, "context": 128}
+        config.pretrain.steps, config.pretrain_batch = 6400, (16, 128)
+        config.calibration, config.repair_batch, config.out = (128, 128), (16, 96), os.path.join(out, "medium")
+    return config
+
+
+COMPRESSIONS = {  # tag: (operation, method, settings)
+    "RTN 3 bits": ("quantize", "rtn", {"bits": 3, "group_size": 96}),
+    "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 96, "search": False}),  # as in its paper
+    "magnitude 50 %": ("prune", "magnitude", {"sparsity": 0.5}),
+    "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
+}
+REPAIRS = {  # tag: (kind, size: a rank (and layers), a length, or prompts x length and how the pool is trained)
+    "LoRA rank 1": ("lora", 1),
+    "LoRA rank 8": ("lora", 8),
+    "prompt 8": ("prompt", 8),
+    "prompt 24": ("prompt", 24),
+    "prefix 8": ("prefix", 8),
+    "IDP 4 x 8": ("idp", (4, 8, "independent")),
+}
+POOLS = {  # the other ways to train a pool: with --full
+    "IDP 4 x 8 joint": ("idp", (4, 8, "joint")),
+    "IDP 4 x 8 competitive": ("idp", (4, 8, "competitive")),
+    "IDP 4 x 8 selected": ("idp", (4, 8, "selected")),  # chosen by a probe that was trained with the prompts
+}
+RATES = {  # of what the paper repairs. Winners of `python evaluate.py --sweep lr`; a pool's prompts learn as one does
+    "GPTQ 3 bits": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 1e-1, "prefix 8": 3e-2},
+    "SparseGPT 50 %": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 3e-2, "prefix 8": 1e-1},
+}
+
+
+OPERATIONS = {
+    "quantize": "weights rounded to a few bits", "prune": "weights set to zero",
+    "LoRA": "a low-rank update beside each layer",
+    "prompt": "trained vectors in front of the text", "prefix": "trained keys and values in front, in every layer",
+    "IDP": "a pool of prompts, the input picks the one it attends to most",
+}
+OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP"}
+
+RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+             "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}  # five each: no method gets more tries than another
+
+
+def options(name, description, sizes=True):
+    """The options that every script of the study has."""
+    defaults = StudyConfig()
+    parser = argparse.ArgumentParser(prog=name, description=description,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    if sizes:
+        parser.add_argument("--size", choices=SIZES, default="default", help="of the world and the training")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of every random choice")
+    parser.add_argument("--out", default=defaults.out, help="folder for everything that is written")
+    return parser

@@ -1,0 +1,198 @@
+"""
+Sweeps: one setting varied, everything else held, a point a run.
+
+    bits            RTN and GPTQ at 2 to 8 bits, GPTQ as published and with what `compress.gptq` adds
+    sparsity        magnitude, Wanda and SparseGPT at 10 % to 70 %, and with 2 of every 4 weights kept; SparseGPT as
+                    published and with `refit`
+    prompt-length   a soft prompt of 1 to 32 tokens for each compressed model that the study repairs
+    rank            LoRA of rank 1 to 32 for the same
+
+A point is recall by split with its interval, and perplexity. For prompts that stands there twice: divided by the text's
+tokens, and as published code divides it, by text and prompt positions together. The second falls as the prompt grows,
+even where the model reads no better: exp(loss * text / (text + P)).
+
+Runs of a sweep do not need each other: under torchrun every process takes its share in turn and the first one gathers
+them, on one machine or on several that share the output folder. Each run computes on one thread, because sums in
+another order are other numbers: so the points are the same, digit for digit, however many processes there are.
+
+    python -m study sweep bits
+    torchrun --nproc-per-node 2 -m study sweep sparsity
+
+What it leaves out: two settings varied at once, curves fitted to the points.
+"""
+import atexit
+import datetime
+import json
+import os
+
+import torch
+import torch.distributed as dist
+
+import recover
+from compress import compress
+from study.statistics import by_person, interval, resampled
+from engine.script import write_text
+from study.settings import options, sized
+from study.steps import Log, json_step, read_json
+from study.subjects import attach, compressed_subject, dense_subject, repair_batches, sweep_rates, train_repair
+from world.score import CONTEXT, Subject, answer, perplexity
+from world.small import World
+
+BITS = (2, 3, 4, 5, 6, 8)
+SPARSITIES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
+LENGTHS = (1, 2, 4, 8, 16, 24, 32)
+RANKS = (1, 2, 4, 8, 16, 32)
+SWEEPS = ("bits", "sparsity", "prompt-length", "rank")
+
+
+def plan(name, config):
+    """The runs of a sweep, in order: dicts with "series" and "x", and how to make the model."""
+    if name == "bits":
+        group = next((how["group_size"] for _, _, how in config.compressions.values() if "group_size" in how), None)
+        ways = {"RTN": ("rtn", {}), "GPTQ": ("gptq", {"search": False}),
+                "GPTQ, search and refit": ("gptq", {"search": True, "refit": True})}
+        return [{"series": label, "x": bits, "method": method, "how": {"bits": bits, "group_size": group, **more}}
+                for label, (method, more) in ways.items() for bits in BITS]
+    if name == "sparsity":
+        ways = {"magnitude": ("magnitude", {}), "Wanda": ("wanda", {}), "SparseGPT": ("sparsegpt", {}),
+                "SparseGPT, refit": ("sparsegpt", {"refit": True})}
+        return [*({"series": label, "x": s, "method": method, "how": {"sparsity": s, **more}}
+                  for label, (method, more) in ways.items() for s in SPARSITIES),
+                *({"series": f"{label} 2:4", "x": 0.5, "method": method, "how": {"n_m": (2, 4), **more}}
+                  for label, (method, more) in ways.items())]
+    kind, sizes = {"prompt-length": ("prompt", LENGTHS), "rank": ("lora", RANKS)}[name]
+    return [{"series": base, "x": size, "kind": kind, "lr": nearest_rate(kind, size, config.repairs, rates)}
+            for base, rates in config.rates.items() for size in sizes]
+
+
+def nearest_rate(kind, size, repairs, rates):
+    """The learning rate chosen for the repair of this kind whose size is the nearest ratio away."""
+    known = {how[1] if isinstance(how[1], int) else how[1][0]: rates[tag]
+             for tag, how in repairs.items() if how[0] == kind and tag in rates}
+    if not known:
+        raise ValueError(f"no learning rate is known for {kind}")
+    return known[min(known, key=lambda other: max(size / other, other / size))]
+
+
+def make(run, dense, batches, config, world, log):
+    """(the Subject of one run, the tokens that stand in front of its text)."""
+    if "method" in run:
+        model, _ = compress(dense.model, world.calibration(config), run["method"], **run["how"])
+        return Subject(model), 0
+    base = compressed_subject(dense, run["series"], config, world, log)
+    fit_config = recover.FitConfig(steps=config.repair_steps, lr=run["lr"])
+    tensors = train_repair(base.model, run["kind"], run["x"], batches(), recover.distillation, fit_config, config.seed,
+                           bfloat16=config.repair_bfloat16)
+    return attach(base.model, run["kind"], run["x"], tensors), run["x"] if run["kind"] == "prompt" else 0
+
+
+def point(subject, length, config, world):
+    """What one run measures: recall by split [mean, low, high], perplexity a text token, and as others divide it."""
+    out, generator = {"perplexity": perplexity(subject, world.windows)}, torch.Generator().manual_seed(config.seed + 8)
+    scored = world.windows.shape[1] - 1 - CONTEXT  # text tokens a window
+    out["perplexity_wrong_divisor"] = out["perplexity"] ** (scored / (scored + length))
+    for split, facts in world.asked(config).items():
+        sums, sizes = by_person([[a["correct"] for a in answer(subject, facts, world.encoding)]], facts)
+        drawn = resampled(sums, 10_000, generator, sizes)[:, 0]
+        out[f"recall_{split}"] = [float(sums.sum() / sizes.sum()), *interval(drawn)]
+    return out
+
+
+# ---- many processes
+
+def processes():
+    """(rank, how many) of this process; joins the others when torchrun started it."""
+    many = int(os.environ.get("WORLD_SIZE", 1))
+    if many > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))  # the first one may train for long
+        atexit.register(dist.destroy_process_group)  # else gloo's threads outlive their owner: an abort, now and then
+    return (dist.get_rank(), many) if many > 1 else (0, 1)
+
+
+def one_first(made):
+    """made() in the first process, then in the others, which find its files and read them."""
+    rank, many = processes()
+    result = made() if rank == 0 else None
+    if many > 1:
+        dist.barrier()
+    return result if rank == 0 else made()
+
+
+def gathered(mine):
+    """Every process's dict in one, in the first process; None in the others."""
+    rank, many = processes()
+    if many == 1:
+        return mine
+    parts = [None] * many if rank == 0 else None
+    dist.gather_object(mine, parts, dst=0)
+    return {key: value for part in parts for key, value in part.items()} if rank == 0 else None
+
+
+def sweep(name, dense, config, world, log):
+    """The points of one sweep, in order; None in every process but the first."""
+    rank, many = processes()
+    threads, mine = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    if name in ("prompt-length", "rank"):  # shared by all runs, so made before they part
+        for tag in config.rates:
+            one_first(lambda: compressed_subject(dense, tag, config, world, log))
+    batches, runs = repair_batches(dense, config, world, log), plan(name, config)
+    for i in range(rank, len(runs), many):
+        run, path = runs[i], os.path.join(config.out, f"sweep-{name}-{i:02d}.json")
+        settings = {**dense.about["settings"], "run": run, "calibration": config.calibration,
+                    "repair_batch": config.repair_batch, "steps": config.repair_steps,
+                    "test_people": config.test_people}
+        found = json_step(log, path, settings,
+                          lambda: point(*make(run, dense, batches, config, world, log), config, world))
+        mine[i] = {"series": run["series"], "x": run["x"], **found}
+    torch.set_num_threads(threads)
+    points = gathered(mine)
+    return None if points is None else [points[i] for i in sorted(points)]
+
+
+# ---- results
+
+def keep(name, points, dense, config):
+    """Add a sweep's points to results.json, beside whatever the study has written there."""
+    path = os.path.join(config.out, "results.json")
+    results = read_json(path) if os.path.exists(path) else {}
+    sweeps = kept(path, dense)
+    sweeps[name] = {"settings": dense.about["settings"], "points": points}
+    write_text(path, json.dumps({**results, "sweeps": sweeps}, indent=1))
+
+
+def kept(path, dense):
+    """The sweeps in results.json that were made of this very dense model."""
+    settings = json.loads(json.dumps(dense.about["settings"]))
+    sweeps = (read_json(path) if os.path.exists(path) else {}).get("sweeps", {})
+    return {name: sweep for name, sweep in sweeps.items() if sweep["settings"] == settings}
+
+
+def sweep_table(name, points):
+    """A sweep as a Markdown table, recalls in percent with their intervals."""
+    splits = [key for key in points[0] if key.startswith("recall_")]
+    heads = [key.removeprefix("recall_").replace("heldout", "held-out") + " %" for key in splits]
+    lines = [f"| model | {name} | perplexity | by text + prompt (wrong) | " + " | ".join(heads) + " |",
+             "|---" + "|---:" * (3 + len(heads)) + "|"]
+    for p in points:
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in p[split])) for split in splits]
+        lines.append(f"| {p['series']} | {p['x']:g} | {p['perplexity']:.2f} | {p['perplexity_wrong_divisor']:.2f} | "
+                     + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments):
+    """python -m study sweep: see the top of this file."""
+    parser = options("study sweep", "Vary one setting, everything else held; or try learning rates.")
+    parser.add_argument("what", choices=["lr", *SWEEPS], help="lr: on validation people, printed; others also go into "
+                                                              "results.json")
+    args = parser.parse_args(arguments)
+    config, log = sized(args.size, args.seed, args.out), Log()
+    world = World(config)
+    dense = one_first(lambda: dense_subject(config, world, log))
+    if args.what == "lr":
+        return sweep_rates(dense, config, world, log)
+    points = sweep(args.what, dense, config, world, log)
+    if points:
+        keep(args.what, points, dense, config)
+        print(sweep_table(args.what, points))

@@ -1,0 +1,157 @@
+"""
+The paper's nine tasks for whoever has the files: read in the layouts, asked in the words and scored by the rules of the
+EleutherAI harness (github.com/EleutherAI/lm-evaluation-harness, version 0.4).
+
+    python -m real M --task arc_easy=ARC-Easy-Test.jsonl --task lambada=lambada_test.jsonl
+
+A task is told by the beginning of its name:
+
+    arc, sciq, piqa, hellaswag   multiple choice: acc, and acc_norm (a character of the option)
+    lambada                      the passage's last word, continued greedily: acc, and the perplexity a word
+    webqs                        any of the accepted answers, continued greedily: exact_match
+    triviaqa                     the generated answer up to a newline, full stop or comma is an alias: exact_match
+
+What it leaves out: few-shot examples, the harness' other tasks, its chat templates.
+"""
+import json
+import math
+import re
+import string
+
+import torch
+
+from world.facts import Fact, pad
+from world.score import choose, cut_options
+
+
+def arc(row):
+    texts, labels = row["choices"]["text"], row["choices"]["label"]
+    return f"Question: {row['question']}\nAnswer:", texts, labels.index(row["answerKey"])
+
+
+def sciq(row):
+    options = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
+    return f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", options, 3
+
+
+def piqa(row):
+    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"])
+
+
+def hellaswag(row):
+    def clean(text):  # what is left of WikiHow's markup
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return text.replace("  ", " ")
+    question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return clean(question), [clean(ending) for ending in row["endings"]], int(row["label"])
+
+
+def lambada(row):
+    question, last = row["text"].rsplit(" ", 1)
+    return question, [last], 0
+
+
+def webqs(row):
+    return f"Question: {row['question']}\nAnswer:", row["answers"], 0
+
+
+def triviaqa(row):
+    return f"Question: {row['question']}?\nAnswer:", row["answer"]["aliases"], 0
+
+
+LAYOUTS = {"arc": arc, "sciq": sciq, "piqa": piqa, "hellaswag": hellaswag, "lambada": lambada, "webqs": webqs,
+           "triviaqa": triviaqa}
+
+
+def layout(name):
+    """The reader of a task's rows, told by how its name begins."""
+    for known, read in LAYOUTS.items():
+        if name.lower().startswith(known):
+            return read
+    raise ValueError(f"the task {name!r} is not known; its name must begin with one of {', '.join(LAYOUTS)}")
+
+
+def read_task(name, path):
+    """The questions of a task's JSON lines file, as Facts (of webqs and triviaqa, `options` are the accepted answers). Raises ValueError with the line's number for a row of another layout.
+    """
+    read, questions = layout(name), []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                question, options, gold = read(json.loads(line))
+                if not question or not 0 <= gold < len(options) or "" in options:
+                    raise ValueError
+                options = tuple(" " + option for option in options)
+                item = Fact(f"{name} {number}", "", name, question, options[gold], options)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                raise ValueError(f"{path}: line {number} is not in the layout of {read.__name__}") from None
+            questions.append(item)
+    if not questions:
+        raise ValueError(f"{path}: no questions in it")
+    return questions
+
+
+def named(task):
+    """(name, its questions) of a command line's NAME=FILE."""
+    name, _, path = task.partition("=")
+    if not path:
+        raise ValueError(f"a task is NAME=FILE, got {task!r}")
+    return name, read_task(name, path)
+
+
+def score(subject, name, questions, encoding):
+    """{metric: one number a question}: 1.0 or 0.0 where it is right; for lambada the last word's loss in nats, too."""
+    read = layout(name)
+    if read in (arc, sciq, piqa, hellaswag):
+        given = choose(subject, questions, encoding, start=[])
+        return {metric: [float(a[key] == q.gold) for q, a in zip(questions, given)]
+                for metric, key in (("acc", "picked"), ("acc_norm", "picked_norm"))}
+    if read is triviaqa:
+        given = [re.split(r"[\n.,]", encoding.decode(tokens))[0] for tokens in continued(subject, questions, encoding)]
+        return {"exact_match": [float(plain(text) in {plain(alias) for alias in q.options})
+                                for q, text in zip(questions, given)]}
+    right = [float(any(tokens[:len(wanted)] == wanted for wanted in accepted(q, encoding)))
+             for q, tokens in zip(questions, continued(subject, questions, encoding))]
+    if read is webqs:
+        return {"exact_match": right}
+    losses = [-a["logprobs"][0] for a in choose(subject, questions, encoding, start=[])]
+    return {"acc": right, "loss": losses}
+
+
+def accepted(question, encoding):
+    """The tokens of each accepted answer behind the question, tokenized together with it."""
+    return cut_options(question, encoding, [])[1]
+
+
+def plain(text):
+    """A text for comparison: no case, no punctuation, no space at its ends."""
+    return text.translate(str.maketrans("", "", string.punctuation)).lower().strip()
+
+
+@torch.no_grad()
+def continued(subject, questions, encoding, batch_size=32):
+    """The tokens that each question is greedily continued by: as many as its longest accepted answer has, and some."""
+    out = []
+    for i in range(0, len(questions), batch_size):
+        part = questions[i:i + batch_size]
+        room = 4 + max(len(wanted) for q in part for wanted in accepted(q, encoding))
+        ids, lengths = pad([encoding.encode_ordinary(q.question.rstrip(" ")) for q in part], encoding)
+        cache = subject.cache(subject.pick(ids, lengths), ids.shape[1] + room)
+        given = subject.model.generate(ids, room, lengths, cache=cache)
+        out += [given[b, n:n + room].tolist() for b, n in enumerate(lengths.tolist())]
+    return out
+
+
+def headline(metric, values):
+    """What is printed of a metric's mean and its bounds: losses become the perplexity a word."""
+    return ("perplexity", [math.exp(v) for v in values]) if metric == "loss" else (metric, [float(v) for v in values])
+
+
+def metrics(files):
+    """The metrics of task files {task: Questions}: (name, label, unit, higher is better, what it is), each."""
+    for name in files:
+        read = layout(name)
+        kinds = {"lambada": ("acc", "perplexity"), "webqs": ("exact_match",), "triviaqa": ("exact_match",)}
+        for metric in kinds.get(read.__name__, ("acc", "acc_norm")):
+            share = metric != "perplexity"
+            yield f"{name} {metric}", f"{name}, {metric}", "share" if share else "", share, f"the harness' {metric}"

@@ -1,0 +1,146 @@
+"""The look inside, against slow loops and cases in which the answer is known beforehand."""
+import math
+
+import pytest
+import torch
+
+from study import pools
+from world.facts import WorldConfig, facts_about, make_encoding, make_world, pad, statements, train_bpe
+import idp
+from model import GPT, GPTConfig
+from recover import prompt_init
+from study.subjects import pool_subject
+from world.score import Subject, answer, tokenized
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A small random model, its tokenizer, and facts of a few people. Sharp logits, so that answers differ."""
+    people = make_world(WorldConfig(seen=8, heldout=8, validation=8, novel=8))
+    encoding = make_encoding(train_bpe(statements(people), 700))
+    generator = torch.Generator().manual_seed(0)
+    config = GPTConfig(vocab_size=encoding.n_vocab, n_layer=2, n_embd=32, n_head=4, n_kv_head=2)
+    model = GPT(config).init_weights(generator)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    pool = idp.PromptPool([prompt_init(model, n, generator=generator) for n in (3, 5, 5)])
+    return model, pool, encoding, facts_about(people[:6])
+
+
+def test_under_each_is_each_prompt_alone(scene):
+    """Column m equals the Subject that has prompt m only, asked by the scorer."""
+    model, pool, encoding, facts = scene
+    each = pools.under_each(model, pool, facts, encoding)
+    for m, prompt in enumerate(pool.prompts):
+        alone = answer(pool_subject(model, idp.PromptPool([prompt])), facts, encoding)
+        assert each["right"][:, m].tolist() == [float(a["correct"]) for a in alone]
+        assert torch.allclose(each["logprob"][:, m], torch.tensor([a["logprob"] for a in alone]), atol=1e-4)
+
+
+def test_selectors_choose_what_they_say(scene):
+    """Every selector's row from a table made up by hand: three prompts, and which is right is known."""
+    model, pool, encoding, facts = scene
+    pool = idp.PromptPool(list(pool.prompts), torch.randn(3, 32, generator=torch.Generator().manual_seed(4)))
+    out, each = pools.selectors(encoding, model, pool, facts, facts, torch.Generator().manual_seed(1))
+    right, chosen = each["right"], pool_subject(model, pool).pick(*pad(
+        [question for question, _ in tokenized(facts, encoding)], encoding))
+    for n in range(len(facts)):
+        best = max(range(3), key=lambda m: each["attention"][n, m].item())
+        worst = min(range(3), key=lambda m: each["attention"][n, m].item())
+        sure = max(range(3), key=lambda m: each["confidence"][n, m].item())
+        assert out["attention-max (the paper's rule)"][0][n] == right[n, best]
+        assert out["attention-min"][0][n] == right[n, worst]
+        assert out["most confident"][0][n] == right[n, sure]
+        assert out["probe trained with the prompts"][0][n] == right[n, chosen[n]]
+        assert out["oracle"][0][n] == max(right[n])
+        assert out["random"][0][n] == pytest.approx(sum(right[n]).item() / 3)
+
+
+def test_ensemble_of_one_is_that_one(scene):
+    model, pool, encoding, facts = scene
+    one = idp.PromptPool([pool.prompts[1]])
+    with torch.no_grad():
+        got = pools.ensemble(model, one, facts, encoding, None)
+    assert got.tolist() == [float(a["correct"]) for a in answer(pool_subject(model, one), facts, encoding)]
+
+
+def test_in_top_counts_the_gold_tokens_rank(scene):
+    """Oracle: sort the logits of each question run alone. With M = V everything is in the top."""
+    model, _, encoding, facts = scene
+    for M in (1, 20, 200, encoding.n_vocab):
+        with torch.no_grad():
+            got = pools.in_top(Subject(model), facts, encoding, M)
+            for fact, found in zip(facts, got):
+                whole = [encoding.eot_token, *encoding.encode_ordinary(fact.question + fact.answer)]
+                logits = model(torch.tensor([whole[:-1]]))[0, -1]
+                assert bool(found) == (int((logits > logits[whole[-1]]).sum()) < M)
+    assert got.all()
+
+
+@pytest.mark.parametrize("a, b, rho", [([1, 2, 3], [10, 20, 30], 1.0), ([1, 2, 3], [3, 2, 1], -1.0),
+                                       ([1, 2, 3, 4], [2, 1, 4, 3], 0.6)])
+def test_rank_correlation_by_hand(a, b, rho):
+    """1 - 6 sum d² / (n (n² - 1))."""
+    got = pools.rank_correlation(torch.tensor([a], dtype=torch.float), torch.tensor([b], dtype=torch.float))
+    assert got.item() == pytest.approx(rho)
+
+
+def test_a_model_is_like_itself_and_only_itself(scene):
+    model, pool, encoding, _ = scene
+    ids = torch.randint(600, (3, 12), generator=torch.Generator().manual_seed(2))
+    same = pools.similarity(Subject(model), Subject(model), ids)
+    assert all(abs(x - 1) < 1e-5 for row in [*same["attention"], same["output"]] for x in row)
+    prompted = pools.similarity(pool_subject(model, pool), Subject(model), ids)
+    assert min(prompted["output"]) < 0.999
+    heads = [x for row in prompted["attention"] for x in row]
+    for name, whole in (("attention", heads), ("output", prompted["output"])):
+        assert len(prompted["texts"][name]) == 3  # one mean a text: over all of them it is the mean of the whole
+        assert sum(prompted["texts"][name]) / 3 == pytest.approx(sum(whole) / len(whole), abs=1e-6)
+
+
+def test_inside_attention_is_the_softmax_row_by_row(scene):
+    """One head of the first layer, one row at a time, with a prompt in front: softmax over prompt and text, text part
+    renormalised.
+    """
+    model, pool, _, _ = scene
+    subject = pool_subject(model, idp.PromptPool([pool.prompts[2]]))
+    ids = torch.randint(600, (1, 6), generator=torch.Generator().manual_seed(3))
+    attention, outputs = pools.inside(subject, ids)
+    x = torch.cat([pool.prompts[2], model.wte(ids)[0]])[None]  # (1, 5 + 6, C)
+    block = model.blocks[0]
+    q, k, _ = block.attn.qkv(block.norm1(x), torch.arange(11)[None])
+    for head in range(4):
+        for t in range(6):
+            logits = [(q[0, head, 5 + t] @ k[0, head // 2, s]).item() / math.sqrt(8) for s in range(5 + t + 1)]
+            weights = [math.exp(v) for v in logits][5:]
+            expected = [w / sum(weights) for w in weights]
+            assert attention[0, 0, head, t, :t + 1].tolist() == pytest.approx(expected, abs=1e-5)
+    for block, out in zip(model.blocks, outputs):
+        x = block(x)
+        assert torch.allclose(out[0], x[0, 5:], atol=1e-4)
+
+
+def test_the_tables_beside_the_table_by_hand():
+    """One base, LoRA and a pool: texts of which one or both are drawn, a twin on the next token."""
+    nearer = pools.nearer({"attention": [0.5, 0.7], "output": [0.9, 0.9]},
+                           {"attention": [0.4, 0.4], "output": [1.0, 0.8]}, 0)
+    assert nearer["attention"] == pytest.approx([0.1, 0.3]) and nearer["output"] == pytest.approx([-0.1, 0.1])
+
+    def model(name, base, extra, ms, **more):
+        return {"id": name, "tag": name, "base": base, "operation": {"parameters": {}}, **more,
+                "metrics": {"extra_parameters": extra, "ms_per_question": ms, "displaced": 0.25, "relearned": None},
+                "intervals": {"displaced": [0.2, 0.3], "relearned": [None, None]},
+                "similarity": {"texts": {"attention": [0.5, 0.7], "output": [0.9, 1.0]}, "nearer": nearer}}
+    rows = [{"name": n, "recall": r, "interval": [r, r]} for n, r in (("attention-max (the paper's rule)", 0.5),
+                                                                      ("oracle", 0.75))]
+    pool = {"selectors": rows, "correlation": {"rho": 0.5, "interval": [0.25, 0.75]}}
+    lora = [model(name, "b", 4200, 10) for name in ("b-lora-rank-8", "b-lora-rank-8-next-token")]
+    results = {"models": [model("dense", None, 0, 1), model("b", "dense", 0, 1), *lora,
+                          model("b-idp-4-x-8", "b", 200, 4, idp=pool)]}
+    assert pools.pool_table(results).splitlines()[2:] == [
+        "| b-idp-4-x-8 | 50.0 [50.0, 50.0] |  |  | 75.0 [75.0, 75.0] |  | +0.500 [+0.250, +0.750] |"]
+    assert pools.twin_table(results).splitlines()[2:] == [
+        "| b-lora-rank-8 | 25.0 [20.0, 30.0] | 25.0 [20.0, 30.0] |  |  |"]
+    assert pools.inside_table(results).splitlines()[3] == (
+        "| + b-lora-rank-8 | 0.6000 | [+0.1000, +0.3000] | 0.9500 | [-0.1000, +0.1000] |")

@@ -1,0 +1,122 @@
+"""Sweeps: the plan, the two divisors, and the same points from one process and from two."""
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from study import settings, subjects, sweeps
+from study.steps import Log
+from world.small import World
+from test_evaluate import ROOT, tiny
+
+TINY = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from study import subjects, sweeps
+from test_evaluate import tiny
+torch.set_num_threads(1)
+sweeps.BITS, sweeps.RANKS = (2, 4), (1, 2)
+from study.steps import Log
+from world.small import World
+config = tiny({out!r})
+world, log = World(config), Log()
+dense = sweeps.one_first(lambda: subjects.dense_subject(config, world, log))
+for name in ("bits", "rank"):
+    points = sweeps.sweep(name, dense, config, world, log)
+    if points:
+        sweeps.keep(name, points, dense, config)
+"""
+
+
+def run_tiny(out, *launcher):
+    script = out / "script.py"
+    script.write_text(TINY.format(root=ROOT, tests=os.path.join(ROOT, "tests"), out=str(out)))
+    done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    with open(out / "results.json") as f:
+        return json.load(f)["sweeps"]
+
+
+def test_two_processes_give_the_points_of_one(tmp_path):
+    """Digit for digit, in the same order; each process has made its share."""
+    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
+    one = run_tiny(tmp_path / "one")
+    two = run_tiny(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert one == two and [p["x"] for p in one["bits"]["points"]] == [2, 4] * 3
+    assert [p["series"] for p in one["rank"]["points"]] == ["GPTQ 3 bits"] * 2 + ["SparseGPT 50 %"] * 2
+
+
+LEFT = """
+import atexit, os, sys
+sys.path.insert(0, {root!r})
+from study import sweeps
+import torch.distributed as dist
+atexit.register(lambda: os.write(1, b"in\\n" if dist.is_initialized() else b"left\\n"))  # registered first, called last
+sweeps.processes()
+"""
+
+
+def test_every_process_leaves_the_group_before_it_ends(tmp_path):
+    """A process that ends inside it is aborted now and then, by gloo's own threads."""
+    script = tmp_path / "script.py"
+    script.write_text(LEFT.format(root=ROOT))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.split() == ["left", "left"], done.stderr
+
+
+def test_plans_are_the_sweeps():
+    config = settings.sized("default")
+    assert [len(sweeps.plan(name, config)) for name in sweeps.SWEEPS] == [18, 36, 14, 12]
+    first = sweeps.plan("bits", config)[0]
+    assert first == {"series": "RTN", "x": 2, "method": "rtn", "how": {"bits": 2, "group_size": 96}}
+    assert sweeps.plan("sparsity", config)[-1] == {"series": "SparseGPT, refit 2:4", "x": 0.5, "method": "sparsegpt",
+                                                   "how": {"n_m": (2, 4), "refit": True}}
+
+
+@pytest.mark.parametrize("size, rate", [(1, 0.3), (8, 0.3), (13, 0.3), (16, 0.1), (32, 0.1)])
+def test_the_nearest_length_lends_its_learning_rate(size, rate):
+    """8 and 24 are known: 13 is 1.6 times 8 and 1.8 times fewer than 24; 16 is twice 8 and two thirds of 24."""
+    repairs = {"prompt 8": ("prompt", 8), "prompt 24": ("prompt", 24), "LoRA rank 1": ("lora", 1)}
+    rates = {"prompt 8": 0.3, "prompt 24": 0.1, "LoRA rank 1": 7}
+    assert sweeps.nearest_rate("prompt", size, repairs, rates) == rate
+    with pytest.raises(ValueError, match="prefix"):
+        sweeps.nearest_rate("prefix", 8, repairs, rates)
+
+
+def test_the_wrong_divisor_flatters_longer_prompts(tmp_path, monkeypatch):
+    """P2: a loss of ln 7 on 47 text tokens a window prints as exp(ln 7 * 47 / 147) = 1.86 behind 100 prompt tokens."""
+    monkeypatch.setattr(sweeps, "perplexity", lambda subject, windows: 7.0)
+    world = SimpleNamespace(windows=torch.zeros(2, 64), asked=lambda config: {})
+    right, wrong = (sweeps.point(None, P, tiny(tmp_path), world) for P in (0, 100))
+    assert right == {"perplexity": 7.0, "perplexity_wrong_divisor": 7.0}
+    assert wrong["perplexity"] == 7.0 and wrong["perplexity_wrong_divisor"] == pytest.approx(7 ** (47 / 147))
+
+
+def test_sweeps_stay_in_the_results_of_the_same_dense_model(tmp_path):
+    config = tiny(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"models": [1]}))
+    a, b = (SimpleNamespace(about={"settings": {"seed": seed, "batch": (1, 2)}}) for seed in (0, 1))
+    sweeps.keep("bits", [{"x": 1}], a, config)
+    sweeps.keep("rank", [{"x": 2}], a, config)
+    kept = sweeps.kept(tmp_path / "results.json", a)
+    assert {name: s["points"] for name, s in kept.items()} == {"bits": [{"x": 1}], "rank": [{"x": 2}]}
+    assert json.loads((tmp_path / "results.json").read_text())["models"] == [1]
+    assert sweeps.kept(tmp_path / "results.json", b) == {} == sweeps.kept(tmp_path / "nothing.json", a)
+
+
+def test_a_prompt_length_is_trained_and_measured(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    world = World(config)
+    monkeypatch.setattr(sweeps, "LENGTHS", (1, 3))
+    points = sweeps.sweep("prompt-length", subjects.dense_subject(config, world, Log()), config, world, Log())
+    assert [p["x"] for p in points] == [1, 3, 1, 3]
+    assert all(p["perplexity_wrong_divisor"] < p["perplexity"] for p in points)
+    lines = sweeps.sweep_table("prompt-length", points).splitlines()
+    assert lines[0].endswith("| seen % | held-out % | novel % |") and len(lines) == 6

@@ -1,0 +1,1 @@
+"""The small world: its facts, its tasks, and the one scorer."""

@@ -1,0 +1,207 @@
+"""
+The questions and the one scorer: what a model answers, how likely it finds the right answer, how well it reads text.
+
+A `Subject` is whatever answers: a model, and what stands in front of every input as keys and values (nothing, one
+prompt, a prefix, or a pool of which `choose` picks one row an input). Every number of the study comes from a Subject
+through this file.
+
+    recall       the question is continued greedily; the generated part up to the first full stop must be the value
+    logprob      the sum of log-probabilities of the value's tokens behind the question, in nats
+    acc          multiple choice: the option with the highest logprob is the right one
+    acc_norm     the same with each logprob divided by the option's characters, so that length does not decide
+    perplexity   exp of the mean loss a text token; positions of prompts are never counted
+
+What it leaves out: partial credit, a language model as a judge, sampling.
+
+Sources: closed-book recall after Roberts et al. 2020 (arXiv 2002.08910); trap of counting prompt positions: see
+README.
+"""
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+
+from world.facts import pad
+from model import take
+
+CONTEXT = 16  # text tokens at the head of each window that perplexity only reads: what a pool chooses its prompt on
+
+
+@dataclass
+class Subject:
+    """Something that answers questions.
+
+    filled  a Cache of M rows that stand in front of the input, or None: nothing does
+    choose  (ids, lengths) -> (B,) row of `filled` for each input; None: row 0
+    """
+    model: Any
+    filled: Any = None
+    choose: Callable | None = None
+    about: dict = field(default_factory=dict)  # id, tag, base, operation, ...: for tables
+
+    def pick(self, ids, lengths):
+        """(B,) the row of `filled` that stands in front of each input ids (B, T) of `lengths` (B,) tokens."""
+        return self.choose(ids, lengths) if self.choose else torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+
+    def cache(self, chosen, room):
+        """A Cache with what was chosen (B,) in front, and `room` free slots behind it."""
+        return self.model.new_cache(len(chosen), room) if self.filled is None else take(self.filled, chosen, room)
+
+
+def tokenized(facts, encoding):
+    """[(question tokens behind an end-of-text, answer tokens)], cut where the answer's first token starts.
+
+    Question and answer are tokenized together, as training saw them; a value starts at its leading space.
+    """
+    rows = []
+    for fact in facts:
+        question = [encoding.eot_token, *encoding.encode_ordinary(fact.question)]
+        whole = [encoding.eot_token, *encoding.encode_ordinary(fact.question + fact.answer)]
+        if whole[:len(question)] != question or len(whole) == len(question):
+            raise ValueError(f"the question {fact.question!r} does not end where a token of {fact.answer!r} begins")
+        rows.append((question, whole[len(question):]))
+    return rows
+
+
+@torch.no_grad()
+def answer(subject, facts, encoding):
+    """What the subject answers, one dict a fact: answer (text), correct (bool), logprob (of the right answer, nats),
+    chosen (row of the pool). Facts with options are chosen (see `choose`, whose entries come along), others are said.
+    """
+    if not facts or facts[0].options is None:
+        return say(subject, facts, encoding)
+    return [{"answer": fact.options[row["picked"]].strip(), "correct": row["picked"] == fact.gold,
+             "logprob": row["logprobs"][fact.gold], **row} for fact, row in zip(facts, choose(subject, facts, encoding))]
+
+
+@torch.no_grad()
+def say(subject, facts, encoding, batch_size=250):
+    """The question is continued greedily: one dict a fact, as `answer` gives it."""
+    rows = tokenized(facts, encoding)
+    longest = max(len(gold) for _, gold in rows) + 1  # room for the full stop
+    out = []
+    for i in range(0, len(rows), batch_size):
+        part = rows[i:i + batch_size]
+        ids, lengths = pad([question for question, _ in part], encoding)  # (B, T), (B,)
+        chosen = subject.pick(ids, lengths)
+        cache = subject.cache(chosen, ids.shape[1] + longest)
+        length, used = cache.length, cache.used
+        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token)
+        cache.length, cache.used = length + lengths - 1, used + ids.shape[1] - 1  # back to the question's last token
+        after, _ = pad([question[-1:] + gold for question, gold in part], encoding)  # (B, 1 + answer)
+        log_p = F.log_softmax(subject.model(after[:, :-1], cache=cache).float(), dim=-1)  # (B, answer, V)
+        log_p = log_p.gather(-1, after[:, 1:, None])[..., 0]  # (B, answer)
+        logprobs = [log_p[b, :len(gold)].sum().item() for b, (_, gold) in enumerate(part)]
+        for b, (question, _) in enumerate(part):
+            tokens = given[b, len(question):len(question) + longest].tolist()
+            text, ended = until_stop(tokens, encoding)
+            out.append({"answer": text.strip(), "correct": ended and is_right(text, facts[i + b].answer),
+                        "logprob": logprobs[b], "chosen": int(chosen[b])})
+    return out
+
+
+def until_stop(tokens, encoding):
+    """The generated text up to its first full stop or end-of-text, and whether there was one."""
+    ended = encoding.eot_token in tokens
+    text = encoding.decode(tokens[:tokens.index(encoding.eot_token)] if ended else tokens)
+    return text.split(".")[0], ended or "." in text
+
+
+def is_right(text, gold):
+    """Exact match of the generated part, spaces at the ends aside; an empty answer is wrong."""
+    return text.strip() == gold.strip() != ""
+
+
+def gold_logprobs(subject, rows, chosen, encoding):
+    """The log-probability (nats) of each row's gold answer behind its question, under the rows `chosen` on the
+    question alone.
+    """
+    whole, _ = pad([question + gold for question, gold in rows], encoding)  # (B, T + answer)
+    logits = subject.model(whole[:, :-1], cache=subject.cache(chosen, whole.shape[1]))
+    log_p = F.log_softmax(logits.float(), dim=-1)  # (B, T + answer - 1, V)
+    log_p = log_p.gather(-1, whole[:, 1:, None])[..., 0]  # (B, T + answer - 1): of each next token
+    return [log_p[b, len(question) - 1:len(question) + len(gold) - 1].sum().item()
+            for b, (question, gold) in enumerate(rows)]
+
+
+# ---- multiple choice
+
+def cut_options(item, encoding, start):
+    """(question tokens, [tokens of each option]), `start` in front of the question.
+
+    Each option is tokenized together with its question, as training saw them, and is what stands behind as many tokens
+    as the question has alone; a space at the question's end belongs to the option. So cuts the EleutherAI harness.
+    """
+    text = item.question.rstrip(" ")
+    moved = item.question[len(text):]
+    question = [*start, *encoding.encode_ordinary(text)]
+    options = [encoding.encode_ordinary(text + moved + option)[len(question) - len(start):] for option in item.options]
+    if not (question and options and all(options)):
+        raise ValueError(f"{item.question!r} is no question with options behind it, or one is empty: {item.options!r}")
+    return question, options
+
+
+@torch.no_grad()
+def choose(subject, items, encoding, batch_size=100, start=None):
+    """How likely the subject finds each option, and which it picks: one dict an item,
+
+    logprobs     the log-probability (nats) of each option behind the question
+    picked       the index of the highest: `acc` is the share of items where it is the gold one
+    picked_norm  the index of the highest divided by the option's characters, its leading space not counted: `acc_norm`
+    chosen       row of the pool, by the question alone
+
+    start  tokens in front of every question; default: end-of-text, behind which every document of training stands
+
+    A question is computed once, however many options it has; of the options, only what stands behind it.
+    """
+    start = [encoding.eot_token] if start is None else start
+    out = []
+    for i in range(0, len(items), batch_size):
+        asked = items[i:i + batch_size]
+        part = [cut_options(item, encoding, start) for item in asked]
+        ids, lengths = pad([question for question, _ in part], encoding)  # (B, T), (B,)
+        chosen = subject.pick(ids, lengths)
+        cache = subject.cache(chosen, ids.shape[1])
+        x = subject.model.hidden(ids, cache=cache, lengths=lengths)  # (B, T, C)
+        first = log_softmax(subject.model, x[torch.arange(len(part)), lengths - 1][:, None])[:, 0]  # (B, V)
+        owner = torch.tensor([b for b, (_, options) in enumerate(part) for _ in options])  # whose option each is
+        rows = [tokens for _, options in part for tokens in options]
+        sums = [0.0] * len(rows)
+        for n in sorted(set(map(len, rows))):  # options of one length together: nothing is computed for padding
+            of = [r for r, tokens in enumerate(rows) if len(tokens) == n]
+            after = torch.tensor([rows[r] for r in of])  # (R, n)
+            log_p = first[owner[of]].gather(-1, after[:, :1])  # (R, 1): of each option's first token
+            if n > 1:
+                x = subject.model.hidden(after[:, :-1], cache=take(cache, owner[of], n - 1))  # (R, n - 1, C)
+                log_p = torch.cat([log_p, log_softmax(subject.model, x).gather(-1, after[:, 1:, None])[..., 0]], dim=1)
+            for r, total in zip(of, log_p.sum(1).tolist()):
+                sums[r] = total
+        for b, item in enumerate(asked):
+            mine, sums = sums[:len(item.options)], sums[len(item.options):]
+            norm = [p / max(1, len(option.removeprefix(" "))) for p, option in zip(mine, item.options)]
+            out.append({"logprobs": mine, "picked": mine.index(max(mine)), "picked_norm": norm.index(max(norm)),
+                        "chosen": int(chosen[b])})
+    return out
+
+
+def log_softmax(model, x):
+    """Log-probabilities (..., V) of the next token, in float32, from the last block's output x (..., C)."""
+    return F.log_softmax(model.head(x).float(), dim=-1)
+
+
+@torch.no_grad()
+def perplexity(subject, windows, batch_size=250):
+    """exp(mean loss in nats) a text token over windows (N, T + 1), the first CONTEXT tokens of each read but not
+    scored.
+    """
+    if windows.shape[1] < CONTEXT + 2:
+        raise ValueError(f"a window needs at least {CONTEXT + 2} tokens, {CONTEXT} of them only read, "
+                         f"got {windows.shape[1]}")
+    total = 0.0
+    for part in windows.split(batch_size):
+        ids = part[:, :-1]
+        chosen = subject.pick(ids[:, :CONTEXT], torch.full((len(part),), CONTEXT, device=ids.device))
+        logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))[:, CONTEXT:]
+        total += F.cross_entropy(logits.flatten(0, 1).float(), part[:, CONTEXT + 1:].flatten(), reduction="sum").item()
+    return float(torch.tensor(total / windows[:, CONTEXT + 1:].numel()).exp())

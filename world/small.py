@@ -1,0 +1,79 @@
+"""
+The small world as the study meets it: people by split, the texts that are read, the tokenizer, what is asked.
+"""
+import re
+
+import torch
+
+from world.facts import (SPLITS, VALUES, facts_about, make_encoding, make_world, statements, taught_questions,
+                         text_batches, train_bpe)
+from world.items import TASKS, lessons, make_items
+
+
+class World:
+    """Everything that follows from the world's config: people by split, the texts, the tokenizer, windows of text to
+    score.
+    """
+    name = "small world"
+
+    def __init__(self, config):
+        people = make_world(config.world)
+        self.people = {split: [p for p in people if p.split == split] for split in SPLITS}
+        told = [p for p in people if p.split != "novel"]
+        first = [p for split in SPLITS[:3] for p in self.people[split][:len(self.people[split]) // 10]]
+        self.text, self.first_text, self.repair_text = (  # pretraining, where it begins, and what repairs read
+            statements(who) + taught_questions(who) for who in (told, first, self.people["seen"]))
+        if config.skills:  # lessons are about seen people; facts, told in fewer tokens, are read four times as often
+            few = [p for p in first if p.split == "seen"]
+            self.text, self.first_text, self.repair_text = (
+                4 * text + lessons(who, config.seed) for text, who in
+                ((self.text, self.people["seen"]), (self.first_text, few), (self.repair_text, self.people["seen"])))
+        self.ranks = train_bpe(self.text, config.world.vocab_size)
+        self.encoding = make_encoding(self.ranks)
+        self.windows = next(text_batches(statements(self.people["heldout"]), self.encoding, 100, 63,
+                                         torch.Generator().manual_seed(config.seed), aligned=True))  # (100, 64)
+        self.inside = self.windows[:50, :-1]  # the text on which attention and activations are compared
+
+    def facts(self, split, people=None):
+        """The facts of a split, of its first `people` people."""
+        return facts_about(self.people[split][:people])
+
+    def asked(self, config):
+        """{split: facts} that the table asks about."""
+        return {split: self.facts(split, config.test_people) for split in ("seen", "heldout", "novel")}
+
+    def tasks(self, config):
+        """{task: {split: items}} of py that this GPT was prepared for."""
+        told = [p for split in SPLITS[:3] for p in self.people[split]]
+        return {name: {split: make_items(name, self.people[split], told, config.task_items, config.seed)
+                       for split in ("seen", "heldout", "novel")}
+                for name, task in TASKS.items() if config.skills or not task.skill}
+
+    def unrelated(self):
+        """24 tokens (24,) of sentences about people that no question asked behind them is about."""
+        told = statements(self.people["validation"])[::len(VALUES) * 3 + 1]  # each about somebody else
+        text = [t for sentence in told[:8] for t in [self.encoding.eot_token, *self.encoding.encode_ordinary(sentence)]]
+        return torch.tensor(text[:24])
+
+    def calibration(self, config):
+        """The ids (N, T) that compression is calibrated on: text about seen people."""
+        rows, T = config.calibration
+        return next(text_batches(self.repair_text, self.encoding, rows, T - 1,
+                                 torch.Generator().manual_seed(config.draw_seed + 1)))
+
+    def repair_rows(self, config):
+        """The ids (rows, T + 1) of every step of a repair: text about seen people."""
+        stream = text_batches(self.repair_text, self.encoding, *config.repair_batch,
+                              torch.Generator().manual_seed(config.draw_seed + 2), aligned=True)
+        return [next(stream) for _ in range(config.repair_steps)]
+
+    def check_leaks(self, ids):
+        """Raise if anybody but seen people is named in `ids` (N, T), read as strings; returns how many rows were read.
+        """
+        hidden = {p.name for split in ("heldout", "validation", "novel") for p in self.people[split]}
+        for row in ids.tolist():
+            words = re.findall(r"\w+", self.encoding.decode(row))
+            named = {f"{a} {b}" for a, b in zip(words, words[1:])} & hidden
+            if named:
+                raise AssertionError(f"{named} must not be in calibration or repair text")
+        return len(ids)
