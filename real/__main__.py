@@ -2,11 +2,12 @@
 The study on a real language model: `python -m real MODEL`, see real/world.py.
 """
 from engine.script import guard
-from evaluate import publish, study
+from evaluate import study
 from real.world import FACTS, STEPS, RealWorld, read_facts, real_config, real_dense
+from study.results import publish
 from study.settings import options
-from study.steps import Log
-from study.subjects import sweep_rates
+from study.steps import Run
+from study.sweeps import sweep_rates
 from study.taskfiles import named
 
 
@@ -23,18 +24,19 @@ def main():
     parser.add_argument("--sweep", choices=["lr"], help="only try learning rates, on validation entities")
     args = parser.parse_args()
 
-    def run():
+    def job():
         """The whole job, for `guard` to watch."""
-        log, files = Log(), dict(map(named, args.task))
-        config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds)
+        files = dict(map(named, args.task))
+        run = Run(real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds), None)
         facts = read_facts(args.facts)
-        dense, encoding = real_dense(args.model, log)
-        world = RealWorld(dense.model, encoding, facts, config, log, args.text)
-        dense.about["settings"] |= world.settings
+        dense, encoding = real_dense(args.model, run.log)
+        run.world = RealWorld(run, dense.model, encoding, facts, args.text)
+        dense.about["settings"] |= run.world.settings
+        run.describe_reuse()
         if args.sweep:
-            return sweep_rates(dense, config, world, log)
-        publish(*study(dense, config, world, log, files), dense, config, log)
-    guard(run, "real")
+            return sweep_rates(run, dense)
+        publish(run, dense, study(run, dense, files))
+    guard(job, "real")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ import re
 import torch
 
 from checkpoints import load_pretrained
-from engine.safetensors import read_safetensors, write_safetensors
 from study.settings import StudyConfig
-from study.steps import digest, step
+from study.steps import digest
 from world.facts import Fact, pad, text_batches
 from world.score import Subject
 
@@ -111,7 +110,8 @@ def read_bytes(path):
 class RealWorld:
     """Facts by split and rows of text, with what study.World offers: the study reads one as it reads the other."""
 
-    def __init__(self, model, encoding, facts, config, log, text=None):
+    def __init__(self, run, model, encoding, facts, text=None):
+        config = run.config
         self.name = os.path.basename(config.out)
         self.encoding, self.split = encoding, split_facts(facts, config.seed)
         hidden = self.split["heldout"] + self.split["validation"]
@@ -120,7 +120,7 @@ class RealWorld:
         # from a word's start to wherever it goes on, so that Kenyans are found, too
         self.hidden = re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, names))) + ")", re.IGNORECASE)
         self.settings = {"facts": digest(facts), "seed": config.seed, "text": text and digest(read_bytes(text))}
-        self.drawn, self.draw = {}, lambda config: self.draw_rows(model, text, config, log)
+        self.drawn, self.draw = {}, lambda config: self.draw_rows(run, model, text, config)
         self.rows = self.text(config)
         self.windows = self.rows[:64]
         self.inside = self.windows[:8, :-1]
@@ -132,18 +132,16 @@ class RealWorld:
             self.drawn[config.repeat] = self.draw(config)
         return self.drawn[config.repeat]
 
-    def draw_rows(self, model, text, config, log):
+    def draw_rows(self, run, model, text, config):
         """The rows of one seed: the model's own, or from the file `text`."""
         T, seed = config.repair_batch[1], config.draw_seed
         wanted = 64 + config.calibration[0] + config.repair_steps * config.repair_batch[0]
         if text:
             return self.read_text(text, wanted, T, seed)
-        os.makedirs(config.out, exist_ok=True)
         name = f"sampled-{wanted}" + (f"-seed-{config.repeat}" if config.repeat else "")
-        return step(log, os.path.join(config.out, name + ".safetensors"), self.settings,
-                    lambda: self.sampled(model, wanted, T + 1, seed, log),
-                    lambda rows, path: write_safetensors(path, {"rows": rows}),
-                    lambda path: read_safetensors(path)[0]["rows"].long())
+        made = run.once_tensors(name, self.settings, ("real.world",),
+                                lambda: {"rows": self.sampled(model, wanted, T + 1, seed, run.log)})
+        return made["rows"].long()
 
     def sampled(self, model, wanted, length, seed, log):
         """(wanted, length) rows that the model wrote, none that names what is hidden."""

@@ -5,8 +5,9 @@ import os
 
 from compress import print_layers
 from study.settings import COMPRESSIONS, options, sized
-from study.steps import Log
-from study.subjects import RECIPE, compressed_subject, dense_subject, repair_batches, repaired_subject
+from study.steps import Run
+from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
+from study.training import RECIPE
 from world.score import answer
 from world.small import World
 
@@ -20,12 +21,12 @@ def train(arguments):
     config = sized(args.size, args.seed, args.out, without=args.without)
     if args.without:
         config.out = os.path.join(config.out, f"without-{args.without}")
-    world = World(config)
-    dense = dense_subject(config, world, Log())
-    for split, facts in world.asked(config).items():
-        for fact, given in zip(facts[:5], answer(dense, facts[:5], world.encoding)):
+    run = Run(config, World(config))
+    dense = dense_subject(run)
+    for split, facts in run.world.asked(config).items():
+        for fact, given in zip(facts[:5], answer(dense, facts[:5], run.world.encoding)):
             print(f"{split:8s} {fact.question} {given['answer']}    (gold: {fact.answer.strip()})")
-    print_recalls({"dense": dense}, world, config)
+    print_recalls(run, {"dense": dense})
 
 
 def compress(arguments):
@@ -33,12 +34,12 @@ def compress(arguments):
     parser = options("study compress", "Compress the dense GPT; ask it before and after.")
     parser.add_argument("--tag", choices=list(COMPRESSIONS), default="GPTQ 3 bits", help="how")
     args = parser.parse_args(arguments)
-    config, log = sized(args.size, args.seed, args.out), Log()
-    world = World(config)
-    dense = dense_subject(config, world, log)
-    small = compressed_subject(dense, args.tag, config, world, log)
+    config = sized(args.size, args.seed, args.out)
+    run = Run(config, World(config))
+    dense = dense_subject(run)
+    small = compressed_subject(run, dense, args.tag)
     print_layers(small.about["layers"])
-    print_recalls({"dense": dense, args.tag: small}, world, config)
+    print_recalls(run, {"dense": dense, args.tag: small})
 
 
 def repair(arguments):
@@ -53,21 +54,20 @@ def repair(arguments):
     parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     args = parser.parse_args(arguments)
-    config, log = sized(args.size, args.seed, args.out), Log()
-    world = World(config)
-    dense = dense_subject(config, world, log)
-    base = compressed_subject(dense, args.base, config, world, log)
+    config = sized(args.size, args.seed, args.out)
+    run = Run(config, World(config))
+    dense = dense_subject(run)
+    base = compressed_subject(run, dense, args.base)
     size = (args.prompts, args.repair_size, args.way) if args.method == "idp" else args.repair_size
     tag = f"{args.method} {' '.join(map(str, size)) if args.method == 'idp' else size} lr {args.lr:g}"
-    batches = repair_batches(dense, config, world, log)
-    repaired = repaired_subject(base, tag, args.method, size, batches, config, log, args.objective, args.lr)
-    print_recalls({"dense": dense, args.base: base, "repaired": repaired}, world, config)
+    repaired = repaired_subject(run, base, tag, args.method, size, repair_batches(run, dense), args.objective, args.lr)
+    print_recalls(run, {"dense": dense, args.base: base, "repaired": repaired})
     print(f"{repaired.about['extra']:,} extra parameters")
 
 
-def print_recalls(subjects, world, config):
+def print_recalls(run, subjects):
     """A line a split: what share of its facts each of {name: Subject} answers rightly."""
-    for split, facts in world.asked(config).items():
-        right = {name: sum(a["correct"] for a in answer(s, facts, world.encoding)) for name, s in subjects.items()}
+    for split, facts in run.world.asked(run.config).items():
+        right = {name: sum(a["correct"] for a in answer(s, facts, run.world.encoding)) for name, s in subjects.items()}
         print(f"{split:8s} {len(facts):,} facts: "
               + ", ".join(f"{name} {n / len(facts):.1%}" for name, n in right.items()))

@@ -34,7 +34,7 @@ import recover
 from compress import compress
 from model import GPT, GPTConfig
 from checkpoints import load_pretrained
-from study.subjects import unpacked
+from study.repairs import unpacked
 
 SHAPES = {
     "smollm2-135m": GPTConfig(vocab_size=49152, context=8192, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,

@@ -1,25 +1,22 @@
 """
-The look inside: why attention should choose well - does it? - and what repairs do to attention and activations.
+One pool of prompts, every way to choose from it: does attention choose well?
 
-    selectors     one pool, every way to choose from it, and what each costs: attention-max (the paper's rule),
-                  attention-min, random, each prompt alone, the best single one (chosen on validation people), all
-                  concatenated, ensemble, most confident, and the per-question oracle beside the two floors without
-                  which an oracle shows nothing
-    correlation   of a prompt's attention score with the log-probability it gives the right answer, question by question
-    similarity    of attention rows and block outputs to the dense model's, by layer and head (the paper's section 5)
+    attention-max (the paper's rule), attention-min, random, each prompt alone, the best single one (chosen on validation
+    people), all concatenated, ensemble, most confident, and the per-question oracle beside the two floors without which
+    an oracle shows nothing; and the rank correlation of a prompt's attention score with the log-probability that it gives
+    the right answer, question by question.
 
-What it leaves out: causal interventions on single heads.
+What it leaves out: a choice made again during the answer.
 """
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from world.facts import pad
 import idp
 from model import take
 from recover import prompt_init
-from study.statistics import interval, resampled
-from world.score import Subject, answer, gold_logprobs, is_right, tokenized, until_stop
+from study.repairs import make_pool
+from study.statistics import by_person, interval, resampled
+from world.facts import pad
+from world.score import Subject, answer, gold_logprobs, is_right, say, tokenized, until_stop
 
 
 def always(m):
@@ -41,7 +38,7 @@ def under_each(model, pool, facts, encoding):
     rows, right, logprob, confidence = tokenized(facts, encoding), [], [], []
     for m in range(len(pool)):
         subject = Subject(model, filled, always(m))
-        given = answer(subject, facts, encoding)
+        given = say(subject, facts, encoding)
         right.append([float(a["correct"]) for a in given])
         logprob.append([a["logprob"] for a in given])
         own = [(question, encoding.encode_ordinary(" " + a["answer"])) for (question, _), a in zip(rows, given)]
@@ -154,124 +151,36 @@ def rank_correlation(a, b):
     return (ranks[0] * ranks[1]).sum(1) / ranks[0].square().sum(1)
 
 
-# ---- what repairs do inside
+# ---- what results.json holds of a pool
 
-@torch.no_grad()
-def inside(subject, ids):
-    """What happens in each layer on text ids (B, T): attention rows over text tokens, renormalised (L, B, nh, T, T),
-    and block outputs (L, B, T, C).
-    """
-    model, (B, T) = subject.model, ids.shape
-    cache = subject.cache(subject.pick(ids, torch.full((B,), T)), T)
-    positions = cache.length[:, None] + torch.arange(T)  # (B, T)
-    slot = torch.arange(cache.slots)
-    mask = ((slot <= positions[:, :, None]) & (slot >= cache.first[:, None, None]))[:, None]  # (B, 1, T, S)
-    x, attention, outputs = model.place(model.wte(ids), positions), [], []
-    for i, block in enumerate(model.blocks):
-        q, _, _ = block.attn.qkv(block.norm1(x), positions)  # (B, nh, T, hs)
-        x = block(x, positions, mask, (cache.k[i], cache.v[i]))  # fills the cache with this layer's keys
-        k = cache.k[i].repeat_interleave(q.shape[1] // cache.k[i].shape[1], dim=1)  # (B, nh, S, hs)
-        score = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-        attention.append(score[..., -T:].softmax(-1))  # text alone: what a loud prompt leaves may be 0.0
-        outputs.append(x)
-    return torch.stack(attention), torch.stack(outputs)
+def try_selectors(run, subject, base):
+    """Every way to choose from a repaired subject's pool on each fact, and attention against log-probability."""
+    world, people = run.world, run.config.ablation_people
+    facts, validation = (world.facts(split, people) for split in ("heldout", "validation"))
+    pool = make_pool("idp", subject.about["operation"]["parameters"]["size"], subject.about["tensors"])
+    generator = torch.Generator().manual_seed(run.config.seed + 4)
+    out, each = selectors(world.encoding, base.model, pool, facts, validation, generator)
+    chosen = idp.highest(each["attention"])
+    by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
+                    for a in dict.fromkeys(f.attribute for f in facts)}
+    gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)
+    points = torch.stack([each["attention"], gain], dim=-1).flatten(0, 1)
+    return {"rows": [{"name": name, "right": right.tolist(), "passes": n} for name, (right, n) in out.items()],
+            "rho": rank_correlation(each["attention"], each["logprob"]).tolist(),
+            "chosen": torch.bincount(chosen, minlength=gain.shape[1]).tolist(), "by_attribute": by_attribute,
+            "points": points[::max(1, len(points) // 500)][:500].tolist()}
 
 
-def similarity(subject, dense, ids):
-    """Cosine similarity to the dense model on ids (B, T): {"attention": [[a head] a layer], "output": [a layer]}, and
-    the means over layers and heads, one a text: {"texts": {"attention": [..], "output": [..]}}.
-    """
-    (a, x), (b, y) = inside(subject, ids), inside(dense, ids)
-    rows = F.cosine_similarity(a, b, dim=-1)[..., 1:].mean(-1)  # (L, B, nh); the first row has one entry only
-    outputs = F.cosine_similarity(x, y, dim=-1).mean(-1)  # (L, B)
-    return {"attention": rows.mean(1).tolist(), "output": outputs.mean(1).tolist(),
-            "texts": {"attention": rows.mean(dim=(0, 2)).tolist(), "output": outputs.mean(0).tolist()}}
-
-
-def nearer(after, before, seed):
-    """How much nearer to the dense model a repair brought attention and outputs: {name: 95 % interval} over texts."""
-    generator = torch.Generator().manual_seed(seed)
-    change = np.array([np.subtract(after[name], before[name]) for name in ("attention", "output")]).T  # (texts, 2)
-    samples = resampled(change, 10_000, generator).numpy()
-    return {name: interval(samples[:, i]) for i, name in enumerate(("attention", "output"))}
-
-
-# ---- of results.json, as Markdown tables
-
-def pool_table(results):
-    """Every pool in one row: what its choice reaches, and what the best choice would, beside an oracle's floor."""
-    short = {"rule": "attention-max (the paper's rule)", "probe": "probe trained with the prompts",
-             "best single": "best single on validation", "oracle": "oracle",
-             "floor": "floor: oracle over an untuned pool"}
-    lines = [f"| pool | {' | '.join(short)} | rank correlation |", "|---" + "|---:" * (1 + len(short)) + "|"]
-    for m in results["models"]:
-        if m.get("idp"):
-            rows, c = {row["name"]: row for row in m["idp"]["selectors"]}, m["idp"]["correlation"]
-            cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (rows[n]["recall"], *rows[n]["interval"])))
-                     if n in rows else "" for n in short.values()]
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(c["rho"], *c["interval"]))
-            lines.append(f"| {m['id']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def twin_table(results):
-    """Each repair trained by distillation beside its twin on the next token: what came back and what was re-learned."""
-    where = {m["id"]: m for m in results["models"]}
-    lines = ["| repair | displaced %, distilled | next token | re-learned %, distilled | next token |",
-             "|---|---:|---:|---:|---:|"]
-    for name, m in where.items():
-        twin = where.get(f"{name}-next-token")
-        if twin:
-            cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (t["metrics"][key], *t["intervals"][key])))
-                     if t["metrics"][key] is not None else "" for key in ("displaced", "relearned") for t in (m, twin)]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def inside_table(results):
-    """How near each model's attention and block outputs are to the dense model's, as a Markdown table."""
-    lines = ["| model | attention | change by repair | output | change by repair |", "|---" + "|---:" * 4 + "|"]
-    for m in results["models"][1:]:
-        cells = []
-        for name in ("attention", "output"):
-            bounds = m["similarity"].get("nearer", {}).get(name)
-            cells.append(f"{np.mean(m['similarity']['texts'][name]):.4f} | "
-                         + ("[{:+.4f}, {:+.4f}]".format(*bounds) if bounds else ""))
-        lines.append(f"| {'' if m['base'] == 'dense' else '+ '}{m['tag']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def attribute_table(results):
-    """Recall by attribute, seen and held-out together, as a Markdown table."""
-    names = list(results["models"][0]["attributes"])
-    lines = [f"| model | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
-    for m in results["models"]:
-        tag = m["tag"] if m["base"] in (None, "dense") else "+ " + m["tag"]
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in m["attributes"][name])) for name in names]
-        lines.append(f"| {tag} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def file_table(results):
-    """The scores on task files, as a Markdown table, a row a model."""
-    names = [m["name"] for m in results["metrics"] if m["name"].split(" ")[0] in results["files"]]
-    lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    for m in results["models"]:
-        cells = [f"{m['metrics'][name]:.3f} [{m['intervals'][name][0]:.3f}, {m['intervals'][name][1]:.3f}]"
-                 for name in names]
-        lines.append(f"| {m['id']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def selector_table(model):
-    """The ways to choose from one pool, as a Markdown table."""
-    lines = ["| choice | held-out % | over the paper's rule, points | extra passes |", "|---|---:|---:|---:|"]
-    for row in model["idp"]["selectors"]:
-        low, high = row["interval"]
-        over = "[{:+.1f}, {:+.1f}]".format(*(100 * x for x in row["over_rule"]))
-        lines.append(f"| {row['name']} | {100 * row['recall']:.1f} [{100 * low:.1f}, {100 * high:.1f}] "
-                     f"| {over} | {row['extra_passes']} |")
-    c = model["idp"]["correlation"]
-    bounds = "[{:+.3f}, {:+.3f}]".format(*c["interval"])
-    return "\n".join(lines) + (f"\n\nrank correlation of attention with the right answer's log-probability: "
-                              f"{c['rho']:+.3f} {bounds}; chosen: {model['idp']['chosen']}")
+def summary(tried, facts, seed):
+    """What `try_selectors` found, with intervals over people in place of single facts; `facts` are those it asked."""
+    generator = torch.Generator().manual_seed(seed + 5)
+    columns = [row["right"] for row in tried["rows"]] + [tried["rho"]]
+    people, sizes = by_person(columns, facts)
+    samples, means = resampled(people, 10_000, generator, sizes).numpy(), people.sum(0) / sizes.sum()
+    rule = samples[:, 0]
+    rows = [{"name": row["name"], "recall": float(means[i]), "interval": interval(samples[:, i]),
+             "over_rule": interval(samples[:, i] - rule), "extra_passes": row["passes"]}
+            for i, row in enumerate(tried["rows"])]
+    return {"selectors": rows,
+            "correlation": {"rho": float(means[-1]), "interval": interval(samples[:, -1])},
+            **{key: tried[key] for key in ("chosen", "by_attribute", "points")}}

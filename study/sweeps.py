@@ -30,11 +30,13 @@ import torch.distributed as dist
 
 import recover
 from compress import compress
-from study.statistics import by_person, interval, resampled
 from engine.script import write_text
+from study.repairs import attach, train_repair
 from study.settings import options, sized
-from study.steps import Log, json_step, read_json
-from study.subjects import attach, compressed_subject, dense_subject, repair_batches, sweep_rates, train_repair
+from study.statistics import by_person, interval, resampled
+from study.steps import Run, read_json
+from study.subjects import compressed_subject, dense_subject, repair_batches
+from study.tables import markdown, share
 from world.score import CONTEXT, Subject, answer, perplexity
 from world.small import World
 
@@ -74,24 +76,26 @@ def nearest_rate(kind, size, repairs, rates):
     return known[min(known, key=lambda other: max(size / other, other / size))]
 
 
-def make(run, dense, batches, config, world, log):
-    """(the Subject of one run, the tokens that stand in front of its text)."""
-    if "method" in run:
-        model, _ = compress(dense.model, world.calibration(config), run["method"], **run["how"])
+def make(run, point, dense, batches):
+    """(the Subject of one point of a sweep, the tokens that stand in front of its text)."""
+    config = run.config
+    if "method" in point:
+        model, _ = compress(dense.model, run.world.calibration(config), point["method"], **point["how"])
         return Subject(model), 0
-    base = compressed_subject(dense, run["series"], config, world, log)
-    fit_config = recover.FitConfig(steps=config.repair_steps, lr=run["lr"])
-    tensors = train_repair(base.model, run["kind"], run["x"], batches(), recover.distillation, fit_config, config.seed,
+    base = compressed_subject(run, dense, point["series"])
+    fit_config = recover.FitConfig(steps=config.repair_steps, lr=point["lr"])
+    tensors = train_repair(base.model, point["kind"], point["x"], batches(), recover.distillation, fit_config, config.seed,
                            bfloat16=config.repair_bfloat16)
-    return attach(base.model, run["kind"], run["x"], tensors), run["x"] if run["kind"] == "prompt" else 0
+    return attach(base.model, point["kind"], point["x"], tensors), point["x"] if point["kind"] == "prompt" else 0
 
 
-def point(subject, length, config, world):
-    """What one run measures: recall by split [mean, low, high], perplexity a text token, and as others divide it."""
-    out, generator = {"perplexity": perplexity(subject, world.windows)}, torch.Generator().manual_seed(config.seed + 8)
+def measure(run, subject, length):
+    """What one point measures: recall by split [mean, low, high], perplexity a text token, and as others divide it."""
+    world, generator = run.world, torch.Generator().manual_seed(run.config.seed + 8)
+    out = {"perplexity": perplexity(subject, world.windows)}
     scored = world.windows.shape[1] - 1 - CONTEXT  # text tokens a window
     out["perplexity_wrong_divisor"] = out["perplexity"] ** (scored / (scored + length))
-    for split, facts in world.asked(config).items():
+    for split, facts in world.asked(run.config).items():
         sums, sizes = by_person([[a["correct"] for a in answer(subject, facts, world.encoding)]], facts)
         drawn = resampled(sums, 10_000, generator, sizes)[:, 0]
         out[f"recall_{split}"] = [float(sums.sum() / sizes.sum()), *interval(drawn)]
@@ -128,42 +132,60 @@ def gathered(mine):
     return {key: value for part in parts for key, value in part.items()} if rank == 0 else None
 
 
-def sweep(name, dense, config, world, log):
+def sweep(run, name, dense):
     """The points of one sweep, in order; None in every process but the first."""
-    rank, many = processes()
+    config, (rank, many) = run.config, processes()
     threads, mine = torch.get_num_threads(), {}
     torch.set_num_threads(1)
-    if name in ("prompt-length", "rank"):  # shared by all runs, so made before they part
+    if name in ("prompt-length", "rank"):  # shared by all points, so made before they part
         for tag in config.rates:
-            one_first(lambda: compressed_subject(dense, tag, config, world, log))
-    batches, runs = repair_batches(dense, config, world, log), plan(name, config)
-    for i in range(rank, len(runs), many):
-        run, path = runs[i], os.path.join(config.out, f"sweep-{name}-{i:02d}.json")
-        settings = {**dense.about["settings"], "run": run, "calibration": config.calibration,
+            one_first(lambda: compressed_subject(run, dense, tag))
+    batches, points = repair_batches(run, dense), plan(name, config)
+    for i in range(rank, len(points), many):
+        point = points[i]
+        settings = {**dense.about["settings"], "run": point, "calibration": config.calibration,
                     "repair_batch": config.repair_batch, "steps": config.repair_steps,
                     "test_people": config.test_people}
-        found = json_step(log, path, settings,
-                          lambda: point(*make(run, dense, batches, config, world, log), config, world))
-        mine[i] = {"series": run["series"], "x": run["x"], **found}
+        found = run.once_json(f"sweep-{name}-{i:02d}", settings, ("study.sweeps",),
+                              lambda: measure(run, *make(run, point, dense, batches)))
+        mine[i] = {"series": point["series"], "x": point["x"], **found}
     torch.set_num_threads(threads)
     points = gathered(mine)
     return None if points is None else [points[i] for i in sorted(points)]
 
 
+def sweep_rates(run, dense):
+    """Try the learning rates of the grid for each repair but the pool, whose prompts learn as a single one does.
+
+    Judged on the validation people: recall, with the log-probability of the right answer beside it. Prints a row a run.
+    """
+    config, batches, facts = run.config, repair_batches(run, dense), run.world.facts("validation")
+    for base_tag in config.rates:
+        base = compressed_subject(run, dense, base_tag)
+        for tag, (kind, size) in config.repairs.items():
+            for lr in config.rate_grid.get(kind, ()):
+                tensors = train_repair(base.model, kind, size, batches(), recover.distillation,
+                                       recover.FitConfig(steps=config.repair_steps, lr=lr), config.seed,
+                                       bfloat16=config.repair_bfloat16)
+                given = answer(attach(base.model, kind, size, tensors), facts, run.world.encoding)
+                recall, logprob = (sum(a[key] for a in given) / len(given) for key in ("correct", "logprob"))
+                print(f"{base_tag:15s} {tag:12s} lr {lr:<7g} validation recall {recall:.1%}, "
+                      f"log-probability {logprob:.3f}", flush=True)
+
+
 # ---- results
 
-def keep(name, points, dense, config):
+def keep(run, name, points, dense):
     """Add a sweep's points to results.json, beside whatever the study has written there."""
-    path = os.path.join(config.out, "results.json")
+    path, settings = run.path("results.json"), dense.about["settings"]
     results = read_json(path) if os.path.exists(path) else {}
-    sweeps = kept(path, dense)
-    sweeps[name] = {"settings": dense.about["settings"], "points": points}
+    sweeps = {**kept(path, settings), name: {"settings": settings, "points": points}}
     write_text(path, json.dumps({**results, "sweeps": sweeps}, indent=1))
 
 
-def kept(path, dense):
-    """The sweeps in results.json that were made of this very dense model."""
-    settings = json.loads(json.dumps(dense.about["settings"]))
+def kept(path, settings):
+    """The sweeps in results.json that were made of the dense model of these settings."""
+    settings = json.loads(json.dumps(settings))
     sweeps = (read_json(path) if os.path.exists(path) else {}).get("sweeps", {})
     return {name: sweep for name, sweep in sweeps.items() if sweep["settings"] == settings}
 
@@ -172,13 +194,9 @@ def sweep_table(name, points):
     """A sweep as a Markdown table, recalls in percent with their intervals."""
     splits = [key for key in points[0] if key.startswith("recall_")]
     heads = [key.removeprefix("recall_").replace("heldout", "held-out") + " %" for key in splits]
-    lines = [f"| model | {name} | perplexity | by text + prompt (wrong) | " + " | ".join(heads) + " |",
-             "|---" + "|---:" * (3 + len(heads)) + "|"]
-    for p in points:
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in p[split])) for split in splits]
-        lines.append(f"| {p['series']} | {p['x']:g} | {p['perplexity']:.2f} | {p['perplexity_wrong_divisor']:.2f} | "
-                     + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(["model", name, "perplexity", "by text + prompt (wrong)", *heads],
+                    [[p["series"], f"{p['x']:g}", f"{p['perplexity']:.2f}", f"{p['perplexity_wrong_divisor']:.2f}",
+                      *(share(p[split]) for split in splits)] for p in points])
 
 
 def main(arguments):
@@ -187,12 +205,12 @@ def main(arguments):
     parser.add_argument("what", choices=["lr", *SWEEPS], help="lr: on validation people, printed; others also go into "
                                                               "results.json")
     args = parser.parse_args(arguments)
-    config, log = sized(args.size, args.seed, args.out), Log()
-    world = World(config)
-    dense = one_first(lambda: dense_subject(config, world, log))
+    config = sized(args.size, args.seed, args.out)
+    run = Run(config, World(config))
+    dense = one_first(lambda: dense_subject(run))
     if args.what == "lr":
-        return sweep_rates(dense, config, world, log)
-    points = sweep(args.what, dense, config, world, log)
+        return sweep_rates(run, dense)
+    points = sweep(run, args.what, dense)
     if points:
-        keep(args.what, points, dense, config)
+        keep(run, args.what, points, dense)
         print(sweep_table(args.what, points))

@@ -18,8 +18,11 @@ import math
 import re
 import string
 
+import numpy as np
 import torch
 
+from study.statistics import interval, resampled
+from study.steps import digest, slug
 from world.facts import Fact, pad
 from world.score import choose, cut_options
 
@@ -155,3 +158,17 @@ def metrics(files):
         for metric in kinds.get(read.__name__, ("acc", "acc_norm")):
             share = metric != "perplexity"
             yield f"{name} {metric}", f"{name}, {metric}", "share" if share else "", share, f"the harness' {metric}"
+
+
+def add_files(run, rows, subjects, files):
+    """Every model's score on task files {task: questions}, as metrics "task metric" with an interval over questions."""
+    for name, questions in files.items():
+        for subject, row in zip(subjects, rows):
+            settings = {**subject.about["settings"], "questions": digest(questions)}
+            scores = run.once_json(f"{row['id']}.{slug(name)}", settings, ("study.taskfiles", "compress", "study.repairs"),
+                                   lambda: score(subject, name, questions, run.world.encoding))
+            generator = torch.Generator().manual_seed(run.config.seed + 7)
+            for metric, values in scores.items():
+                low, high = interval(resampled(np.array(values)[:, None], 10_000, generator)[:, 0])
+                metric, (value, low, high) = headline(metric, (np.mean(values), low, high))
+                row["metrics"][f"{name} {metric}"], row["intervals"][f"{name} {metric}"] = value, [low, high]

@@ -1,0 +1,51 @@
+"""
+What repairs do inside a model: its attention rows and block outputs, beside the dense model's on the same text (the
+paper's section 5).
+
+What it leaves out: causal interventions on single heads.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from study.statistics import interval, resampled
+
+
+@torch.no_grad()
+def inside(subject, ids):
+    """What happens in each layer on text ids (B, T): attention rows over text tokens, renormalised (L, B, nh, T, T),
+    and block outputs (L, B, T, C).
+    """
+    model, (B, T) = subject.model, ids.shape
+    cache = subject.cache(subject.pick(ids, torch.full((B,), T)), T)
+    positions = cache.length[:, None] + torch.arange(T)  # (B, T)
+    slot = torch.arange(cache.slots)
+    mask = ((slot <= positions[:, :, None]) & (slot >= cache.first[:, None, None]))[:, None]  # (B, 1, T, S)
+    x, attention, outputs = model.place(model.wte(ids), positions), [], []
+    for i, block in enumerate(model.blocks):
+        q, _, _ = block.attn.qkv(block.norm1(x), positions)  # (B, nh, T, hs)
+        x = block(x, positions, mask, (cache.k[i], cache.v[i]))  # fills the cache with this layer's keys
+        k = cache.k[i].repeat_interleave(q.shape[1] // cache.k[i].shape[1], dim=1)  # (B, nh, S, hs)
+        score = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        attention.append(score[..., -T:].softmax(-1))  # text alone: what a loud prompt leaves may be 0.0
+        outputs.append(x)
+    return torch.stack(attention), torch.stack(outputs)
+
+
+def similarity(subject, dense, ids):
+    """Cosine similarity to the dense model on ids (B, T): {"attention": [[a head] a layer], "output": [a layer]}, and
+    the means over layers and heads, one a text: {"texts": {"attention": [..], "output": [..]}}.
+    """
+    (a, x), (b, y) = inside(subject, ids), inside(dense, ids)
+    rows = F.cosine_similarity(a, b, dim=-1)[..., 1:].mean(-1)  # (L, B, nh); the first row has one entry only
+    outputs = F.cosine_similarity(x, y, dim=-1).mean(-1)  # (L, B)
+    return {"attention": rows.mean(1).tolist(), "output": outputs.mean(1).tolist(),
+            "texts": {"attention": rows.mean(dim=(0, 2)).tolist(), "output": outputs.mean(0).tolist()}}
+
+
+def nearer(after, before, seed):
+    """How much nearer to the dense model a repair brought attention and outputs: {name: 95 % interval} over texts."""
+    generator = torch.Generator().manual_seed(seed)
+    change = np.array([np.subtract(after[name], before[name]) for name in ("attention", "output")]).T  # (texts, 2)
+    samples = resampled(change, 10_000, generator).numpy()
+    return {name: interval(samples[:, i]) for i, name in enumerate(("attention", "output"))}

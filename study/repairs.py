@@ -1,0 +1,103 @@
+"""
+Every repair of the study, trained on a frozen compressed model, and the Subject that comes of it.
+"""
+import copy
+
+import torch
+
+import idp
+import recover
+from kernels import PackedLinear
+from world.score import Subject
+
+
+def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=None, bfloat16=False):
+    """Train one repair of the frozen `model` -> its tensors. `losses` is recover.next_token or recover.distillation.
+
+    bfloat16  matrix products in bfloat16, all else and what is trained in float32: faster where the CPU has them
+    """
+    with torch.autocast(model.wte.weight.device.type, torch.bfloat16, enabled=bfloat16,
+                        cache_enabled=False):  # a cached cast would outlive the step that changes what was cast
+        return trained(unpacked(model), kind, size, batches, losses, fit_config, seed, progress)
+
+
+def trained(model, kind, size, batches, losses, fit_config, seed, progress):
+    """The body of `train_repair`, on float weights."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "lora":
+        parameters = recover.add_lora(model, *lora_size(size), generator=generator)
+        recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
+        return parameters
+    if kind == "prefix":
+        prefix = recover.Prefix(recover.prefix_init(model, recover.prompt_init(model, size, generator=generator)))
+        loss = recover.objective(lambda ids: model(ids, cache=prefix.cache(model, *ids.shape)), losses)
+        recover.fit(model, prefix.parameters(), batches, loss, fit_config, progress=progress)
+        return [prefix.weight]
+    M, P, way = size if kind == "idp" else (1, size, "independent")
+    pool = idp.PromptPool([recover.prompt_init(model, P, generator=generator) for _ in range(M)],
+                          torch.zeros(M, model.config.n_embd) if way == "selected" else None)
+    if way == "independent":
+        for m, prompt in enumerate(pool.prompts):  # each on a shard of its own
+            loss = idp.independent(model, pool, losses, m)
+            recover.fit(model, [prompt], batches[m::M], loss, fit_config, progress=progress)
+    else:
+        loss = {"joint": idp.joint, "competitive": idp.competitive, "selected": idp.selected}[way](model, pool, losses)
+        recover.fit(model, pool.parameters(), batches, loss, fit_config, progress=progress)
+    return [*pool.prompts] + ([pool.probe] if way == "selected" else [])
+
+
+def lora_size(size):
+    """(rank, alpha, targets) of a LoRA's size: a rank, for every linear layer, or (rank, "q v")."""
+    rank, targets = (size, recover.LINEARS) if isinstance(size, int) else (size[0], tuple(size[1].split()))
+    return rank, None, targets
+
+
+def attach(model, kind, size, tensors):
+    """The Subject that a trained repair makes of `model`."""
+    if kind == "lora":
+        model = shared_copy(model)
+        with torch.no_grad():
+            for p, trained in zip(recover.add_lora(model, *lora_size(size)), tensors):
+                p.copy_(trained)
+        return Subject(model)
+    if kind == "prefix":
+        with torch.no_grad():
+            return Subject(model, recover.Prefix(tensors[0]).cache(model, 1, 0))
+    return pool_subject(model, make_pool(kind, size, tensors))
+
+
+def make_pool(kind, size, tensors):
+    """The pool of a trained prompt or pool: its prompts and, of one that was trained with it, its probe."""
+    M = size[0] if kind == "idp" else 1
+    return idp.PromptPool(tensors[:M], *tensors[M:])
+
+
+def pool_subject(model, pool):
+    """The Subject of a pool under the paper's rule, or its probe if it has one; one prompt leaves nothing to choose."""
+    with torch.no_grad():
+        filled = idp.prefill(model, pool)
+
+    def choose(ids, lengths):
+        if pool.probe is None:
+            return idp.select(model, pool, ids, lengths, filled)
+        return idp.highest(idp.probed(model, pool, ids, lengths))
+    return Subject(model, filled, choose if len(pool) > 1 else None)
+
+
+def unpacked(model):
+    """A shared copy whose packed layers are float ones of the same values: unpacked once, not at every step."""
+    model = shared_copy(model)
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, PackedLinear):
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                plain.weight = torch.nn.Parameter(layer.packed.dequantize(), requires_grad=False)
+                plain.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias, requires_grad=False)
+                setattr(parent, name, plain)
+    return model
+
+
+def shared_copy(model):
+    """A copy of the model whose tensors are the same: modules can be wrapped in it without touching the given one."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})

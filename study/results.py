@@ -1,0 +1,67 @@
+"""
+What a study leaves behind: results.json, predictions.jsonl, tables.md and the page; and what it prints.
+"""
+import json
+import os
+import platform
+import sys
+import time
+
+import numpy as np
+import tiktoken
+import torch
+
+from engine.script import write_text
+from study import page, sweeps, tables, taskfiles
+
+METRICS = [  # name, label, unit, higher is better, what it is
+    ("bits_per_weight", "bits a weight", "bits", False, "of the blocks' linear layers, scales and masks included"),
+    ("bytes", "bytes on disk", "bytes", False, "the checkpoint file, plus the repair's parameters as float32"),
+    ("extra_parameters", "extra parameters", "", False, "what the repair adds"),
+    ("perplexity", "perplexity", "", False, "a text token, on sentences about held-out people; prompts not counted"),
+    ("recall_seen", "recall, seen", "share", True, "exact match on people in the repair's text"),
+    ("recall_heldout", "recall, held-out", "share", True, "exact match on people in pretraining only"),
+    ("recall_novel", "recall, novel", "share", True, "exact match on people in no text: what guessing reaches"),
+    ("displaced", "displaced", "share", True, "share of the lost held-out recall that came back"),
+    ("relearned", "re-learned", "share", False, "share of the lost seen recall that came back, minus displaced"),
+    ("ms_per_question", "ms a question", "ms", False, "median time to answer one question alone"),
+]
+RAW = ("answers", "scores")  # keys of a row that hold single facts: in predictions.jsonl, not in results.json
+
+
+def metrics(rows, files):
+    """The metrics that some row has, described for whoever reads results.json."""
+    return [dict(zip(("name", "label", "unit", "higher_is_better", "description"), m))
+            for m in [*METRICS, *taskfiles.metrics(files)] if any(m[0] in row["metrics"] for row in rows)]
+
+
+def predictions(run, rows):
+    """A dict a fact a model: what predictions.jsonl holds."""
+    for row in rows:
+        for split, answers in row["answers"].items():
+            for fact, given in zip(run.world.asked(run.config)[split], answers):
+                yield {"model": row["id"], "split": split, "person": fact.person, "attribute": fact.attribute,
+                       "question": fact.question, "gold": fact.answer.strip(), **given}
+
+
+def publish(run, dense, results):
+    """Print the result; write results.json, tables.md, predictions.jsonl and, last, the page."""
+    log, path = run.log, run.path("results.json")
+    rows = results["models"]
+    results = {**results, "models": [{k: v for k, v in row.items() if k not in RAW} for row in rows],
+               "sweeps": sweeps.kept(path, dense.about["settings"]),
+               "command": "python " + " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+               "created": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": time.time() - log.began, "times": log.times,
+               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                            "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
+    write_text(path, json.dumps(results, indent=1))
+    print(tables.main_table(results) + "\n")
+    for line in results["verdicts"]:
+        print(f"{line['base']}, {line['text']}")
+    context = results["context"]
+    print(f"\n24 unrelated tokens in front of every question: held-out recall {context['alone']:.1%} -> "
+          f"{context['behind_24_tokens']:.1%}")
+    write_text(run.path("tables.md"), tables.all_tables(results))
+    write_text(run.path("predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in predictions(run, rows)))
+    page.write_report(path, run.path("report.html"))
+    print(f"{results['seconds']:.0f} s; more tables: {run.path('tables.md')}; to explore: {run.path('report.html')}")

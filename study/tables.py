@@ -1,0 +1,170 @@
+"""
+Every table of the study as Markdown that reads as text: columns padded to one width.
+"""
+import statistics
+
+import numpy as np
+
+from study import findings
+from world.items import TASKS
+
+SPLIT_NAMES = {"seen": "seen", "heldout": "held-out", "novel": "novel"}
+
+
+def markdown(head, rows, text_columns=1):
+    """A Markdown table of strings; the first `text_columns` columns are aligned left, the others right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells):
+        """One row of the table."""
+        return "| " + " | ".join(cell.ljust(w) if i < text_columns else cell.rjust(w)
+                                 for i, (cell, w) in enumerate(zip(cells, widths))) + " |"
+    rule = "|" + "|".join("-" * (w + 2) if i < text_columns else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def share(values, digits=1):
+    """[mean, low, high] or (mean, [low, high]) as percent: "43.7 [38.0, 49.0]"; without bounds the mean alone."""
+    mean, low, high = values if len(values) == 3 else (values[0], *values[1])
+    if mean is None:
+        return ""
+    bounds = f" [{100 * low:.{digits}f}, {100 * high:.{digits}f}]" if low is not None else ""
+    return f"{100 * mean:.{digits}f}{bounds}"
+
+
+def name_of(model):
+    """A model's tag, "+ tag" for a repair."""
+    return model["tag"] if model["base"] in (None, "dense") else "+ " + model["tag"]
+
+
+def main_table(results):
+    """A row a model; recalls in percent with their 95 % intervals, and the standard deviation over seeds behind ±."""
+    def percent(m, name):
+        """One cell."""
+        if m["metrics"].get(name) is None:
+            return ""
+        seeds = [100 * x for x in m.get("seeds", {}).get(name, []) if x is not None]
+        return share((m["metrics"][name], m["intervals"][name])) + (
+            f" ± {statistics.stdev(seeds):.1f}" if len(seeds) > 1 else "")
+    splits = {f"recall_{split}": f"{name} %" for split, name in SPLIT_NAMES.items()
+              if f"recall_{split}" in results["models"][0]["metrics"]}
+    head = ["model", "bits a weight", "KB on disk", "extra parameters", "perplexity", *splits.values(), "displaced %",
+            "re-learned %", "ms"]
+    rows = []
+    for m in results["models"]:
+        v = m["metrics"]
+        rows.append([name_of(m), f"{v['bits_per_weight']:.2f}", f"{v['bytes'] / 1000:.0f}", f"{v['extra_parameters']:,}",
+                     f"{v['perplexity']:.2f}", *(percent(m, split) for split in splits), percent(m, "displaced"),
+                     percent(m, "relearned"), f"{v['ms_per_question']:.1f}"])
+    return markdown(head, rows)
+
+
+def attribute_table(results):
+    """Recall by attribute, seen and held-out together."""
+    names = list(results["models"][0]["attributes"])
+    return markdown(["model", *names], [[name_of(m), *(share(m["attributes"][name]) for name in names)]
+                                        for m in results["models"]])
+
+
+def file_table(results):
+    """The scores on task files, a row a model."""
+    names = [m["name"] for m in results["metrics"] if m["name"].split(" ")[0] in results["files"]]
+    return markdown(["model", *names],
+                    [[m["id"], *("{:.3f} [{:.3f}, {:.3f}]".format(m["metrics"][name], *m["intervals"][name])
+                                 for name in names)] for m in results["models"]])
+
+
+def selector_table(model):
+    """The ways to choose from one pool."""
+    rows = [[row["name"], share((row["recall"], row["interval"])),
+             "[{:+.1f}, {:+.1f}]".format(*(100 * x for x in row["over_rule"])), row["extra_passes"]]
+            for row in model["idp"]["selectors"]]
+    c = model["idp"]["correlation"]
+    bounds = "[{:+.3f}, {:+.3f}]".format(*c["interval"])
+    return markdown(["choice", "held-out %", "over the paper's rule, points", "extra passes"], rows) + (
+        f"\n\nrank correlation of attention with the right answer's log-probability: {c['rho']:+.3f} {bounds}; "
+        f"chosen: {model['idp']['chosen']}")
+
+
+def pool_table(results):
+    """Every pool in one row: what its choice reaches, and what the best choice would, beside an oracle's floor."""
+    short = {"rule": "attention-max (the paper's rule)", "probe": "probe trained with the prompts",
+             "best single": "best single on validation", "oracle": "oracle",
+             "floor": "floor: oracle over an untuned pool"}
+    rows = []
+    for m in results["models"]:
+        if m.get("idp"):
+            found, c = {row["name"]: row for row in m["idp"]["selectors"]}, m["idp"]["correlation"]
+            rows.append([m["id"], *(share((found[n]["recall"], found[n]["interval"])) if n in found else ""
+                                    for n in short.values()),
+                         "{:+.3f} [{:+.3f}, {:+.3f}]".format(c["rho"], *c["interval"])])
+    return markdown(["pool", *short, "rank correlation"], rows)
+
+
+def twin_table(results):
+    """Each repair trained by distillation beside its twin on the next token: what came back and what was re-learned."""
+    where = {m["id"]: m for m in results["models"]}
+    rows = [[name, *(share((t["metrics"][key], t["intervals"][key])) for key in ("displaced", "relearned")
+                     for t in (m, where[f"{name}-next-token"]))]
+            for name, m in where.items() if f"{name}-next-token" in where]
+    return markdown(["repair", "displaced %, distilled", "next token", "re-learned %, distilled", "next token"], rows)
+
+
+def inside_table(results):
+    """How near each model's attention and block outputs are to the dense model's."""
+    rows = []
+    for m in results["models"][1:]:
+        cells = []
+        for name in ("attention", "output"):
+            bounds = m["similarity"].get("nearer", {}).get(name)
+            cells += [f"{np.mean(m['similarity']['texts'][name]):.4f}",
+                      "[{:+.4f}, {:+.4f}]".format(*bounds) if bounds else ""]
+        rows.append([name_of(m), *cells])
+    return markdown(["model", "attention", "change by repair", "output", "change by repair"], rows)
+
+
+def task_table(results, split):
+    """A row a model, a column a task: the main metric in percent with its interval, on one split."""
+    models = [m for m in results["models"] if m.get("tasks")]
+    names = list(models[0]["tasks"])
+    metric = {name: TASKS[name].metrics[0] if name in TASKS else "exact" for name in names}
+    return markdown(["model", *names],
+                    [[m["tag"] if m["base"] in (None, "dense") else f"{m['base']} + {m['tag']}",
+                      *(share(m["tasks"][name][split][metric[name]]) for name in names)] for m in models])
+
+
+def comparison_table(results):
+    """The comparisons of recall, and those on tasks that are no luck: flips, p, corrected p, what was detectable.
+
+    Differences are in percent of the items; all comparisons, shown or not, are corrected together.
+    """
+    shown = [row for row in results["comparisons"] if row["what"].startswith("recall") or row["p_holm"] < 0.05]
+    rows = [[row["model"], row["base"], row["what"], row["items"], row["gained"], row["lost"],
+             f"{100 * row['difference']:+.1f}", f"{row['p']:.2g}", f"{row['p_holm']:.2g}",
+             "" if row["detectable"] is None else f"{100 * row['detectable']:.1f}"] for row in shown]
+    hidden = len(results["comparisons"]) - len(shown)
+    head = ["model", "against", "on", "items", "gained", "lost", "difference", "p", "p (Holm)", "detectable"]
+    return markdown(head, rows, 3) + (
+        f"\n\nand {hidden} comparisons on tasks whose corrected p is 0.05 or more" if hidden else "")
+
+
+def all_tables(results):
+    """Every table but the main one, with a heading each: what tables.md holds."""
+    parts = [("by attribute, seen and held-out together, %", attribute_table(results))]
+    if results["files"]:
+        parts.append(("task files", file_table(results)))
+    parts += [(f"{m['id']}: one pool, every way to choose", selector_table(m)) for m in results["models"] if m.get("idp")]
+    parts += [("the pools, held-out %", pool_table(results)),
+              ("cosine similarity to the dense model, over layers and heads", inside_table(results))]
+    if results["settings"]["full"]:
+        parts.append(("distillation and the next token", twin_table(results)))
+    if results["models"][0].get("tasks"):
+        parts += [(f"the tasks of items.py, {results['settings']['size']} preset, {name} people, % [95 %]",
+                   task_table(results, split)) for split, name in SPLIT_NAMES.items()]
+    parts.append(("every model against the one it was made from", comparison_table(results)))
+    noise = "\n".join(f"noise floor, {row['model']} {row['what']}: {row['gained']} gained and {row['lost']} lost of "
+                      f"{row['items']}, {100 * row['difference']:+.1f} points, p {row['p']:.2g}"
+                      for row in results["noise"])
+    parts += [("where nothing should differ", noise), ("what others found, and we", findings.show(results))]
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts) + "\n"
