@@ -41,7 +41,7 @@ import recover  # noqa: E402
 from compress import magnitude, rtn  # noqa: E402
 from kernels import PackedLinear, pack  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from study.subjects import unpacked# noqa: E402
+from study.repairs import unpacked# noqa: E402
 from world.score import Subject  # noqa: E402
 
 

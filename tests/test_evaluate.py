@@ -1,6 +1,5 @@
 """The statistics against closed forms and cases worked by hand; the study's steps; the script's edge."""
 import json
-import math
 import os
 import subprocess
 import sys
@@ -11,20 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from study import pools
-from study import comparisons
-from world.facts import WorldConfig, facts_about, text_batches
 import evaluate
-from world.items import TASKS
-from study import steps, subjects
+from checkpoints import save
 from compress import compress
 from kernels import PackedLinear
-from checkpoints import save
 from model import GPT, GPTConfig
+from study import comparisons, tables
+from study.costs import costs
+from study.repairs import unpacked
 from study.settings import StudyConfig
-from study.steps import Log
-from world.small import World
+from study.steps import Run
+from study.subjects import dense_subject
+from test_tables import cells
+from world.facts import WorldConfig, facts_about, text_batches
+from world.items import TASKS
 from world.score import Subject, answer
+from world.small import World
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -87,14 +88,14 @@ def test_lessons_are_for_seen_people_only(tmp_path):
     for rows in (torch.cat(world.repair_rows(config)), world.calibration(config)):
         assert world.check_leaks(rows) == len(rows) > 0
     assert any("In short:" in text for text in world.repair_text) and any("In short:" in text for text in world.text)
-    dense = subjects.dense_subject(config, world, Log())
-    asked = {"dense": {"facts": {split: answer(dense, facts, world.encoding) for split, facts in world.asked(config).items()}}}
-    scored, tasks = comparisons.score_tasks([dense], asked, world, config, Log())
-    assert scored["dense"].keys() == tasks.keys() == {"trained", "unseen", *TASKS}
-    models = [{"id": "dense"}]
-    comparisons.add_tasks(models, scored, tasks, 0)
-    assert {"f1", "precision", "recall"} == models[0]["tasks"]["summary"]["novel"].keys()
-    assert "2 facts" in {item.attribute for item in tasks["summary"]["novel"]}
+    run = Run(config, world)
+    dense = dense_subject(run)
+    row = evaluate.ask(run, dense, dense, None)
+    items = comparisons.task_items(run)
+    assert row["scores"].keys() == items.keys() == {"trained", "unseen", *TASKS}
+    comparisons.add_tasks([row], items, 0)
+    assert {"f1", "precision", "recall"} == row["tasks"]["summary"]["novel"].keys()
+    assert "2 facts" in {item.attribute for item in items["summary"]["novel"]}
 
 
 def test_nothing_lost_is_no_verdict():
@@ -102,50 +103,52 @@ def test_nothing_lost_is_no_verdict():
     assert "too little" in evaluate.verdict(model, [{"p_holm": 0.01, "difference": 0.1}])
 
 
+def rows_of(*answers):
+    """Rows as evaluate.ask makes them: dense, small, back."""
+    return [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None, "answers": given}
+            for (name, base), given in zip((("dense", None), ("small", "dense"), ("back", "small")), answers)]
+
+
+def right(*counts, of=5):
+    """Answers about people of whom so many of `of` facts each are right."""
+    return [{"correct": i < n} for n in counts for i in range(of)]
+
+
 def test_recalls_and_fractions_of_a_table_worked_by_hand():
     """Two people, five facts each: dense 10 of 10, compressed 4, repaired 7 on held-out; seen 10, 5, 10; novel 0."""
-    def given(*right):  # how many of each person's five facts are right
-        return [{"correct": i < n} for n in right for i in range(5)]
-    measured = {name: {"facts": {"seen": given(*seen), "heldout": given(*heldout), "novel": given(0, 0)}}
-                for name, seen, heldout in (("dense", (5, 5), (5, 5)), ("small", (2, 3), (2, 2)),
-                                            ("back", (5, 5), (4, 3)))}
-    models = [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None}
-              for name, base in (("dense", None), ("small", "dense"), ("back", "small"))]
+    rows = rows_of(*({"seen": right(*seen), "heldout": right(*heldout), "novel": right(0, 0)}
+                     for seen, heldout in (((5, 5), (5, 5)), ((2, 3), (2, 2)), ((5, 5), (4, 3)))))
     facts = [SimpleNamespace(person=person) for person in ("Ada", "Ben") for _ in range(5)]
-    evaluate.add_recalls(models, [measured], dict.fromkeys(("seen", "heldout", "novel"), facts), StudyConfig())
-    assert [m["metrics"]["recall_heldout"] for m in models] == pytest.approx([1.0, 0.4, 0.7])
-    assert [m["metrics"]["recall_seen"] for m in models] == pytest.approx([1.0, 0.5, 1.0])
-    back = models[2]["metrics"]
+    evaluate.add_recalls([rows], dict.fromkeys(("seen", "heldout", "novel"), facts), 0)
+    assert [m["metrics"]["recall_heldout"] for m in rows] == pytest.approx([1.0, 0.4, 0.7])
+    assert [m["metrics"]["recall_seen"] for m in rows] == pytest.approx([1.0, 0.5, 1.0])
+    back = rows[2]["metrics"]
     assert back["displaced"] == pytest.approx(0.5) and back["relearned"] == pytest.approx(0.5)
     # both people drawn twice, or one of each: (4 - 2) / 3, (3 - 2) / 3 and their mean are all that can be drawn
-    assert models[2]["intervals"]["displaced"] == pytest.approx([1 / 3, 2 / 3])
-    assert models[2]["seeds"]["displaced"] == pytest.approx([0.5])
+    assert rows[2]["intervals"]["displaced"] == pytest.approx([1 / 3, 2 / 3])
+    assert rows[2]["seeds"]["displaced"] == pytest.approx([0.5])
 
 
 def test_seeds_are_resampled_too():
     """One person; the repair brings back all in one seed and nothing in the other: displaced 1/2, from 0 to 1."""
-    def given(right):
-        return [{"correct": i < right} for i in range(4)]
     facts = {split: [SimpleNamespace(person="Ada")] * 4 for split in ("seen", "heldout", "novel")}
-    runs = [{name: {"facts": {split: given(n) for split in facts}}
-             for name, n in (("dense", 4), ("small", 2), ("back", back))} for back in (4, 2)]
-    models = [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None}
-              for name, base in (("dense", None), ("small", "dense"), ("back", "small"))]
-    evaluate.add_recalls(models, runs, facts, StudyConfig())
-    assert models[2]["metrics"]["displaced"] == 0.5 and models[2]["intervals"]["displaced"] == [0, 1]
-    assert models[2]["seeds"] == {"recall_seen": [1, 0.5], "recall_heldout": [1, 0.5], "recall_novel": [1, 0.5],
-                                  "displaced": [1, 0], "relearned": [0, 0]}
+    draws = [rows_of(*({split: right(n, of=4) for split in facts} for n in (4, 2, back))) for back in (4, 2)]
+    evaluate.add_recalls(draws, facts, 0)
+    found = draws[0][2]
+    assert found["metrics"]["displaced"] == 0.5 and found["intervals"]["displaced"] == [0, 1]
+    assert found["seeds"] == {"recall_seen": [1, 0.5], "recall_heldout": [1, 0.5], "recall_novel": [1, 0.5],
+                              "displaced": [1, 0], "relearned": [0, 0]}
 
 
 def test_recall_by_attribute_worked_by_hand():
     """Ada's and Ben's cities, one seen and one held-out: 1 of 2; Ada's year alone: 0."""
     asked = {"seen": [SimpleNamespace(person="Ada", attribute=a) for a in ("city", "year")],
              "heldout": [SimpleNamespace(person="Ben", attribute="city")]}
-    models = [{"id": "m", "tag": "m", "base": None}]
-    evaluate.add_attributes(models, {"m": {"facts": {"seen": [{"correct": True}, {"correct": False}],
-                                                     "heldout": [{"correct": False}]}}}, asked, StudyConfig())
-    assert models[0]["attributes"] == {"city": [0.5, 0.0, 1.0], "year": [0.0, 0.0, 0.0]}
-    assert pools.attribute_table({"models": models}).splitlines()[-1] == "| m | 50.0 [0.0, 100.0] | 0.0 [0.0, 0.0] |"
+    row = {"id": "m", "tag": "m", "base": None,
+           "answers": {"seen": [{"correct": True}, {"correct": False}], "heldout": [{"correct": False}]}}
+    evaluate.add_attributes([row], asked, 0)
+    assert row["attributes"] == {"city": [0.5, 0.0, 1.0], "year": [0.0, 0.0, 0.0]}
+    assert cells(tables.attribute_table({"models": [row]}).splitlines()[-1]) == ["m", "50.0 [0.0, 100.0]", "0.0 [0.0, 0.0]"]
 
 
 def test_costs_count_what_is_stored(tmp_path):
@@ -158,9 +161,9 @@ def test_costs_count_what_is_stored(tmp_path):
         path = tmp_path / "small"
         save(small, path)
         about = {"path": path, "extra": 1000}
-        costs = evaluate.costs(Subject(small, about=about))
-        assert costs["bits_per_weight"] == pytest.approx(bits) and costs["extra_parameters"] == 1000
-        assert costs["bytes"] == path.stat().st_size + 4000
+        cost = costs(Subject(small, about=about))
+        assert cost["bits_per_weight"] == pytest.approx(bits) and cost["extra_parameters"] == 1000
+        assert cost["bytes"] == path.stat().st_size + 4000
         weights = 4 * 96 * 96 + 2 * 96 * 384
         others = 4 * (300 * 96 + 3 * 96)
         assert abs(path.stat().st_size - weights * bits / 8 - others) < 6000  # header: names and settings
@@ -173,7 +176,7 @@ def test_unpacked_is_the_same_model_and_leaves_the_packed_one_alone():
     ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
     packed, _ = compress(model, ids, "rtn", bits=3, group_size=32)
     before = {name: t.clone() for name, t in packed.state_dict().items()}
-    plain = subjects.unpacked(packed)
+    plain = unpacked(packed)
     assert torch.equal(plain(ids), packed(ids)) and not torch.equal(plain(ids), model(ids))
     assert not any(isinstance(m, PackedLinear) for m in plain.modules())
     after = packed.state_dict()
@@ -186,18 +189,17 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
     """
     results = []
     for folder in ("a", "b", "a"):
-        log = Log()
         config = tiny(tmp_path / folder)
-        world = World(config)
-        found, rows = evaluate.study(subjects.dense_subject(config, world, log), config, world, log)
+        run = Run(config, World(config))
+        found = evaluate.study(run, dense_subject(run))
         for model in found["models"]:
             model["metrics"].pop("ms_per_question")
             for layer in model["layers"] or []:
                 layer.pop("seconds")
         found["settings"].pop("out")
-        results.append(json.dumps([found, list(rows)]))
+        results.append(json.dumps(found))
     assert results[0] == results[1] == results[2]
-    assert log.times and all(t["reused"] for t in log.times)
+    assert run.log.times and all(t["reused"] for t in run.log.times)
 
 
 def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path):
@@ -205,39 +207,19 @@ def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path):
     config = tiny(tmp_path)
     config.full, config.seeds = False, 2
     config.repairs = {"LoRA rank 1": ("lora", 1), "prompt 8": ("prompt", 8)}
-    world = World(config)
-    dense = subjects.dense_subject(config, world, Log())
-    results, _ = evaluate.study(dense, config, world, Log())
+    run = Run(config, World(config))
+    dense = dense_subject(run)
+    results = evaluate.study(run, dense)
     assert all(len(m["seeds"]["recall_heldout"]) == 2 for m in results["models"])
-    once, _ = evaluate.study(dense, replace(config, seeds=1), world, Log())
+    once = evaluate.study(Run(replace(config, seeds=1), run.world), dense)
     for a, b in zip(results["models"], once["models"]):
         assert a["seeds"]["recall_heldout"][0] == b["metrics"]["recall_heldout"]
-    assert "±" in evaluate.table(results) and "±" not in evaluate.table(once)
+    assert "±" in tables.main_table(results) and "±" not in tables.main_table(once)
     first, second = (tmp_path / f"gptq-3-bits{seed}-lora-rank-1.safetensors" for seed in ("", "-seed-1"))
     assert first.read_bytes() != second.read_bytes()
     assert [row["what"] for row in results["noise"]] == ["asked again in reverse",
                                                          *["compressed again on other text"] * 2]
     assert (results["noise"][0]["gained"], results["noise"][0]["lost"]) == (0, 0)  # E7
-
-
-def test_other_settings_are_computed_anew(tmp_path):
-    made = []
-    for settings in ({"lr": 1}, {"lr": 1}, {"lr": 2}):
-        steps.step(Log(), str(tmp_path / "x"), settings, lambda: made.append(settings) or "text",
-                   lambda r, p: steps.write_text(p, r),
-                   lambda p: open(p).read())
-    assert made == [{"lr": 1}, {"lr": 2}]
-
-
-def test_an_interrupted_step_is_made_again(tmp_path):
-    """What was written before the interruption has no settings beside it, so nobody takes it for finished."""
-    def interrupted(result, path):
-        steps.write_text(path, "half")
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        steps.step(Log(), str(tmp_path / "x"), {}, lambda: 1, interrupted, None)
-    whole = steps.step(Log(), str(tmp_path / "x"), {}, lambda: "whole", lambda r, p: steps.write_text(p, r), None)
-    assert whole == "whole"
 
 
 def test_no_hidden_name_in_calibration_or_repair_text(tmp_path):
@@ -258,7 +240,7 @@ def test_the_same_model_twice_flips_nothing(tmp_path):
     """E7: two Subjects of one model give the same answers and log-probabilities, bit for bit."""
     config = tiny(tmp_path)
     world = World(config)
-    dense = subjects.dense_subject(config, world, Log())
+    dense = dense_subject(Run(config, world))
     facts = facts_about(world.people["seen"])
     assert answer(dense, facts, world.encoding) == answer(Subject(dense.model), facts, world.encoding)
 
@@ -277,14 +259,3 @@ def run(*args):
 def test_bad_input_is_one_line_and_status_2(args, word):
     done = run(*args)
     assert done.returncode == 2 and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-
-
-def test_a_damaged_step_is_named(tmp_path):
-    config = tiny(tmp_path)
-    world = World(config)
-    path = subjects.dense_subject(config, world, Log()).about["path"]
-    whole = open(path, "rb").read()
-    with open(path, "wb") as f:
-        f.write(whole[:-100])
-    with pytest.raises(ValueError, match="dense.safetensors.*truncated"):
-        subjects.dense_subject(config, world, Log())

@@ -7,7 +7,7 @@ import torch
 import idp
 import recover
 from idp import PromptPool, attention_scores, prefill, select, take
-from study.subjects import pool_subject
+from study.repairs import pool_subject
 from test_model import close, family, gpt, naive, naive_layer, tokens
 
 LENGTHS = torch.tensor([3, 6, 5, 1])  # real tokens of four rows

@@ -11,15 +11,15 @@ import torch
 
 from study import pools
 from world.facts import Fact, make_encoding, train_bpe
-import evaluate
+from real.__main__ import main as real_main
 from study import taskfiles
 import idp
 from real import world
 from golden.make_weights import fill
 from engine.safetensors import write_safetensors
 from model import GPT, GPTConfig
-from study.steps import Log
-from study.subjects import pool_subject
+from study.steps import Log, Run
+from study.repairs import pool_subject
 from world.score import Subject, answer
 from test_weights import GOLDEN
 
@@ -81,7 +81,7 @@ def tiny_world(tmp_path, text=None, steps=4):
     config = GPTConfig(vocab_size=encoding.n_vocab, n_layer=1, n_embd=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     config = world.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
-    return model, config, world.RealWorld(model, encoding, facts, config, Log(), text)
+    return model, config, world.RealWorld(Run(config, None), model, encoding, facts, text)
 
 
 def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
@@ -255,21 +255,21 @@ def folder(tmp_path_factory):
 
 
 def run(*args):
-    return subprocess.run([sys.executable, "evaluate.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "real", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
                           timeout=300)
 
 
 def test_the_study_of_a_model_end_to_end(tmp_path, folder):
     facts = written(tmp_path / "facts.jsonl", some_facts())
     tasks = [a for name, (row, *_) in ROWS.items() for a in ("--task", f"{name}={written(tmp_path / name, [row] * 3)}")]
-    command = ["--model", folder, "--facts", facts, "--repair-steps", 4, "--seeds", 2, "--out", tmp_path / "out",
+    command = [folder, "--facts", facts, "--repair-steps", 4, "--seeds", 2, "--out", tmp_path / "out",
                *tasks]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "tiny-llama" / "results.json").read_text())
     tags = [m["tag"] for m in results["models"]]
     assert tags[0] == "dense" and all(tags.count(tag) == len(world.RATES) for tag in world.REPAIRS)
-    assert all(f"| {tag} |" in done.stdout or f"| + {tag} |" in done.stdout for tag in tags)
+    assert all(f"| {tag} " in done.stdout or f"| + {tag} " in done.stdout for tag in tags)
     assert "novel" not in done.stdout.splitlines()[0]
     for m in results["models"]:
         asked = {"recall_seen", "recall_heldout", "arc_easy acc_norm", "lambada_openai perplexity"}
@@ -284,16 +284,14 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--model", "nowhere"], "nowhere"), (["--model", "README.md"], "README.md"),
-    (["--model", "{}", "--facts", "README.md"], "README.md: line 1"), (["--model", "{}", "--task", "arc"], "NAME=FILE"),
-    (["--model", "{}", "--task", "boolq=README.md"], "boolq"),
-    (["--model", "{}", "--text", "nowhere.txt"], "nowhere.txt"),
-    (["--task", "arc=README.md"], "README.md: line 1"), (["--text", "README.md"], "--model"),
-    (["--model", "{}", "--repair-steps", "3"], "repair-steps"),
+    (["nowhere"], "nowhere"), (["README.md"], "README.md"),
+    (["{}", "--facts", "README.md"], "README.md: line 1"), (["{}", "--task", "arc"], "NAME=FILE"),
+    (["{}", "--task", "boolq=README.md"], "boolq"), (["{}", "--task", "arc=README.md"], "README.md: line 1"),
+    (["{}", "--text", "nowhere.txt"], "nowhere.txt"), (["{}", "--repair-steps", "3"], "repair-steps"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, folder, args, word, monkeypatch, capsys):
-    argv = ["evaluate.py", *(a.format(folder) for a in args), "--out", str(tmp_path / "out")]
+    argv = ["real", *(a.format(folder) for a in args), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main()
+        real_main()
     assert stopped.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from study import subjects
+from study import repairs
 from model import GPT, GPTConfig
 from recover import (LINEARS, FitConfig, LoRALinear, Muon, Prefix, SoftPrompt, add_lora, add_targets, distillation, fit,
                      lora_layers, merge_lora, next_token, objective, orthogonal, prefix_init, prompt_init, remove_lora)
@@ -606,10 +606,10 @@ def test_bfloat16_products_train_float32_parameters(kind, size):
     student, batches = gpt(seed=1).requires_grad_(False), add_targets(teacher, [tokens(4, 20)])
     loss = {}
     for precise in (True, False):
-        trained = subjects.train_repair(student, kind, size, batches, distillation, FitConfig(steps=30, lr=3e-2), 0,
+        trained = repairs.train_repair(student, kind, size, batches, distillation, FitConfig(steps=30, lr=3e-2), 0,
                                      bfloat16=not precise)
         assert all(t.dtype == torch.float32 for t in trained)
-        subject = subjects.attach(student, kind, size, trained)
+        subject = repairs.attach(student, kind, size, trained)
         ids, lengths = batches[0][0][:, :-1], torch.full((4,), 20)
         logits = subject.model(ids, cache=subject.cache(subject.pick(ids, lengths), 20))
         loss[precise] = distillation(logits, batches[0]).mean().item()

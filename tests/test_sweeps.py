@@ -8,28 +8,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from study import settings, subjects, sweeps
-from study.steps import Log
+from study import settings, sweeps
+from study.subjects import dense_subject
+from study.steps import Run
 from world.small import World
+from test_tables import cells
 from test_evaluate import ROOT, tiny
 
 TINY = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
-from study import subjects, sweeps
+from study import sweeps
+from study.subjects import dense_subject
+from test_tables import cells
 from test_evaluate import tiny
 torch.set_num_threads(1)
 sweeps.BITS, sweeps.RANKS = (2, 4), (1, 2)
-from study.steps import Log
+from study.steps import Run
 from world.small import World
 config = tiny({out!r})
-world, log = World(config), Log()
-dense = sweeps.one_first(lambda: subjects.dense_subject(config, world, log))
+run = Run(config, World(config))
+dense = sweeps.one_first(lambda: dense_subject(run))
 for name in ("bits", "rank"):
-    points = sweeps.sweep(name, dense, config, world, log)
+    points = sweeps.sweep(run, name, dense)
     if points:
-        sweeps.keep(name, points, dense, config)
+        sweeps.keep(run, name, points, dense)
 """
 
 
@@ -93,30 +97,31 @@ def test_the_nearest_length_lends_its_learning_rate(size, rate):
 def test_the_wrong_divisor_flatters_longer_prompts(tmp_path, monkeypatch):
     """P2: a loss of ln 7 on 47 text tokens a window prints as exp(ln 7 * 47 / 147) = 1.86 behind 100 prompt tokens."""
     monkeypatch.setattr(sweeps, "perplexity", lambda subject, windows: 7.0)
-    world = SimpleNamespace(windows=torch.zeros(2, 64), asked=lambda config: {})
-    right, wrong = (sweeps.point(None, P, tiny(tmp_path), world) for P in (0, 100))
+    run = Run(tiny(tmp_path), SimpleNamespace(windows=torch.zeros(2, 64), asked=lambda config: {}))
+    right, wrong = (sweeps.measure(run, None, P) for P in (0, 100))
     assert right == {"perplexity": 7.0, "perplexity_wrong_divisor": 7.0}
     assert wrong["perplexity"] == 7.0 and wrong["perplexity_wrong_divisor"] == pytest.approx(7 ** (47 / 147))
 
 
 def test_sweeps_stay_in_the_results_of_the_same_dense_model(tmp_path):
-    config = tiny(tmp_path)
+    run = Run(tiny(tmp_path), None)
     (tmp_path / "results.json").write_text(json.dumps({"models": [1]}))
     a, b = (SimpleNamespace(about={"settings": {"seed": seed, "batch": (1, 2)}}) for seed in (0, 1))
-    sweeps.keep("bits", [{"x": 1}], a, config)
-    sweeps.keep("rank", [{"x": 2}], a, config)
-    kept = sweeps.kept(tmp_path / "results.json", a)
+    sweeps.keep(run, "bits", [{"x": 1}], a)
+    sweeps.keep(run, "rank", [{"x": 2}], a)
+    kept = sweeps.kept(tmp_path / "results.json", a.about["settings"])
     assert {name: s["points"] for name, s in kept.items()} == {"bits": [{"x": 1}], "rank": [{"x": 2}]}
     assert json.loads((tmp_path / "results.json").read_text())["models"] == [1]
-    assert sweeps.kept(tmp_path / "results.json", b) == {} == sweeps.kept(tmp_path / "nothing.json", a)
+    assert sweeps.kept(tmp_path / "results.json", b.about["settings"]) == {}
+    assert sweeps.kept(tmp_path / "nothing.json", a.about["settings"]) == {}
 
 
 def test_a_prompt_length_is_trained_and_measured(tmp_path, monkeypatch):
     config = tiny(tmp_path)
-    world = World(config)
+    run = Run(config, World(config))
     monkeypatch.setattr(sweeps, "LENGTHS", (1, 3))
-    points = sweeps.sweep("prompt-length", subjects.dense_subject(config, world, Log()), config, world, Log())
+    points = sweeps.sweep(run, "prompt-length", dense_subject(run))
     assert [p["x"] for p in points] == [1, 3, 1, 3]
     assert all(p["perplexity_wrong_divisor"] < p["perplexity"] for p in points)
     lines = sweeps.sweep_table("prompt-length", points).splitlines()
-    assert lines[0].endswith("| seen % | held-out % | novel % |") and len(lines) == 6
+    assert cells(lines[0])[-3:] == ["seen %", "held-out %", "novel %"] and len(lines) == 6
