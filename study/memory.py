@@ -1,8 +1,7 @@
 """
-What each step of the study needs in memory: on paper, for a model that need not be here, and measured on one that is.
+What each step of the study needs in memory, by formula, for a model that need not be here.
 
     python -m study memory --shape llama-7b --dtype bfloat16     # or opt-6.7b, smollm2-135m
-    python -m study memory --model path/to/model                 # the same formulas beside what the steps took here (Linux)
 
 The formulas, with P parameters of which Pb are in the blocks, n an input width, V the vocabulary:
 
@@ -20,21 +19,15 @@ The formulas, with P parameters of which Pb are in the blocks, n an input width,
 A layer-by-layer walk never holds the activations of more than one block, and the compressed model shares with the dense
 one whatever did not change. What remains large is H of a wide layer: a layer of 16,384 inputs takes 10 GB.
 
-What it leaves out: the file cache, and what the allocator holds back. With MALLOC_MMAP_THRESHOLD_=65536
-in the environment glibc maps every tensor by itself and gives it back at once (slowly): so measured, the formulas hold.
+What it leaves out: the file cache, and memory that the allocator holds back.
 """
 import argparse
-import ctypes
-import gc
-import time
 
 import torch
 
 import recover
-from compress import compress
 from model import GPT, GPTConfig
-from checkpoints import load_pretrained
-from study.repairs import unpacked
+from study.tables import markdown
 
 SHAPES = {
     "smollm2-135m": GPTConfig(vocab_size=49152, context=8192, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
@@ -104,68 +97,12 @@ def plan(config, itemsize=4, bits=3, group=64, calibration=(64, 64), batch=(4, 6
     return steps
 
 
-# ---- measured
-
-def resident(peak=False):
-    """Bytes of this process in memory, now or at most since `forget_peak` (Linux)."""
-    with open("/proc/self/status") as f:
-        return 1024 * int(next(line for line in f if line.startswith("VmHWM" if peak else "VmRSS")).split()[1])
-
-
-def forget_peak():
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-
-
-def took(work):
-    """(what `work()` gives, bytes it needed at its peak above what was there before, seconds)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the steps before freed is not to be used again unnoticed
-    forget_peak()
-    before, began = resident(), time.perf_counter()
-    result = work()
-    return result, resident(peak=True) - before, time.perf_counter() - began
-
-
-def measured(path, calibration=(64, 64), batch=(4, 64), prompt=16, rank=8):
-    """(config, [(bytes, seconds)]) of the steps of `plan`, really taken by the model at `path`."""
-    out = []
-    (model, _), *cost = took(lambda: load_pretrained(path))
-    out.append(cost)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    ids = torch.randint(model.config.vocab_size, calibration, generator=torch.Generator().manual_seed(0))
-    (packed, _), *cost = took(lambda: compress(model, ids, "gptq", bits=3, group_size=64))
-    out.append(cost)
-    ids = torch.randint(model.config.vocab_size, (batch[0], batch[1] + 1), generator=torch.Generator().manual_seed(1))
-    targets = recover.add_targets(model, [ids])
-    for name in ("prompt", "lora"):
-        def step():
-            """Two training steps of this repair, as the study makes them."""
-            plain = unpacked(packed)
-            if name == "prompt":
-                soft = recover.SoftPrompt(recover.prompt_init(plain, prompt))
-                parameters, forward = soft.parameters(), (lambda ids: plain(ids, soft()))
-            else:
-                parameters, forward = recover.add_lora(plain, rank), plain
-            recover.fit(plain, parameters, targets, recover.objective(forward, recover.distillation),
-                        recover.FitConfig(steps=2))
-        _, *cost = took(step)
-        out.append([cost[0], cost[1] / 2])
-    return model.config, out
-
-
 def main(arguments):
     """python -m study memory: see the top of this file."""
     parser = argparse.ArgumentParser(prog="study memory", description="What each step of the study needs in memory.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="a model on paper")
+    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="the model's shape")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of its weights")
-    parser.add_argument("--model", help="a model to measure instead, in float32")
     args = parser.parse_args(arguments)
-    config, real = measured(args.model) if args.model else (SHAPES[args.shape], None)
-    steps = plan(config, getattr(torch, args.dtype).itemsize if real is None else 4)
-    print("| step | GB by formula |" + (" GB measured | seconds |" if real else "") + "\n|---|---:|"
-          + ("---:|---:|" if real else ""))
-    for i, (name, size) in enumerate(steps.items()):
-        print(f"| {name} | {size / 1e9:.2f} |" + (f" {real[i][0] / 1e9:.2f} | {real[i][1]:.1f} |" if real else ""))
+    needs = plan(SHAPES[args.shape], getattr(torch, args.dtype).itemsize)
+    print(markdown(["step", "GB"], [[name, f"{size / 1e9:.2f}"] for name, size in needs.items()]))
