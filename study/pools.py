@@ -14,7 +14,7 @@ import idp
 from model import take
 from recover import prompt_init
 from study.repairs import make_pool
-from study.statistics import by_person, interval, resampled
+from study.statistics import by_person, interval, rank_correlation, resampled
 from world.facts import pad
 from world.score import Subject, answer, gold_logprobs, is_right, say, tokenized, until_stop
 
@@ -144,14 +144,6 @@ def in_top(subject, facts, encoding, M):
         out.append((logits.topk(M, dim=-1).indices == gold[:, None]).any(-1).float())
     return torch.cat(out)
 
-
-def rank_correlation(a, b):
-    """(N,) Spearman's correlation of each row of a (N, M) with the same row of b (N, M)."""
-    ranks = [x.argsort(1).argsort(1).double() - (x.shape[1] - 1) / 2 for x in (a, b)]
-    return (ranks[0] * ranks[1]).sum(1) / ranks[0].square().sum(1)
-
-
-# ---- what results.json holds of a pool
 
 def try_selectors(run, subject, base):
     """Every way to choose from a repaired subject's pool on each fact, and attention against log-probability."""

@@ -79,14 +79,6 @@ def test_in_top_counts_the_gold_tokens_rank(scene):
     assert got.all()
 
 
-@pytest.mark.parametrize("a, b, rho", [([1, 2, 3], [10, 20, 30], 1.0), ([1, 2, 3], [3, 2, 1], -1.0),
-                                       ([1, 2, 3, 4], [2, 1, 4, 3], 0.6)])
-def test_rank_correlation_by_hand(a, b, rho):
-    """1 - 6 sum d² / (n (n² - 1))."""
-    got = pools.rank_correlation(torch.tensor([a], dtype=torch.float), torch.tensor([b], dtype=torch.float))
-    assert got.item() == pytest.approx(rho)
-
-
 def test_a_model_is_like_itself_and_only_itself(scene):
     model, pool, encoding, _ = scene
     ids = torch.randint(600, (3, 12), generator=torch.Generator().manual_seed(2))

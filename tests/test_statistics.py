@@ -1,4 +1,5 @@
-"""The statistics against closed forms, published small cases and counts done by hand."""
+"""The statistics against closed forms, published small cases, scipy's numbers and counts done by hand."""
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -6,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from study.statistics import by_person, detectable, holm, interval, mcnemar, power, resampled
+from study import statistics
+from study.statistics import (Estimate, beta_cdf, beta_quantile, by_person, clustered_interval, compare, detectable,
+                              detectable_flips, exact_interval, flip_test, gain_parts, holm, interval, mcnemar,
+                              normalised, pooled_test, power, rank_correlation, recall_interval, resampled,
+                              seed_interval, share_interval, share_of, t_interval, t_quantile)
 
 
 # ---- intervals
@@ -41,6 +46,184 @@ def test_people_with_more_facts_weigh_more():
     assert sums.tolist() == [[2], [0]] and sizes.tolist() == [3, 1]
     samples = resampled(sums, 200, torch.Generator().manual_seed(0), sizes)
     assert {round(x, 6) for x in samples[:, 0].tolist()} == {0.0, 0.5, round(2 / 3, 6)}
+
+
+@pytest.mark.parametrize("sizes", [None, np.arange(1, 41)])
+def test_resamples_drawn_in_blocks_have_the_same_digits(monkeypatch, sizes):
+    """E21: 10,042 questions took 2 GB. The draws in one piece, as they were before there were blocks."""
+    scores = torch.rand(40, 3, generator=torch.Generator().manual_seed(4)).double()
+    draws = torch.randint(40, (101, 40), generator=torch.Generator().manual_seed(5))
+    counts = torch.zeros(101, 40).scatter_add_(1, draws, torch.ones(101, 40)).double()
+    whole = counts @ scores / (40 if sizes is None else counts @ torch.as_tensor(sizes).double()[:, None])
+    for block in (1, 90, 40 * 101, 10**9):
+        monkeypatch.setattr(statistics, "BLOCK", block)
+        assert torch.equal(resampled(scores, 101, torch.Generator().manual_seed(5), sizes), whole)
+
+
+# ---- quantiles and exact bounds
+
+@pytest.mark.parametrize("x", [1e-9, 0.01, 0.3, 0.5, 0.77, 1 - 1e-9])
+def test_beta_in_closed_form(x):
+    """x**a for b = 1; 1 - (1 - x)**b for a = 1; the arcsine law for halves; a binomial tail for whole numbers."""
+    assert beta_cdf(x, 3.5, 1) == pytest.approx(x**3.5, rel=1e-12)
+    assert beta_cdf(x, 1, 200) == pytest.approx(-math.expm1(200 * math.log1p(-x)), rel=1e-11)
+    assert beta_cdf(x, 0.5, 0.5) == pytest.approx(2 / math.pi * math.asin(math.sqrt(x)), rel=1e-11)
+    tail = sum(math.comb(11, k) * x**k * (1 - x)**(11 - k) for k in range(4, 12))
+    assert beta_cdf(x, 4, 8) == pytest.approx(tail, rel=1e-12)
+    assert beta_cdf(0, 2, 3) == 0 and beta_cdf(1, 2, 3) == 1
+
+
+def test_quantiles_undo_the_distribution():
+    for q in (0.025, 0.5, 0.975):
+        for a, b in ((0.5, 0.5), (3, 1), (197.3, 4.2), (5000, 5000)):
+            assert beta_cdf(beta_quantile(q, a, b), a, b) == pytest.approx(q, abs=1e-11)
+
+
+def test_t_quantiles_of_the_printed_tables():
+    for df, t in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (30, 2.042), (120, 1.980)):
+        assert t_quantile(df) == pytest.approx(t, abs=5e-4)
+    assert t_quantile(1) == pytest.approx(math.tan(math.pi * 0.475), rel=1e-12)  # Cauchy's distribution
+    assert t_quantile(10_000) == pytest.approx(statistics.NORMAL, abs=5e-4)
+
+
+def test_exact_bounds_where_all_or_none_is_right():
+    low, high = exact_interval(200, 200)
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 200), rel=1e-10), 1.0) and round(low, 3) == 0.982
+    assert exact_interval(0, 200) == pytest.approx([0, 1 - low], rel=1e-10)
+
+
+def test_exact_bounds_are_the_shares_that_a_binomial_test_does_not_reject():
+    low, high = exact_interval(7, 30)
+    assert sum(statistics.binomial(30, low)[7:]) == pytest.approx(0.025, rel=1e-9)
+    assert sum(statistics.binomial(30, high)[:8]) == pytest.approx(0.025, rel=1e-9)
+    for right, n in ((-1, 5), (6, 5), (0, 0)):
+        with pytest.raises(ValueError, match=f"{right} of {n}"):
+            exact_interval(right, n)
+
+
+def test_facts_that_cluster_count_for_fewer():
+    """20 people of 5 facts that are all right or all wrong are as much as 20 facts, nearly (19 / 20 of them)."""
+    right = np.array([5] * 17 + [0] * 3)
+    assert clustered_interval(right, np.full(20, 5)) == pytest.approx(exact_interval(0.85 * 19, 19))
+    spread = np.array([4] * 15 + [5] * 5)  # 15 wrong answers, never two of one person: no more than 100 facts
+    assert clustered_interval(spread, np.full(20, 5)) == exact_interval(85, 100)
+    assert clustered_interval([5] * 20, [5] * 20) == exact_interval(100, 100)
+
+
+def test_recall_takes_exact_bounds_near_the_edge_only():
+    sizes, samples = np.full(50, 4), np.linspace(0.5, 0.7, 1001)
+    assert recall_interval(np.full(50, 2), sizes, samples) == interval(samples)
+    for wrong in (0, 3, 9):
+        right = sizes - (np.arange(50) < wrong)
+        assert recall_interval(right, sizes, samples) == clustered_interval(right, sizes)
+    right = sizes - (np.arange(50) < 10)
+    assert recall_interval(right, sizes, samples) == interval(samples)
+    low, high = recall_interval(sizes, sizes, np.ones(9), [1, 0.9, 1.0])  # over seeds: wider, and still a share
+    assert low < 0.9 and high == 1
+
+
+# ---- seeds
+
+def test_t_interval_by_hand():
+    """0.2, 0.3 and 0.7: mean 0.4, s² = 0.07, 4.3027 * sqrt(0.07 / 3) = 0.6572."""
+    assert t_interval([0.2, 0.3, 0.7]) == pytest.approx([0.4 - 0.65725, 0.4 + 0.65725], abs=1e-4)
+    assert t_interval([0.2]) == [None, None] and t_interval([0.5, 0.5]) == [0.5, 0.5]
+
+
+def test_seeds_widen_an_interval():
+    assert seed_interval([0.1, 0.3], []) == seed_interval([0.1, 0.3], [0.2]) == [0.1, 0.3]
+    assert seed_interval([0.1, 0.3], [0.2, 0.2]) == [0.1, 0.3]  # seeds that agree add nothing
+    assert seed_interval([None, None], [0.1, 0.2]) == [None, None]
+    assert seed_interval([0.1, 0.3], [0.2, 0.21, 0.19]) == [0.1, 0.3]
+    assert seed_interval([0.19, 0.35], [0.1, 0.2, 0.3]) == t_interval([0.1, 0.2, 0.3])
+    low, high = t_interval([0.2, 0.21, 0.19])
+    assert seed_interval([0.199, 0.4], [0.2, 0.21, 0.19]) == [low, 0.4]
+
+
+def test_four_seeds_add_variances():
+    """Equal variances of people and seeds: df = 3 * (2 / 1)² = 12, half = t(12) * sqrt(2) * the common standard error.
+    """
+    values = np.array([-1.0, -1, 1, 1])
+    error = math.sqrt(values.var(ddof=1) / 4)
+    low, high = seed_interval([-statistics.NORMAL * error, statistics.NORMAL * error], values)
+    assert high == pytest.approx(2.178813 * math.sqrt(2) * error, rel=1e-6) and low == pytest.approx(-high)
+    assert seed_interval([-1e-9, 1e-9], values) == pytest.approx(t_interval(values), rel=1e-6)  # people agree
+    assert seed_interval([-50, 90], values * 1e-3) == pytest.approx([-50, 90], rel=1e-3)  # seeds agree
+
+
+# ---- shares
+
+def estimates(seed=0, people=300, seeds=1, recalls=(0.9, 0.6, 0.7)):
+    """Estimates of dense, compressed and repaired recall: of one draw of right answers, on the same resamples."""
+    rng = np.random.default_rng(seed)
+    right = rng.random((people, 1, 1)) * 0.5 + rng.random((people, seeds, 3)) * 0.5 < recalls
+    samples = resampled(right.reshape(people, -1), 2000, torch.Generator().manual_seed(seed)).view(2000, seeds, 3)
+    means, samples = right.mean(0), samples.mean(1).numpy()
+    return [Estimate(means[:, i].mean(), samples[:, i], means[:, i] if seeds > 1 else ()) for i in range(3)]
+
+
+def test_one_seed_is_the_bootstrap_of_the_ratio():
+    dense, compressed, repaired = estimates()
+    share = share_of(repaired - compressed, dense - compressed)
+    assert share.value == (repaired.value - compressed.value) / (dense.value - compressed.value)
+    ratio = (repaired.samples - compressed.samples) / (dense.samples - compressed.samples)
+    assert share.interval() == share_interval(repaired - compressed, dense - compressed) == interval(ratio)
+    assert share_of(dense - compressed, dense - compressed).interval() == [1, 1]
+
+
+def test_no_share_of_a_loss_that_may_be_zero():
+    dense, compressed, repaired = estimates(recalls=(0.6, 0.6, 0.7))
+    assert share_of(repaired - compressed, dense - compressed) is None
+    assert share_of(repaired - compressed, compressed - repaired) is None  # a gain is no loss
+    assert share_interval(repaired - compressed, dense - compressed) == [None, None]
+    no = Estimate(0.1, np.array([0.1, np.nan]))
+    assert share_of(no, no) is None
+
+
+def test_a_seed_moves_the_share_as_the_ratio_of_means_says():
+    """Leave-one-out: the share without seed k, to first order, is the mean of the other seeds' entries."""
+    dense, compressed, repaired = estimates(seeds=40, people=1000)
+    share = share_of(repaired - compressed, dense - compressed)
+    assert share.seeds.mean() == pytest.approx(share.value)
+    gains, losses = (repaired - compressed).seeds, (dense - compressed).seeds
+    for k in range(40):
+        rest = np.arange(40) != k
+        assert gains[rest].mean() / losses[rest].mean() == pytest.approx(share.seeds[rest].mean(), abs=2e-4)
+
+
+def test_seeds_whose_losses_differ_and_whose_share_is_one():
+    """Each seed gives back a third of another loss: seeds agree about the share, and add nothing to its interval."""
+    loss = Estimate(0.2, np.array([0.1, 0.2, 0.3]), np.array([0.1, 0.2, 0.3]))
+    gain = Estimate(loss.value / 3, loss.samples / 3, loss.seeds / 3)
+    assert share_of(gain, loss).seeds == pytest.approx([1 / 3] * 3)
+
+
+def test_subtracting_keeps_pairs():
+    a, b = Estimate(3.0, np.array([1.0, 5]), np.array([2.0, 4])), Estimate(1.0, np.array([1.0, 2]))
+    assert (a - b).value == 2 and (a - b).samples.tolist() == [0, 3] and len((a - b).seeds) == 0
+    assert (a - a).seeds.tolist() == [0, 0]
+
+
+# ---- two repairs
+
+@pytest.mark.parametrize("low, high, word", [
+    (0.01, 0.3, "superior"), (0.0, 0.1, "non-inferior"), (-0.04, 0.3, "non-inferior"), (-0.04, -0.01, "non-inferior"),
+    (-0.05, 0.1, "undecided"), (-0.3, 0.3, "undecided"), (-0.3, -0.01, "inferior"), (-0.3, -0.2, "inferior")])
+def test_the_word_follows_the_interval(low, high, word):
+    samples = np.linspace(low - (high - low) / 38, high + (high - low) / 38, 401)  # its middle 95 % are low .. high
+    bounds, said = compare(samples + 0.5, np.full(401, 0.5))
+    assert bounds == pytest.approx([low, high], abs=1e-9) and said == word or low in (0.0, -0.05)
+    assert compare(samples + 0.5, np.full(401, 0.5), margin=1.0)[1] in ("superior", "non-inferior")
+
+
+def test_a_comparison_is_paired_and_knows_of_seeds():
+    wide = np.random.default_rng(0).normal(0, 1, 500)
+    assert compare(wide + 0.1, wide) == (pytest.approx([0.1, 0.1]), "superior")
+    a = Estimate(0.5, wide + 0.1, np.array([0.5, 0.9, 0.1]))
+    b = Estimate(0.4, wide, np.array([0.4, 0.3, 0.5]))
+    assert compare(a, b)[1] == "undecided"
+    assert compare(None, a) == ([None, None], "undecided")
+    assert compare([0.1, math.inf], [0.1, 0.2]) == ([None, None], "undecided")
 
 
 # ---- McNemar
@@ -85,6 +268,81 @@ def test_graded_scores_make_it_the_sign_test():
 
 def test_many_flips_do_not_overflow():
     assert mcnemar(*scores(0, 5000, 0, 0))[2] == 0.0 and mcnemar(*scores(0, 2500, 2500, 0))[2] == 1.0
+
+
+# ---- whole entities flipped
+
+def every_sign(sums):
+    """The p of a sign-flip test by trying all signs: the oracle."""
+    observed = abs(sum(sums))
+    found = [abs(sum(s * x for s, x in zip(signs, sums))) >= observed - 1e-9
+             for signs in itertools.product((-1, 1), repeat=len(sums))]
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (6, 0), (8, 2), (2, 8), (5, 5), (121, 59), (1500, 1400)])
+def test_one_item_an_entity_is_mcnemar(gained, lost):
+    before, after = scores(7, gained, lost, 3)
+    assert flip_test(before, after, range(len(before))) == pytest.approx(mcnemar(before, after), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scale", [1, 0.37])  # whole changes and others take different ways
+def test_flips_against_every_choice_of_signs(seed, scale):
+    rng = np.random.default_rng(seed)
+    before, after = rng.integers(0, 2, 30), rng.integers(0, 2, 30) | (rng.random(30) < 0.4)
+    entities = [f"city {i}" for i in rng.integers(0, 11, 30)]
+    gained, lost, p = flip_test(scale * before, scale * after, entities)
+    sums = [sum(a - b for a, b, e in zip(after.tolist(), before.tolist(), entities) if e == name)
+            for name in sorted(set(entities))]
+    assert (gained, lost) == mcnemar(before, after)[:2] and p == pytest.approx(every_sign(sums))
+
+
+def test_items_that_move_together_are_one_flip():
+    """Six cities whose five wordings flip together: 2 / 64, where McNemar's test would count 30 coins."""
+    before, after, cities = [0] * 30, [1] * 30, [i // 5 for i in range(30)]
+    assert flip_test(before, after, cities) == (30, 0, 2 / 64)
+    assert mcnemar(before, after)[2] < 1e-8
+
+
+def test_random_signs_come_close_to_all_signs():
+    rng = np.random.default_rng(3)
+    whole = np.round(rng.normal(0.1, 1, 200) * 100)
+    almost = whole + 1e-7 * rng.random(200)  # no whole numbers any more: random signs
+    exact, drawn = (flip_test(np.zeros(200), after, range(200), draws=20_000)[2] for after in (whole, almost))
+    assert 0.001 < exact < 0.5 and drawn != exact
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / 20_000))
+    assert drawn == flip_test(np.zeros(200), almost, range(200), draws=20_000)[2]  # the same seed, the same digits
+    assert drawn != flip_test(np.zeros(200), almost, range(200), draws=20_000, seed=1)[2]
+    assert flip_test(np.zeros(60), 1 + 0.1 * rng.random(60), range(60), draws=999)[2] == 1 / 1000  # never 0
+
+
+def test_seeds_are_pooled_before_the_flip():
+    before, after = np.zeros((2, 8)), np.ones((2, 8))
+    after[1, 0] = before[1, 1] = 0
+    before[1, 1], after[1, 1] = 1, 0  # seed 2 loses what seed 1 gains: no change of the mean
+    gained, lost, p = pooled_test(before, after, range(8))
+    assert (gained, lost, p) == (7, 0, every_sign([1] + [2] * 6)) and p < 0.05
+    assert pooled_test(before[:1], after[:1], range(8)) == flip_test(before[0], after[0], range(8))
+    assert pooled_test(np.repeat(before[:1], 3, 0), np.repeat(after[:1], 3, 0), range(8))[2] == 2 / 256
+    with pytest.raises(ValueError, match="seeds, items"):
+        pooled_test(before[0], after[0], range(8))
+
+
+def test_flips_of_bad_input():
+    with pytest.raises(ValueError, match="3"):
+        flip_test([0, 1], [0, 1], [1, 2, 3])
+    with pytest.raises(ValueError, match="finite"):
+        flip_test([0, math.nan], [0, 1], [1, 2])
+
+
+def test_detectable_with_entities():
+    before, after = scores(0, 130, 70, 800)
+    assert detectable_flips(before, after, range(1000)) == pytest.approx(detectable(1000, 200))
+    # each item five times: as many independent flips, each of five items
+    five = [np.repeat(x, 5) for x in (before, after)]
+    assert detectable_flips(*five, np.repeat(np.arange(1000), 5)) == pytest.approx(detectable(1000, 200))
+    assert detectable_flips(before, before, range(1000)) is None
 
 
 # ---- Holm
@@ -136,3 +394,44 @@ def test_simulated_power():
     gained = np.random.default_rng(1).binomial(60, 0.7, 10_000)
     p = {k: mcnemar(*scores(0, k, 60 - k, 0))[2] for k in range(61)}
     assert np.mean([p[k] <= 0.05 for k in gained]) == pytest.approx(power(60, 0.7), abs=0.015)
+
+
+# ---- knowledge and format
+
+def test_normalised_by_hand():
+    """Options of 0.2, 0.1 and 0.1 of the whole vocabulary: the right one has half of what the options have."""
+    assert normalised([np.log([0.2, 0.1, 0.1]), np.log([0.3, 0.1])], [0, 1]) == pytest.approx(np.log([0.5, 0.25]))
+    assert normalised([[-1000.0, -1001.0], [-3.0]], [0, 0]) == pytest.approx([-math.log1p(math.exp(-1)), 0])
+    assert normalised([[-math.inf, 0.0]], [0]).tolist() == [-math.inf]
+    for rows, gold in (([[0.0]], [1]), ([[0.0]], [-1]), ([[-math.inf]], [0]), ([[math.nan, 0.0]], [0]), ([[0.0]], [])):
+        with pytest.raises(ValueError):
+            normalised(rows, gold)
+
+
+def test_format_is_what_all_options_gain():
+    """A repair that doubles the chance of every option changes no knowledge; one that moves it between them, no format.
+    """
+    before = [np.log([0.2, 0.1, 0.1])]
+    parts = gain_parts(before, [np.log([0.4, 0.2, 0.2])], [1])
+    assert parts["raw"] == pytest.approx([math.log(2)]) == parts["format"] and parts["knowledge"] == pytest.approx([0])
+    parts = gain_parts(before, [np.log([0.1, 0.2, 0.1])], [1])
+    assert parts["raw"] == pytest.approx([math.log(2)]) == parts["knowledge"] and parts["format"] == pytest.approx([0])
+
+
+# ---- ranks
+
+@pytest.mark.parametrize("a, b, rho", [
+    ([1, 2, 3], [10, 20, 30], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 2, 3, 4], [2, 1, 4, 3], 0.6),  # 1 - 6 sum d²/..
+    ([1, 1, 2], [1, 2, 3], math.sqrt(3) / 2),  # ranks 0.5 0.5 2 and 0 1 2: Pearson's 1.5 / sqrt(1.5 * 2)
+    ([1, 1, 2, 2], [5, 5, 5, 9], 1 / math.sqrt(3))])
+def test_rank_correlation_by_hand(a, b, rho):
+    a, b = (torch.tensor([x, x], dtype=torch.float) for x in (a, b))
+    assert rank_correlation(a, b).tolist() == pytest.approx([rho, rho])
+    assert rank_correlation(a, b).tolist() == pytest.approx(rank_correlation(b.exp(), a).tolist())
+
+
+def test_constants_have_no_rank_correlation():
+    """E9: +1.0 before, by whatever order equal values were sorted in."""
+    rows = torch.tensor([[1.0, 1, 1], [1, 2, 3]])
+    found = rank_correlation(rows, torch.tensor([[1.0, 2, 3], [1, 2, 3]]))
+    assert found[0].isnan() and found[1] == 1 and rank_correlation(rows, rows)[0].isnan()
