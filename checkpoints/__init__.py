@@ -1,5 +1,5 @@
 """Models and repairs in files: our own layout, Hugging Face folders, GGUF, adapters. Nothing is ever unpickled."""
 from checkpoints.native import load, save
-from checkpoints.weights import load_pretrained
+from checkpoints.weights import load_pretrained, read_model
 
-__all__ = ["load", "load_pretrained", "save"]
+__all__ = ["load", "load_pretrained", "read_model", "save"]

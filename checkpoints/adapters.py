@@ -8,38 +8,39 @@ Adapters on disk: a repair in two small files beside its base, in the layout tha
     lora    LORA           base_model.model.NAME.lora_A.weight (r, in), .lora_B.weight (out, r); NAME as in transformers
     prompt  PROMPT_TUNING  prompt_embeddings (P, C)
     prefix  PREFIX_TUNING  prompt_embeddings (P, L * 2 * nkv * hs): a position a row, key before value, by layers
-    idp     IDP            prompt_embeddings.0 (P_0, C), prompt_embeddings.1, ...: ours alone, PEFT has no pools
+    bias    BIAS           base_model.model.NAME.bias (out,), added to what the layer gives
+    idp     IDP            prompt_embeddings.0 (P_0, C), prompt_embeddings.1, ...; probe (M, C) where one was trained
 
 The first three load with `peft.PeftModel.from_pretrained` beside the same base in transformers, and what PEFT saved
-loads here. A repair is worth nothing on another base, so fingerprints are compared; PEFT writes none, then names and
-shapes must do.
+loads here. PEFT has neither biases alone nor pools: those two layouts are ours. LoRA beside GPT-2, whose one layer
+c_attn is three here, is saved under our own names (blocks.0.attn.q), and PEFT's is not read. A repair is worth nothing
+on another base, so fingerprints are compared; PEFT writes none, then names and shapes must do.
 
-What it leaves out: LoRA for GPT-2 (its one layer c_attn is three here), what makes LoRA another method (DoRA, biases,
-trained embeddings, a rank or alpha of its own for a layer), pickles (.bin).
+The study keeps its repairs in this layout, as lists of tensors in the order of training (`save_tensors`).
+
+What it leaves out: what makes LoRA another method (DoRA, biases, trained embeddings, a rank or alpha of its own for a
+layer), pickles (.bin).
 
 Sources: the methods as in recover.py and idp.py; the layout is PEFT 0.21's, see tests/golden/make_adapters.py.
 
-    python -m checkpoints.adapters FOLDER --base out/gptq-3-bits.safetensors      # what is it, and does it belong to this base?
+    python -m checkpoints FOLDER --base out/gptq-3-bits.safetensors    # what it is, and whether it fits
 """
-import argparse
 import hashlib
 import json
 import math
 import os
-import sys
 from dataclasses import asdict
 
 import torch
 
-from checkpoints.native import load
-from checkpoints.vocabulary import read_json
-from checkpoints.weights import FAMILIES, Settings, load_pretrained
-from engine.safetensors import read_safetensors, write_safetensors
+from checkpoints.weights import FAMILIES, Settings
+from engine.safetensors import dump, read_safetensors
+from engine.script import read_json, whole_file
 from idp import PromptPool
 from recover import LoRALinear, Prefix, SoftPrompt, lora_layers, shape_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "idp": "IDP"}
+PEFT_TYPES = {"lora": "LORA", "bias": "BIAS", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "idp": "IDP"}
 BLOCKS = {"llama": "model.layers", "opt": "model.decoder.layers"}  # where transformers keeps the blocks
 SAMPLE = 2 ** 14  # elements of a tensor, about, that a fingerprint reads
 # settings that change what LoRA computes from the same tensors, each with the value that changes nothing
@@ -79,16 +80,23 @@ def describe(model):
 def layer_names(model):
     """{our name of a linear layer: its name in transformers}, as "blocks.0.attn.q": "model.layers.0.self_attn.q_proj".
 
-    The small world's own GPT, rotary but without a gate, goes by Llama's names.
+    The small world's own GPT, rotary but without a gate, goes by Llama's names; GPT-2's layers go by ours.
     """
-    learned, modules = model.config.position == "learned", dict(model.named_modules())
-    if learned and model.config.activation != "relu":
-        raise ValueError("GPT-2 has one layer c_attn, and one LoRA beside it, where this GPT has q, k and v: "
-                         "its LoRA is neither saved nor loaded")
+    learned = model.config.position == "learned"
+    if learned and model.config.activation != "relu":  # GPT-2 has one layer c_attn where this GPT has q, k and v:
+        return {f"blocks.{i}.{name}": f"blocks.{i}.{name}" for i in range(model.config.n_layer)  # our own names
+                for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")}
     family = "opt" if learned else "llama"
     names = {f"blocks.{i}.{ours}": f"{BLOCKS[family]}.{i}.{theirs}" for i in range(model.config.n_layer)
              for theirs, ours in FAMILIES[family][2].items() if "norm" not in ours}
-    return {ours: theirs for ours, theirs in names.items() if ours in modules}
+    gated = model.config.activation == "swiglu"
+    return {ours: theirs for ours, theirs in names.items() if gated or not ours.endswith("gate")}
+
+
+def bare(model, name):
+    """The linear layer of a name, without the LoRA that may stand beside it."""
+    layer = model.get_submodule(name)
+    return layer.base if isinstance(layer, LoRALinear) else layer
 
 
 # ---- saving
@@ -96,65 +104,123 @@ def layer_names(model):
 def save_adapter(folder, model, kind, repair=None, base_name=None):
     """Write a repair of `model` into `folder`: adapter_config.json and adapter_model.safetensors, whole or not at all.
 
-    kind       "lora", the one that stands beside the layers of `model`; or, given in `repair`, "prompt" (SoftPrompt or
-               (P, C)), "prefix" (Prefix or (L, 2, nkv, P, hs)), "idp" (PromptPool or a list of (P_i, C))
+    kind       "lora", the one that stands beside the layers of `model`; or, given in `repair`, "bias" ({our layer's
+               name: (out,)}), "prompt" (SoftPrompt or (P, C)), "prefix" (Prefix or (L, 2, nkv, P, hs)), "idp"
+               (PromptPool or a list of (P_i, C))
     base_name  the base's folder or repository, for PEFT's users who load an adapter without naming its base
     Raises ValueError for a repair that does not fit the model or has no place in this layout.
     """
     if kind not in PEFT_TYPES:
         raise ValueError(f"kind must be one of {', '.join(PEFT_TYPES)}, got {kind!r}")
-    config, tensors = lora_files(model) if kind == "lora" else prompt_files(model, kind, repair)
-    config |= {"peft_type": PEFT_TYPES[kind], "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
-               "inference_mode": True}
+    if kind == "lora":
+        config, tensors = lora_files(model, *lora_beside(model))
+    elif kind == "bias":
+        config, tensors = bias_files(model, repair)
+    else:
+        config, tensors = prompt_files(model, kind, repair)
+    write_adapter(folder, model, kind, config, tensors, base_name)
+
+
+def save_tensors(folder, model, kind, tensors, targets=None, probe=False):
+    """Write a repair given as the list of its tensors in the order of training, which `load_tensors` gives back.
+
+    lora    [A, B, A, B, ...], for a scale of 1, of the layers whose last names are in `targets`; None: of all
+    bias    [(out,), ...] of those layers
+    prompt  [(P, C)]
+    prefix  [(L, 2, nkv, P, hs)]
+    idp     [(P_i, C), ...] and, with `probe`, the probe (M, C) as the last
+    """
+    names = [name for name in layer_names(model) if targets is None or name.rpartition(".")[2] in targets]
+    each = {"lora": 2, "bias": 1}.get(kind)
+    if each and len(tensors) != each * len(names):
+        raise ValueError(f"{kind}: {len(tensors)} tensors for {len(names)} layers"
+                         + (f" named {' or '.join(targets)}" if targets else ""))
+    if kind == "lora":
+        config, named = lora_files(model, list(zip(names, tensors[::2], tensors[1::2])), 1.0)
+        write_adapter(folder, model, kind, config, named)
+    elif kind == "bias":
+        save_adapter(folder, model, kind, dict(zip(names, tensors)))
+    elif kind == "idp":
+        save_adapter(folder, model, kind, PromptPool(tensors[:-1], tensors[-1]) if probe else tensors)
+    else:
+        save_adapter(folder, model, kind, *tensors)
+
+
+def write_adapter(folder, model, kind, config, tensors, base_name=None):
+    """Write both files: their config, completed, and {name: tensor} with the fingerprint of the base."""
+    config = {**config, "peft_type": PEFT_TYPES[kind], "task_type": "CAUSAL_LM", "inference_mode": True,
+              "base_model_name_or_path": base_name}
     os.makedirs(folder, exist_ok=True)
-    paths = [os.path.join(folder, name) for name in (WEIGHTS, CONFIG)]
-    temporary = [f"{path}.{os.getpid()}.tmp" for path in paths]
-    try:
-        write_safetensors(temporary[0], tensors, {"format": "pt", "base_fingerprint": fingerprint(model),
-                                                  "base": describe(model)})
-        with open(temporary[1], "w", encoding="utf-8") as f:
-            json.dump(config, f, indent=2, sort_keys=True)
-        if os.path.exists(paths[1]):  # from here to the last line the folder holds no adapter, rather than half of two
-            os.remove(paths[1])
-        for written, path in zip(temporary, paths):
-            os.replace(written, path)
-    finally:
-        for path in filter(os.path.exists, temporary):
-            os.remove(path)
+    weights, settings = (os.path.join(folder, name) for name in (WEIGHTS, CONFIG))
+    with whole_file(settings) as f:
+        json.dump(config, f, indent=2, sort_keys=True)
+        f.flush()
+        with whole_file(weights, "wb") as g:
+            dump(g, tensors, {"format": "pt", "base_fingerprint": fingerprint(model), "base": describe(model)})
+            g.flush()
+            if os.path.exists(settings):  # from here to the end the folder holds no adapter, rather than half of two
+                os.remove(settings)
 
 
-def lora_files(model):
-    """(config, tensors) of the LoRA beside the layers of `model`."""
-    ours, theirs = {id(m): name for name, m in model.named_modules()}, layer_names(model)
-    layers = {theirs[ours[id(layer)]]: layer for _, _, layer in lora_layers(model)}
-    ranks, scales = {len(layer.A) for layer in layers.values()}, {layer.scale for layer in layers.values()}
+def lora_beside(model):
+    """([(our name, A, B)], scale) of the LoRA beside the layers of `model`."""
+    ours, layers = {id(m): name for name, m in model.named_modules()}, [layer for _, _, layer in lora_layers(model)]
+    ranks, scales = {len(layer.A) for layer in layers}, {layer.scale for layer in layers}
     if len(ranks) != 1 or len(scales) != 1:
         raise ValueError(f"LoRA needs one rank and one scale to be saved, got {sorted(ranks)} and {sorted(scales)}")
-    rank = ranks.pop()
-    alpha = round(scales.pop() * rank, 9)  # whole once more, where alpha / rank was rounded
-    last = {name.rpartition(".")[2] for name in layers}  # q_proj, ...: PEFT looks for them in every block
-    everywhere = sum(name.rpartition(".")[2] in last for name in theirs.values()) == len(layers)
+    return [(ours[id(layer)], layer.A, layer.B) for layer in layers], scales.pop()
+
+
+def lora_files(model, layers, scale):
+    """(config, tensors) of LoRA [(our name, A, B)]."""
+    theirs, rank = layer_names(model), len(layers[0][1])
+    for ours, A, B in layers:
+        n_in, n_out = shape_of(bare(model, ours))
+        if A.shape != (rank, n_in) or B.shape != (n_out, rank):
+            raise ValueError(f"{ours}: A {tuple(A.shape)} and B {tuple(B.shape)} must be {(rank, n_in)} and "
+                             f"{(n_out, rank)}")
+    alpha = round(scale * rank, 9)  # whole once more, where alpha / rank was rounded
     config = {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "use_rslora": False,
-              "target_modules": sorted(last if everywhere else layers), "lora_dropout": 0.0, "bias": "none"}
-    return config, {f"base_model.model.{name}.lora_{part}.weight": getattr(layer, part)
-                    for name, layer in layers.items() for part in "AB"}
+              "target_modules": target_modules(theirs, [ours for ours, _, _ in layers]), "lora_dropout": 0.0,
+              "bias": "none"}
+    return config, {f"base_model.model.{theirs[ours]}.lora_{part}.weight": t
+                    for ours, A, B in layers for part, t in (("A", A), ("B", B))}
+
+
+def target_modules(theirs, ours):
+    """The last names of the layers `ours`, as PEFT looks for them in every block; their full ones if not in every."""
+    last = {theirs[name].rpartition(".")[2] for name in ours}
+    everywhere = sum(name.rpartition(".")[2] in last for name in theirs.values()) == len(ours)
+    return sorted(last if everywhere else (theirs[name] for name in ours))
+
+
+def bias_files(model, biases):
+    """(config, tensors) of biases {our name: (out,)}, which are added to what the layers give."""
+    theirs = layer_names(model)
+    if not biases or not biases.keys() <= theirs.keys():
+        raise ValueError(f"biases for no layer of this model: {sorted(biases.keys() - theirs.keys())[:4]}")
+    for ours, bias in biases.items():
+        if bias.shape != shape_of(bare(model, ours))[1:]:
+            raise ValueError(f"{ours}: a bias {tuple(bias.shape)} for {shape_of(bare(model, ours))[1]} outputs")
+    return ({"target_modules": target_modules(theirs, biases)},
+            {f"base_model.model.{theirs[ours]}.bias": bias for ours, bias in biases.items()})
 
 
 def prompt_files(model, kind, repair):
     """(config, tensors) of a prompt, a prefix or a pool."""
     c = model.config
-    if getattr(repair, "probe", None) is not None:
-        raise ValueError("a pool's probe has no place in this layout: save its prompts, PromptPool(pool.prompts)")
     if kind == "idp":
         tensors = {f"prompt_embeddings.{i}": p for i, p in enumerate(getattr(repair, "prompts", repair))}
+        if getattr(repair, "probe", None) is not None:
+            tensors["probe"] = repair.probe
     else:
         weight = getattr(repair, "weight", repair)
         if kind == "prefix" and weight.dim() == 5:
             weight = weight.permute(3, 0, 1, 2, 4).flatten(1)  # (P, L * 2 * nkv * hs)
         tensors = {"prompt_embeddings": weight}
-    check_prompts("the repair", model, kind, tensors)
+    names = check_prompts("the repair", model, kind, tensors)
     if kind == "idp":
-        return {"num_virtual_tokens": [len(t) for t in tensors.values()]}, tensors
+        return {"num_virtual_tokens": [len(tensors[name]) for name in names]}, tensors
     heads = c.n_kv_head if kind == "prefix" else c.n_head  # PEFT counts the keys' and values' heads of a prefix
     config = {"num_virtual_tokens": len(weight), "num_transformer_submodules": 1, "num_layers": c.n_layer,
               "num_attention_heads": heads, "token_dim": heads * c.head_size}
@@ -182,63 +248,126 @@ def read_adapter(folder):
     return kinds[peft_type], settings, tensors, metadata
 
 
-def load_adapter(folder, model):
-    """(kind, repair) of what `save_adapter` or PEFT wrote: a SoftPrompt, a Prefix or a PromptPool; of LoRA, which then
-    stands beside the layers of `model`, the list of its parameters.
-
-    Raises ValueError, with the model as it was, for a damaged adapter and for one made for another base.
-    """
+def open_adapter(folder, model):
+    """(kind, path, Settings, {name: tensor on the model's device}) of an adapter that was made for this base."""
     kind, settings, tensors, metadata = read_adapter(folder)
     path, this, made_for = os.path.join(folder, WEIGHTS), fingerprint(model), metadata.get("base_fingerprint")
     if made_for not in (None, this):
         raise ValueError(f"{path}: made for the base {made_for[:12]} ({metadata.get('base', 'not described')}), "
                          f"not for this one, {this[:12]} ({describe(model)})")
-    tensors = {name: t.to(model.wte.weight, copy=True) for name, t in tensors.items()}  # out of the mapped file
-    return kind, (attach_lora if kind == "lora" else make_prompt)(path, model, kind, settings, tensors)
+    base = model.wte.weight
+    # out of the mapped file, and no narrower than stored: LoRA's A and B are float32 beside a half-precision base too
+    return kind, path, settings, {name: t.to(base.device, torch.promote_types(t.dtype, base.dtype), copy=True)
+                                  for name, t in tensors.items()}
 
 
-def attach_lora(path, model, kind, settings, tensors):
-    """Put the LoRA of a file beside the layers of `model`, in place: all of it or, with a ValueError, nothing."""
+def load_adapter(folder, model):
+    """(kind, repair) of what `save_adapter` or PEFT wrote: a SoftPrompt, a Prefix or a PromptPool; of LoRA, which then
+    stands beside the layers of `model`, the list of its parameters; of biases {our layer's name: (out,)}.
+
+    Raises ValueError, with the model as it was, for a damaged adapter and for one made for another base.
+    """
+    kind, path, settings, tensors = open_adapter(folder, model)
+    if kind == "lora":
+        return kind, attach_lora(model, *read_lora(path, model, settings, tensors))
+    if kind == "bias":
+        return kind, read_biases(path, model, tensors)
+    return kind, make_prompt(path, model, kind, settings, tensors)
+
+
+def load_tensors(folder, model, kind):
+    """The list that `save_tensors` took; the model stays as it is. Raises what `load_adapter` raises, and ValueError
+    for a repair of another kind.
+    """
+    found, path, settings, tensors = open_adapter(folder, model)
+    if found != kind:
+        raise ValueError(f"{path}: holds a repair of kind {found}, not {kind}")
+    if kind == "lora":
+        layers, alpha = read_lora(path, model, settings, tensors)
+        return [t for _, A, B in layers for t in (A, B if alpha == len(A) else B * (alpha / len(A)))]
+    if kind == "bias":
+        return list(read_biases(path, model, tensors).values())
+    repair = make_prompt(path, model, kind, settings, tensors)
+    if kind == "idp":
+        return [p.detach() for p in (*repair.prompts, *([] if repair.probe is None else [repair.probe]))]
+    return [repair.weight.detach()]
+
+
+def read_lora(path, model, settings, tensors):
+    """([(our name, A, B)], alpha) of LoRA's tensors, each of the right shape, in the model's order."""
     for name, plain in PLAIN.items():
         settings.only(name, plain)
     rank, alpha = settings.get("r", int), settings.get("lora_alpha", float, None, 0, 1e6)
     if settings.get("use_rslora", bool, False):  # scaled by alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732
         alpha *= math.sqrt(rank)
-    if lora_layers(model):
-        raise ValueError("the model has LoRA already: merge_lora or remove_lora first")
-    layers = []
+    layers, left = [], dict(tensors)
     for ours, theirs in layer_names(model).items():
         names = [f"base_model.model.{theirs}.lora_{part}.weight" for part in "AB"]
-        if not tensors.keys() & set(names):
+        if not left.keys() & set(names):
             continue
-        base = model.get_submodule(ours)
-        (n_in, n_out), found = shape_of(base), [tensors.pop(name, None) for name in names]
+        (n_in, n_out), found = shape_of(bare(model, ours)), [left.pop(name, None) for name in names]
         for name, t, shape in zip(names, found, ((rank, n_in), (n_out, rank))):
             if t is None or t.shape != shape:
                 raise ValueError(f"{path}: tensor {name} must have shape {shape}, "
                                  + ("and is missing" if t is None else f"has {tuple(t.shape)}"))
-        layer = LoRALinear(base, n_in, n_out, rank, alpha)
-        layer.A, layer.B = map(torch.nn.Parameter, found)
-        layers.append((*ours.rpartition(".")[::2], layer))
-    if tensors or not layers:
-        raise ValueError(f"{path}: tensors for no layer of this model: {sorted(tensors)[:4]}" if tensors else
+        layers.append((ours, *found))
+    check_all_used(path, left, layers)
+    return layers, alpha
+
+
+def check_all_used(path, left, used):
+    """ValueError unless every tensor of an adapter had its layer, and there were any."""
+    if any(".c_attn." in name for name in left):
+        raise ValueError(f"{path}: LoRA beside c_attn, GPT-2's one layer for what are q, k and v here, is not read")
+    if left or not used:
+        raise ValueError(f"{path}: tensors for no layer of this model: {sorted(left)[:4]}" if left else
                          f"{path}: no tensors")
-    for parent, child, layer in layers:
+
+
+def attach_lora(model, layers, alpha):
+    """Put LoRA [(our name, A, B)] beside the layers of `model`, in place; its parameters."""
+    if lora_layers(model):
+        raise ValueError("the model has LoRA already: merge_lora or remove_lora first")
+    parameters = []
+    for ours, A, B in layers:
+        (parent, _, child), base = ours.rpartition("."), model.get_submodule(ours)
+        layer = LoRALinear(base, *shape_of(base), len(A), alpha)
+        layer.A, layer.B = map(torch.nn.Parameter, (A, B))
         setattr(model.get_submodule(parent), child, layer)
-    return [p for _, _, layer in layers for p in (layer.A, layer.B)]
+        parameters += [layer.A, layer.B]
+    return parameters
+
+
+def read_biases(path, model, tensors):
+    """{our layer's name: (out,)} of biases, in the model's order."""
+    biases, left = {}, dict(tensors)
+    for ours, theirs in layer_names(model).items():
+        name, n_out = f"base_model.model.{theirs}.bias", shape_of(bare(model, ours))[1]
+        if name in left:
+            biases[ours] = left.pop(name)
+            if biases[ours].shape != (n_out,):
+                raise ValueError(f"{path}: tensor {name} must have shape {(n_out,)}, has {tuple(biases[ours].shape)}")
+    check_all_used(path, left, biases)
+    return biases
 
 
 def check_prompts(path, model, kind, tensors):
-    """The names of the tensors of a prompt, a prefix or a pool, in order; ValueError unless they fit the model."""
-    c, several = model.config, range(max(len(tensors), 1))
+    """The names of the prompts of a prompt, a prefix or a pool, in order; ValueError unless all tensors fit the model.
+    """
+    c, probe = model.config, tensors.get("probe") if kind == "idp" else None
+    several = range(max(len(tensors) - (probe is not None), 1))
     names = [f"prompt_embeddings.{i}" for i in several] if kind == "idp" else ["prompt_embeddings"]
-    if set(names) != tensors.keys():
+    if {*names, *(["probe"] if probe is not None else [])} != tensors.keys():
         raise ValueError(f"{path}: the tensors must be {', '.join(names)}, got {', '.join(tensors) or 'none'}")
     width = 2 * c.n_layer * c.n_kv_head * c.head_size if kind == "prefix" else c.n_embd
-    for name, t in tensors.items():
+    for name in names:
+        t = tensors[name]
         if t.dim() != 2 or t.shape[1] != width or not 0 < len(t) < c.context:
             raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, this model takes (P, {width}) "
                              f"with P from 1 to {c.context - 1}")
+    if probe is not None and probe.shape != (len(names), c.n_embd):
+        raise ValueError(f"{path}: probe has shape {tuple(probe.shape)}, {len(names)} prompts of this model need "
+                         f"{(len(names), c.n_embd)}")
     return names
 
 
@@ -250,35 +379,9 @@ def make_prompt(path, model, kind, settings, tensors):
         raise ValueError(f"{settings.path}: num_virtual_tokens is {claimed!r}, the tensors have {lengths}"[:300])
     settings.only("num_transformer_submodules", 1)
     if kind == "idp":
-        return PromptPool(prompts)
+        return PromptPool(prompts, tensors.get("probe"))
     if kind == "prompt":
         return SoftPrompt(prompts[0])
     c = model.config
     weight = prompts[0].view(-1, c.n_layer, 2, c.n_kv_head, c.head_size)  # (P, L, 2, nkv, hs)
-    return Prefix(weight.permute(1, 2, 3, 0, 4))  # (L, 2, nkv, P, hs)
-
-
-# ---- a look at an adapter
-
-def main():
-    """The script: see the top of this file, and --help."""
-    parser = argparse.ArgumentParser(description="Say what an adapter is, and whether it belongs to a base.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", help="with adapter_config.json and adapter_model.safetensors")
-    parser.add_argument("--base", help="a checkpoint of this study, a Hugging Face folder or a .gguf file")
-    args = parser.parse_args()
-    try:
-        kind, _, tensors, metadata = read_adapter(args.folder)
-        print(f"{kind}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, made for "
-              f"{metadata.get('base', 'a base it does not describe')}")
-        if args.base:
-            ours = args.base.endswith(".safetensors")
-            load_adapter(args.folder, load(args.base) if ours else load_pretrained(args.base, tokenizer=False)[0])
-            print("it fits this base" + ("" if "base_fingerprint" in metadata else ", by names and shapes alone"))
-    except (ValueError, OSError) as error:
-        print(f"adapters.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+    return Prefix(weight.permute(1, 2, 3, 0, 4).to(model.wte.weight.dtype))  # (L, 2, nkv, P, hs), as the cache's

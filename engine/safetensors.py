@@ -16,32 +16,35 @@ import struct
 import numpy as np
 import torch
 
+from engine.script import whole_file
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor} and {str: str} to `path`, whole or not at all: to a temporary name first, then renamed."""
+    """Write {name: tensor} and {str: str} to `path`, whole or not at all. ValueError for a dtype without a name."""
+    with whole_file(path, "wb") as f:
+        dump(f, tensors, metadata)
+
+
+def dump(f, tensors, metadata=None):
+    """Write {name: tensor} and {str: str} to a file opened for bytes."""
     header, blobs, offset = {"__metadata__": dict(metadata or {})}, [], 0
     for name, t in tensors.items():
+        if t.dtype not in NAMES:
+            raise ValueError(f"tensor {name} is of {t.dtype}, which is not written; only {', '.join(DTYPES)} are")
         blob = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + len(blob)]}
         blobs.append(blob)
         offset += len(blob)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            f.write(struct.pack("<Q", len(text)))
-            f.write(text)
-            for blob in blobs:
-                f.write(memoryview(blob))
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    f.write(struct.pack("<Q", len(text)))
+    f.write(text)
+    for blob in blobs:
+        f.write(memoryview(blob))
 
 
 def read_safetensors(path):

@@ -18,9 +18,10 @@ import argparse
 import base64
 import json
 import math
-import os
 import zlib
 from pathlib import Path
+
+from engine.script import write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = "@@STUDY@@"                            # where the template wants the data
@@ -249,9 +250,7 @@ def write_report(results: str | Path = RESULTS, out: str | Path = PAGE) -> Path:
             match(predictions[-1], PREDICTION, f"{beside} line {number}")
     text = page(study, predictions, read(TEMPLATE))
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, out)
+    write_text(out, text)
     return out
 
 

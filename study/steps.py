@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 
 from engine.safetensors import read_safetensors, write_safetensors
-from engine.script import write_text
+from engine.script import read_json, write_text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MARK = ".made.json"
@@ -64,7 +64,7 @@ class Run:
     def once_json(self, name, settings, code, make):
         """A step whose result is kept as JSON."""
         return self.once(name + ".json", settings, code, make, lambda result, path: write_text(path, json.dumps(result)),
-                         read_json)
+                         lambda path: read_json(path, object))
 
     def once_tensors(self, name, settings, code, make):
         """A step whose result is {name: tensor}."""
@@ -151,17 +151,6 @@ def source_digest(file):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     return digest(ast.dump(tree).encode())
-
-
-# ---- files
-
-def read_json(path):
-    """The value in a JSON file; ValueError names a file that is damaged."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except ValueError as error:
-            raise ValueError(f"{path}: not complete JSON ({error})") from None
 
 
 def slug(tag):

@@ -10,14 +10,14 @@ import torch
 
 import recover
 from checkpoints import load, save
+from checkpoints.vocabulary import save_ranks
 from compress import compress
-from engine.script import write_text
+from engine.script import read_json, write_text
 from recover import FitConfig
 from study.repairs import attach, train_repair
 from study.settings import OPERATION
-from study.steps import read_json, slug
+from study.steps import slug
 from study.training import train_dense
-from world.facts import save_ranks
 from world.items import LESSONS
 from world.score import Subject
 
@@ -55,7 +55,7 @@ def compressed_subject(run, dense, tag):
         return model
     model = run.once(name + ".safetensors", settings, ("compress", "study.training"), make, save, load)
     return Subject(model, about={"id": name, "tag": tag, "base": "dense", "settings": settings, "path": path,
-                                 "extra": 0, "layers": read_json(path + ".layers.json"),
+                                 "extra": 0, "layers": read_json(path + ".layers.json", list),
                                  "operation": {"name": operation, "parameters": {"method": method, **how}}})
 
 

@@ -30,11 +30,11 @@ import torch.distributed as dist
 
 import recover
 from compress import compress
-from engine.script import write_text
+from engine.script import read_json, write_text
 from study.repairs import attach, train_repair
 from study.settings import options, sized
 from study.statistics import by_person, interval, resampled
-from study.steps import Run, read_json
+from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches
 from study.tables import markdown, share
 from world.score import CONTEXT, Subject, answer, perplexity

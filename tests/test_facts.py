@@ -1,7 +1,5 @@
 """The small world: who was told what, checked on the strings themselves; the tokenizer against merges done by hand."""
-import base64
 import re
-import resource
 import unicodedata
 from collections import Counter
 
@@ -9,9 +7,10 @@ import pytest
 import tiktoken
 import torch
 
-from world.facts import FIRST, LAST, PATTERN, main
-from world.facts import (EOT, QUESTIONS, SPLITS, STATEMENTS, TAUGHT, VALUES, WorldConfig, text_batches, facts_about, load_ranks,
-                  make_encoding, make_world, pad, save_ranks, statements, taught_questions, train_bpe)
+from checkpoints.vocabulary import SMALL_SPLIT
+from world.facts import FIRST, LAST, main
+from world.facts import (EOT, QUESTIONS, SPLITS, STATEMENTS, TAUGHT, VALUES, WorldConfig, text_batches, facts_about,
+                  make_encoding, make_world, pad, statements, taught_questions, train_bpe)
 
 CONFIG = WorldConfig(seen=21, heldout=14, validation=9, novel=6, vocab_size=500, seed=3)
 
@@ -154,7 +153,7 @@ def test_encoding_is_the_merges_in_the_order_they_were_learned(people, encoding)
     ranks = encoding._mergeable_ranks
     for text in statements(people[:4]) + ["Zanrick's cook-book_2  costs 1999!", "ÄÖ über 東京"]:
         expected = []
-        for piece in re.findall(PATTERN, text):
+        for piece in re.findall(SMALL_SPLIT, text):
             parts = [bytes([b]) for b in piece.encode()]
             while True:
                 known = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
@@ -201,40 +200,6 @@ def test_an_answer_begins_where_a_token_begins(people, encoding):
         assert len(whole) > len(question)
         told = encoding.encode_ordinary(fact.question + fact.answer + ".")  # as training saw it: the full stop apart
         assert told[:-1] == whole and encoding.decode(told[-1:]) == "."
-
-
-def test_ranks_are_saved_whole_and_read_back(tmp_path, encoding):
-    path = tmp_path / "ranks"
-    save_ranks(encoding._mergeable_ranks, path)
-    assert load_ranks(path) == encoding._mergeable_ranks and [p.name for p in tmp_path.iterdir()] == ["ranks"]
-    assert path.read_bytes().splitlines()[97] == b"YQ== 97"  # base64 of "a", as tiktoken's own files have it
-
-
-GOOD = [b"%s %d" % (base64.b64encode(bytes([b])), b) for b in range(256)]
-
-
-@pytest.mark.parametrize("lines, names", [
-    ([], "0 tokens"), (GOOD[:-1], "255 tokens"), (GOOD[:7] + [b"YQ=="] + GOOD[8:], "line 8"),
-    (GOOD + [b"!!! 256"], "line 257"),
-    (GOOD + [b"YWE= x"], "line 257"), (GOOD + [b"YWE= 257"], "257 tokens"), (GOOD + [b"YQ== 256"], "256 tokens"),
-    (GOOD + [b""], "line 257"), ([b"\x80\x04\x95garbage"], "line 1"),
-    ([b"%s %d" % (base64.b64encode(bytes([1, b])), b) for b in range(256)], "ranks.*byte")])
-def test_damaged_ranks_are_refused(tmp_path, lines, names):
-    path = tmp_path / "ranks"
-    path.write_bytes(b"\n".join(lines) + b"\n" if lines else b"")
-    with pytest.raises(ValueError, match=names):
-        load_ranks(path)
-
-
-def test_a_full_disk_leaves_no_ranks(tmp_path, encoding):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError):
-            save_ranks(encoding._mergeable_ranks, tmp_path / "ranks")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- tensors

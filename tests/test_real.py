@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 from study.steps import Log, Run
 from study.repairs import pool_subject
 from world.score import Subject, answer
-from test_weights import GOLDEN
+from checkpoint_files import GOLDEN
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COUNTRIES = world.read_facts(world.FACTS)

@@ -25,19 +25,17 @@ et al. 2016, arXiv 1508.07909; bytes as in GPT-2), trained here in 25 lines and 
     python -m world.facts --show 3                # look at three people and how their sentences are cut into tokens
 """
 import argparse
-import base64
 import itertools
-import os
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import tiktoken
 import torch
 
-EOT = "<|endoftext|>"
+from checkpoints.vocabulary import EOT, SMALL_SPLIT, make_encoding
+
 SPLITS = ("seen", "heldout", "validation", "novel")
 
 
@@ -152,18 +150,13 @@ def facts_about(people):
 
 # ---- the tokenizer
 
-# Words with their leading space, numbers two digits at a time, the rest: merges never cross these borders. Written
-# without \p{..} classes, which Python's `re` (for training) does not know and tiktoken's engine (for encoding) does.
-PATTERN = r" ?[^\W\d_]+| ?\d{1,2}| ?(?:[^\s\w]|_)+|\s+"
-
-
 def train_bpe(texts, vocab_size):
     """Byte-level BPE: {token bytes: rank}, the 256 bytes and then vocab_size - 257 merges (the last id is for EOT).
 
     Each step merges the most frequent pair of neighbouring tokens, the first seen on a tie. Fewer merges come back
     when the text has no pair left. A piece of text is counted once with its frequency, so this takes a second.
     """
-    pieces = Counter(piece for text in texts for piece in re.findall(PATTERN, text))
+    pieces = Counter(piece for text in texts for piece in re.findall(SMALL_SPLIT, text))
     counted = [([bytes([b]) for b in piece.encode()], n) for piece, n in pieces.items()]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < vocab_size - 1:
@@ -181,41 +174,6 @@ def train_bpe(texts, vocab_size):
                 if (tokens[i], tokens[i + 1]) == (a, b):
                     tokens[i:i + 2] = [a + b]
                 i += 1
-    return ranks
-
-
-def make_encoding(ranks):
-    """The tokenizer as a tiktoken.Encoding; EOT is the id behind the last rank."""
-    return tiktoken.Encoding("small-world", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-
-
-def save_ranks(ranks, path):
-    """Write tiktoken's own file format: a line a token, base64 of its bytes and its rank."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            for token, rank in ranks.items():
-                f.write(base64.b64encode(token) + b" %d\n" % rank)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def load_ranks(path):
-    """Read what save_ranks wrote; ValueError names the line that is not a token and its rank."""
-    ranks = {}
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:
-                raise ValueError(f"{path}: line {number} is not a base64 token and its rank") from None
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path}: {len(ranks)} tokens whose ranks are not 0 to {len(ranks) - 1}")
-    if not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError(f"{path}: {len(ranks)} tokens, and not every single byte among them")
     return ranks
 
 

@@ -1,0 +1,128 @@
+"""engine/script.py: files whole or not there, also on a full disk; bad input in one line; JSON that names its file."""
+import contextlib
+import errno
+import os
+import resource
+import signal
+import subprocess
+
+import pytest
+import torch
+
+from checkpoints import save
+from checkpoints.adapters import save_adapter
+from checkpoints.vocabulary import save_ranks
+from engine.safetensors import write_safetensors
+from engine.script import guard, read_json, whole_file, write_text
+from model import GPT, GPTConfig
+
+MODEL = GPT(GPTConfig(vocab_size=300, context=16, n_layer=1, n_head=2, n_embd=8))
+WRITERS = {  # everything in this project that writes a file, but for pages and results, which use write_text
+    "text": lambda folder: write_text(folder / "out", "x" * 5000),
+    "tensors": lambda folder: write_safetensors(folder / "out", {"a": torch.zeros(2000)}),
+    "model": lambda folder: save(MODEL, folder / "out"),
+    "adapter": lambda folder: save_adapter(folder, MODEL, "prompt", torch.zeros(12, 8)),
+    "ranks": lambda folder: save_ranks({bytes([a, b]): 256 * a + b for a in range(4) for b in range(256)}, folder / "out"),
+}
+
+
+@contextlib.contextmanager
+def room(size):
+    """Files of this process can grow to `size` bytes: the nearest thing to a full disk that needs no rights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_named_leaves_nothing_and_keeps_what_was_there(name, tmp_path):
+    write = WRITERS[name]
+    for old in (False, True):
+        if old:
+            write(tmp_path)
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        with room(100), pytest.raises(OSError) as error:
+            write(tmp_path)
+        assert os.path.dirname(error.value.filename) == str(tmp_path) and ".tmp" not in str(error.value)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    write(tmp_path)  # the next try goes on
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_small_disk_that_is_full(name, tmp_path):
+    """The same on a file system of 64 KiB, where this process may make one."""
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True)
+    if made.returncode:
+        pytest.skip("no right to mount")
+    try:
+        (tmp_path / "ballast").write_bytes(bytes(60 * 1024))
+        with pytest.raises(OSError) as error:
+            WRITERS[name](tmp_path)
+        assert error.value.errno == errno.ENOSPC and error.value.filename.startswith(str(tmp_path) + "/")
+        assert os.listdir(tmp_path) == ["ballast"]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(RuntimeError), whole_file(path) as f:
+        f.write("half")
+        f.flush()
+        assert not path.exists()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with whole_file(path, "wb") as f:
+        f.write(b"\xff")
+    assert path.read_bytes() == b"\xff" and os.listdir(tmp_path) == ["out"]
+    write_text(path, "é\n")
+    assert path.read_bytes() == "é\n".encode()
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path):
+    for path, kind in ((tmp_path / "nowhere" / "out", FileNotFoundError), (tmp_path, OSError)):
+        with pytest.raises(kind) as error:
+            write_text(path, "x")
+        assert error.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as error, whole_file(tmp_path / "out") as f:  # another file's error is its own
+        f.write(open(tmp_path / "other").read())
+    assert error.value.filename == str(tmp_path / "other")
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "x"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        write_text(tmp_path / "pipe", "x")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "pipe"]
+
+
+def test_json_that_is_not_names_its_file(tmp_path):
+    path = tmp_path / "a.json"
+    for raw, said in ((b"", "not JSON"), (b'{"a": ', "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100000, "not JSON"),
+                      (b"[1]", "not a JSON object"), (b"null", "not a JSON object")):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=f"a.json: {said}"):
+            read_json(path)
+    assert read_json(path.with_name(path.name), type(None)) is None
+    path.write_text("[1]")
+    assert read_json(path, list) == [1]
+
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError("bits must be 2"), "x.py: bits must be 2\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "out/a"), "x.py: out/a: No space left on device\n"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "b"), "x.py: b: No such file or directory\n")])
+def test_bad_input_is_one_line_and_status_2(error, line, capsys):
+    def run():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        guard(run, "x.py")
+    assert stop.value.code == 2 and capsys.readouterr() == ("", line)
