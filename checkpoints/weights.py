@@ -27,7 +27,8 @@ import re
 
 import torch
 
-from checkpoints import gguf, vocabulary
+import checkpoints.gguf as gguf
+import checkpoints.vocabulary as vocabulary
 from checkpoints.native import load
 from engine.safetensors import read_safetensors
 from engine.script import read_json
