@@ -32,7 +32,7 @@ import torch
 
 import idp
 from engine.script import guard
-from study import inside, pools, results
+from study import inside, pools, publish
 from study.comparisons import ANSWERS, add_tasks, comparisons, noise_floor, score_tasks, task_items
 from study.costs import costs, milliseconds
 from study.settings import OPERATIONS, POOLS, StudyConfig, options, sized
@@ -67,7 +67,7 @@ def ask(run, subject, dense, base):
     """One model becomes a row: what it costs, what it answers, how well it reads, what happens inside it.
 
     dense, base  the Subjects it is compared with inside: the undamaged model, and what it was made from
-    "answers" and "scores" hold single facts; `results.publish` takes them out of the finished row.
+    "answers" and "scores" hold single facts; `publish.publish` takes them out of the finished row.
     """
     about, world, config = subject.about, run.world, run.config
     asked = run.once_json(about["id"] + ".answers", {**about["settings"], "test_people": config.test_people}, ANSWERS,
@@ -230,7 +230,7 @@ def study(run, dense, files=None):
     noise = run.once_json("noise", settings, ("study.comparisons", *ANSWERS),
                           lambda: noise_floor(run, subjects, {m["id"]: m["answers"] for m in rows}))
     return {"name": run.world.name, "settings": asdict(config), "seed": seed, "models": rows, "context": context,
-            "comparisons": compared[0], "noise": noise, "metrics": results.metrics(rows, files or {}),
+            "comparisons": compared[0], "noise": noise, "metrics": publish.metrics(rows, files or {}),
             "files": {name: len(questions) for name, questions in (files or {}).items()},
             "operations": [{"name": n, "parameters": None, "description": d} for n, d in OPERATIONS.items()],
             "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"} for m in rows if m["verdict"]],
@@ -256,7 +256,7 @@ def main():
         run = Run(config, World(config))
         run.describe_reuse()
         dense = dense_subject(run)
-        results.publish(run, dense, study(run, dense))
+        publish.publish(run, dense, study(run, dense))
     guard(job)
 
 

@@ -4,7 +4,7 @@ The study on a real language model: `python -m real MODEL`, see real/world.py.
 from engine.script import guard
 from evaluate import study
 from real.world import FACTS, STEPS, RealWorld, read_facts, real_config, real_dense
-from study.results import publish
+from study.publish import publish
 from study.settings import options
 from study.steps import Run
 from study.sweeps import sweep_rates
