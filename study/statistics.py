@@ -21,6 +21,7 @@ interval holds it.
 
 What it leaves out: Bayesian estimates, and one joint model of people and seeds.
 """
+import functools
 import math
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ def beta_quantile(q, a, b):
     return middle
 
 
+@functools.cache
 def t_quantile(df, alpha=0.05):
     """The t that Student's variable of df > 0 degrees of freedom (whole or not) stays within, on both sides of 0, with
     chance 1 - alpha: df / (df + t²) is a Beta(df / 2, 1 / 2) variable."""
@@ -218,7 +220,8 @@ def share_of(gain, loss):
         return None
     value, gains, losses = gain.value / loss.value, np.asarray(gain.seeds), np.asarray(loss.seeds)
     seeds = value + (gains - value * losses) / loss.value if len(gains) else ()
-    return Estimate(value, np.divide(gain.samples, loss.samples), seeds)
+    least = np.abs(loss.samples)[loss.samples != 0].min()  # for the resamples, 2.5 % at most, that lost nothing at all
+    return Estimate(value, gain.samples / np.where(loss.samples == 0, least, loss.samples), seeds)
 
 
 def share_interval(gain, loss):

@@ -1,6 +1,8 @@
 """The statistics against closed forms, published small cases, scipy's numbers and counts done by hand."""
 import itertools
+import json
 import math
+import pathlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,6 +178,8 @@ def test_no_share_of_a_loss_that_may_be_zero():
     assert share_of(repaired - compressed, dense - compressed) is None
     assert share_of(repaired - compressed, compressed - repaired) is None  # a gain is no loss
     assert share_interval(repaired - compressed, dense - compressed) == [None, None]
+    some = np.array([0.0] + [0.1] * 99)  # a resample that lost nothing counts as one that lost least
+    assert share_of(Estimate(0.1, some), Estimate(0.1, some)).samples.tolist() == [0.0] + [1.0] * 99
     no = Estimate(0.1, np.array([0.1, np.nan]))
     assert share_of(no, no) is None
 
@@ -435,3 +439,60 @@ def test_constants_have_no_rank_correlation():
     rows = torch.tensor([[1.0, 1, 1], [1, 2, 3]])
     found = rank_correlation(rows, torch.tensor([[1.0, 2, 3], [1, 2, 3]]))
     assert found[0].isnan() and found[1] == 1 and rank_correlation(rows, rows)[0].isnan()
+
+
+# ---- scipy and statsmodels
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "stats.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["beta_quantile", "t_quantile", "exact_interval", "clustered_interval", "t_interval",
+                                  "seed_interval", "power", "detectable"])
+def test_as_scipy_has_it(name):
+    function = getattr(statistics, name)
+    for case in GOLDEN[name]:
+        arguments = {key: x for key, x in case.items() if key not in ("result", "effective")}
+        wanted, found = case["result"], function(**arguments)
+        assert found is wanted is None or found == pytest.approx(wanted, rel=1e-6 if "flips" in case else 1e-8), case
+
+
+def test_tests_as_statsmodels_has_them():
+    for case in GOLDEN["mcnemar"]:
+        before, after = scores(7, case["gained"], case["lost"], 3)
+        for found in (mcnemar(before, after), flip_test(before, after, range(len(before)))):
+            assert found == (case["gained"], case["lost"], pytest.approx(case["p"], rel=1e-9))
+    assert holm(GOLDEN["holm"]["p"]) == pytest.approx(GOLDEN["holm"]["result"], rel=1e-9)
+    for case in GOLDEN["flip_test"]:
+        found = flip_test(case["before"], case["after"], case["entities"])
+        assert found == (case["gained"], case["lost"], pytest.approx(case["p"], rel=1e-9))
+
+
+def test_bootstrap_of_given_draws(monkeypatch):
+    """The draws are stored; torch.randint hands them out."""
+    case = GOLDEN["bootstrap"]
+    right, draws = np.array(case["right"], dtype=float), torch.tensor(case["draws"])
+    monkeypatch.setattr(torch, "randint", lambda n, size, generator: draws)
+    samples = resampled(right, len(draws), None, case["sizes"]).numpy()
+    assert samples == pytest.approx(np.array(case["resampled_means"]), abs=1e-12)
+    means = right.sum(0) / sum(case["sizes"])
+    assert means == pytest.approx(case["means"], abs=1e-12)
+    models = [Estimate(means[i], samples[:, i]) for i in range(4)]
+    assert [m.interval() for m in models] == [pytest.approx(bounds, abs=1e-12) for bounds in case["intervals"]]
+    shares = [share_of(models[i] - models[1], models[0] - models[1]) for i in (2, 3)]
+    assert [s.value for s in shares] == pytest.approx(case["displaced"], abs=1e-12)
+    assert [s.interval() for s in shares] == [pytest.approx(b, abs=1e-12) for b in case["displaced_intervals"]]
+    bounds, word = compare(*shares, margin=case["compare"]["margin"])
+    assert (bounds, word) == (pytest.approx(case["compare"]["interval"], abs=1e-12), case["compare"]["word"])
+
+
+def test_shares_knowledge_and_ranks():
+    case = GOLDEN["share_of"]
+    gain, loss = (Estimate(np.mean(x), np.array([0.1, 0.2]), np.array(x)) for x in (case["gains"], case["losses"]))
+    share = share_of(gain, loss)
+    assert (share.value, share.seeds) == (pytest.approx(case["value"]), pytest.approx(case["seeds"]))
+    case = GOLDEN["normalised"]
+    assert normalised(case["logprobs"], case["gold"]) == pytest.approx(case["result"], abs=1e-12)
+    case = GOLDEN["rank_correlation"]
+    found = rank_correlation(torch.tensor(case["a"]), torch.tensor(case["b"]).float()).tolist()
+    wanted = [math.nan if rho is None else rho for rho in case["result"]]
+    assert found == pytest.approx(wanted, abs=1e-12, nan_ok=True)
