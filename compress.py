@@ -327,7 +327,7 @@ def compress(model, ids, method, lengths=None, **settings):
                         sparsity=s.sparsity, n_m=s.n_m, targets=s.targets)
     same = {id(t): t for t in (*model.parameters(), *model.buffers())}
     model, report = copy.deepcopy(model, same), []  # new modules around the same tensors
-    targets = find_targets(model, s.targets)
+    targets, ids = find_targets(model, s.targets), ids.to(model.wte.weight.device)
     for index, block, hessians, tokens in calibrate(model, ids, lengths):
         factors = {}
         for name, H64 in hessians.items():

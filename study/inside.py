@@ -16,10 +16,10 @@ def inside(subject, ids):
     """What happens in each layer on text ids (B, T): attention rows over text tokens, renormalised (L, B, nh, T, T),
     and block outputs (L, B, T, C).
     """
-    model, (B, T) = subject.model, ids.shape
-    cache = subject.cache(subject.pick(ids, torch.full((B,), T)), T)
-    positions = cache.length[:, None] + torch.arange(T)  # (B, T)
-    slot = torch.arange(cache.slots)
+    model, (B, T), ids = subject.model, ids.shape, ids.to(subject.device)
+    cache = subject.cache(subject.pick(ids, torch.full((B,), T, device=ids.device)), T)
+    positions = cache.length[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+    slot = torch.arange(cache.slots, device=ids.device)
     mask = ((slot <= positions[:, :, None]) & (slot >= cache.first[:, None, None]))[:, None]  # (B, 1, T, S)
     x, attention, outputs = model.place(model.wte(ids), positions), [], []
     for i, block in enumerate(model.blocks):

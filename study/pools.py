@@ -21,7 +21,7 @@ from world.score import Subject, answer, gold_logprobs, is_right, say, tokenized
 
 def always(m):
     """A `choose` that takes row m for every input."""
-    return lambda ids, lengths: torch.full((len(ids),), m)
+    return lambda ids, lengths: torch.full((len(ids),), m, device=ids.device)
 
 
 @torch.no_grad()
@@ -42,10 +42,10 @@ def under_each(model, pool, facts, encoding):
         right.append([float(a["correct"]) for a in given])
         logprob.append([a["logprob"] for a in given])
         own = [(question, encoding.encode_ordinary(" " + a["answer"])) for (question, _), a in zip(rows, given)]
-        confidence.append(gold_logprobs(subject, own, torch.full((len(own),), m), encoding))
+        confidence.append(gold_logprobs(subject, own, torch.full((len(own),), m, device=subject.device), encoding))
     return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T,
             "confidence": torch.tensor(confidence).T,
-            **scores(model, pool, filled, *pad([question for question, _ in rows], encoding))}
+            **scores(model, pool, filled, *pad([question for question, _ in rows], encoding, model.wte.weight.device))}
 
 
 def chosen_under_each(model, pool, filled, facts, encoding):
@@ -57,15 +57,15 @@ def chosen_under_each(model, pool, filled, facts, encoding):
     return {"right": torch.tensor([[float(a["correct"]) for a in answers] for answers in given]).T,
             "logprob": torch.tensor([[a["logprob"] for a in answers] for answers in given]).T,
             "confidence": torch.tensor([[float(p.max()) for p in row] for row in shares]).T, "shares": shares,
-            **scores(model, pool, filled, *pad(rows, encoding))}
+            **scores(model, pool, filled, *pad(rows, encoding, model.wte.weight.device))}
 
 
 def scores(model, pool, filled, ids, lengths):
     """What a choice can go by before any prompt has been tried: the last three of `under_each`, each (N, M)."""
     first, last = (torch.cat([idp.attention_scores(model, filled, part, n, layer)
-                              for part, n in zip(ids.split(250), lengths.split(250))])
+                              for part, n in zip(ids.split(250), lengths.split(250))]).cpu()
                    for layer in (0, len(model.blocks) - 1))  # each (N, M)
-    probe = {} if pool.probe is None else {"probe": idp.probed(model, pool, ids, lengths)}
+    probe = {} if pool.probe is None else {"probe": idp.probed(model, pool, ids, lengths).cpu()}
     return {"attention": first, "attention_last": last, **probe}
 
 
@@ -113,9 +113,9 @@ def ensemble(model, pool, facts, encoding, each, batch_size=250):
     longest = max(len(gold) for _, gold in rows) + 1
     for i in range(0, len(rows), batch_size):
         part = rows[i:i + batch_size]
-        ids, lengths = pad([question for question, _ in part], encoding)  # (B, T)
-        caches = [take(filled, torch.full((len(part),), m), ids.shape[1] + longest) for m in range(len(pool))]
-        x = [model.hidden(ids, cache=c, lengths=lengths)[torch.arange(len(part)), lengths - 1][:, None] for c in caches]
+        ids, lengths = pad([question for question, _ in part], encoding, model.wte.weight.device)  # (B, T)
+        caches = [take(filled, torch.full((len(part),), m, device=ids.device), ids.shape[1] + longest) for m in range(len(pool))]
+        x = [model.hidden(ids, cache=c, lengths=lengths)[torch.arange(len(part), device=ids.device), lengths - 1][:, None] for c in caches]
         tokens = []
         for _ in range(longest):
             p = torch.stack([model.head(x_m)[:, -1].softmax(-1) for x_m in x]).mean(0)  # (B, V)
@@ -136,12 +136,12 @@ def in_top(subject, facts, encoding, M):
     rows, out = tokenized(facts, encoding), []
     for i in range(0, len(rows), 250):
         part = rows[i:i + 250]
-        ids, lengths = pad([question + gold[:-1] for question, gold in part], encoding)
+        ids, lengths = pad([question + gold[:-1] for question, gold in part], encoding, subject.device)
         chosen = subject.pick(ids, lengths)
         logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))  # (B, T, V)
-        logits = logits[torch.arange(len(part)), lengths - 1]  # (B, V)
-        gold = torch.tensor([gold[-1] for _, gold in part])
-        out.append((logits.topk(M, dim=-1).indices == gold[:, None]).any(-1).float())
+        logits = logits[torch.arange(len(part), device=ids.device), lengths - 1]  # (B, V)
+        gold = torch.tensor([gold[-1] for _, gold in part]).to(ids.device)
+        out.append((logits.topk(M, dim=-1).indices == gold[:, None]).any(-1).float().cpu())
     return torch.cat(out)
 
 

@@ -2,6 +2,7 @@
 Every repair of the study, trained on a frozen compressed model, and the Subject that comes of it.
 """
 import copy
+from contextlib import nullcontext
 
 import torch
 
@@ -16,8 +17,8 @@ def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=
 
     bfloat16  matrix products in bfloat16, all else and what is trained in float32: faster where the CPU has them
     """
-    with torch.autocast(model.wte.weight.device.type, torch.bfloat16, enabled=bfloat16,
-                        cache_enabled=False):  # a cached cast would outlive the step that changes what was cast
+    with torch.autocast(model.wte.weight.device.type, torch.bfloat16, cache_enabled=False) if bfloat16 else nullcontext():
+        # a cached cast would outlive the step that changes what was cast
         return trained(unpacked(model), kind, size, batches, losses, fit_config, seed, progress)
 
 
@@ -35,7 +36,7 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
         return [prefix.weight]
     M, P, way = size if kind == "idp" else (1, size, "independent")
     pool = idp.PromptPool([recover.prompt_init(model, P, generator=generator) for _ in range(M)],
-                          torch.zeros(M, model.config.n_embd) if way == "selected" else None)
+                          torch.zeros(M, model.config.n_embd, device=model.wte.weight.device) if way == "selected" else None)
     if way == "independent":
         for m, prompt in enumerate(pool.prompts):  # each on a shard of its own
             loss = idp.independent(model, pool, losses, m)
@@ -91,7 +92,7 @@ def unpacked(model):
         for name, layer in parent.named_children():
             if isinstance(layer, PackedLinear):
                 plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                plain.weight = torch.nn.Parameter(layer.packed.dequantize(), requires_grad=False)
+                plain.weight = torch.nn.Parameter(layer.packed.dequantize().to(model.wte.weight.dtype), requires_grad=False)
                 plain.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias, requires_grad=False)
                 setattr(parent, name, plain)
     return model

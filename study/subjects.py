@@ -69,7 +69,7 @@ def repair_batches(run, dense):
         if not made:
             ids = run.world.repair_rows(run.config)
             run.world.check_leaks(torch.cat(ids))
-            made.extend(recover.add_targets(dense.model, ids))
+            made.extend(recover.add_targets(dense.model, [row.to(dense.device) for row in ids]))
         return made
     return batches
 

@@ -24,7 +24,7 @@ import torch
 from study.statistics import interval, resampled
 from study.steps import digest, slug
 from world.facts import Fact, pad
-from world.score import choose, cut_options
+from world.score import choose, cut_options, fitting
 
 
 def arc(row):
@@ -62,6 +62,7 @@ def triviaqa(row):
     return f"Question: {row['question']}?\nAnswer:", row["answer"]["aliases"], 0
 
 
+SPARE = 4  # tokens that an answer written out may be longer than the longest accepted one
 LAYOUTS = {"arc": arc, "sciq": sciq, "piqa": piqa, "hellaswag": hellaswag, "lambada": lambada, "webqs": webqs,
            "triviaqa": triviaqa}
 
@@ -74,32 +75,78 @@ def layout(name):
     raise ValueError(f"the task {name!r} is not known; its name must begin with one of {', '.join(LAYOUTS)}")
 
 
-def read_task(name, path):
-    """The questions of a task's JSON lines file, as Facts (of webqs and triviaqa, `options` are the accepted answers). Raises ValueError with the line's number for a row of another layout.
+def read_task(name, path, check=None):
+    """The questions of a task's JSON lines file, as Facts (of webqs and triviaqa, `options` are the accepted answers).
+
+    check  what else a question must pass, raising ValueError (`fits`)
+    Raises ValueError with the line's number for a row of another layout, or that does not pass.
     """
     read, questions = layout(name), []
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                question, options, gold = read(json.loads(line))
-                if not question or not 0 <= gold < len(options) or "" in options:
-                    raise ValueError
-                options = tuple(" " + option for option in options)
-                item = Fact(f"{name} {number}", "", name, question, options[gold], options)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-                raise ValueError(f"{path}: line {number} is not in the layout of {read.__name__}") from None
-            questions.append(item)
+    for number, line in lines_of(path):
+        try:
+            question, options, gold = read(json.loads(line))
+            if not question.strip() or not 0 <= gold < len(options) or not all(o.strip() for o in options):
+                raise ValueError
+            options = tuple(" " + option for option in options)
+            item = Fact(f"{name} {number}", "", name, question, options[gold], options)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            raise ValueError(f"{path}: line {number} is not in the layout of {read.__name__}") from None
+        if check:
+            checked(path, number, check, item)
+        questions.append(item)
     if not questions:
         raise ValueError(f"{path}: no questions in it")
     return questions
 
 
-def named(task):
-    """(name, its questions) of a command line's NAME=FILE."""
-    name, _, path = task.partition("=")
-    if not path:
-        raise ValueError(f"a task is NAME=FILE, got {task!r}")
-    return name, read_task(name, path)
+def lines_of(path):
+    """(number, text) of each line of a UTF-8 file that is not blank, a byte-order mark at its beginning left out.
+
+    Raises ValueError that names the line where the file is not UTF-8, or holds a NUL.
+    """
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason} at byte {error.start})") from None
+            if "\0" in text or "\\u0000" in text:
+                raise ValueError(f"{path}: line {number} holds a NUL")
+            if text.strip():
+                yield number, text
+
+
+def checked(path, number, check, item):
+    """Run `check(item)`; where it refuses, name the file and the line."""
+    try:
+        check(item)
+    except ValueError as error:
+        raise ValueError(f"{path}: line {number}: {error}") from None
+
+
+def fits(encoding, room):
+    """A check for `read_task`: a question and its longest option are cut where the option begins, and are at most `room`
+    tokens together."""
+    def check(item):
+        question, options = cut_options(item, encoding, [encoding.eot_token])
+        tokens = len(question) + max(map(len, options)) + SPARE
+        if tokens > room:
+            raise ValueError(f"{tokens} tokens with its longest option and {SPARE} to spare, but the context has room for "
+                             f"{room}")
+    return check
+
+
+def named(tasks, check=None):
+    """{name: its questions} of a command line's NAME=FILE arguments."""
+    files = {}
+    for task in tasks:
+        name, _, path = task.partition("=")
+        if not path:
+            raise ValueError(f"a task is NAME=FILE, got {task!r}")
+        if name in files:
+            raise ValueError(f"--task {task}: there is a task {name} already; give each file a name of its own")
+        files[name] = read_task(name, path, check)
+    return files
 
 
 def score(subject, name, questions, encoding):
@@ -133,15 +180,19 @@ def plain(text):
 
 @torch.no_grad()
 def continued(subject, questions, encoding, batch_size=32):
-    """The tokens that each question is greedily continued by: as many as its longest accepted answer has, and some."""
-    out = []
-    for i in range(0, len(questions), batch_size):
-        part = questions[i:i + batch_size]
-        room = 4 + max(len(wanted) for q in part for wanted in accepted(q, encoding))
-        ids, lengths = pad([encoding.encode_ordinary(q.question.rstrip(" ")) for q in part], encoding)
-        cache = subject.cache(subject.pick(ids, lengths), ids.shape[1] + room)
-        given = subject.model.generate(ids, room, lengths, cache=cache)
-        out += [given[b, n:n + room].tolist() for b, n in enumerate(lengths.tolist())]
+    """The tokens that each question is greedily continued by, up to an end-of-text: as many as its longest accepted answer
+    has, and SPARE more.
+    """
+    cuts, out = [cut_options(q, encoding, []) for q in questions], []
+    sizes = [(len(question), SPARE + max(map(len, answers))) for question, answers in cuts]
+    for start, end in fitting(sizes, batch_size, subject.room()):
+        longest = max(n for _, n in sizes[start:end])
+        ids, lengths = pad([question for question, _ in cuts[start:end]], encoding, subject.device)
+        cache = subject.cache(subject.pick(ids, lengths), ids.shape[1] + longest)
+        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token).tolist()
+        for row, (question, n) in zip(given, sizes[start:end]):
+            tokens = row[question:question + n]
+            out.append(tokens[:tokens.index(encoding.eot_token)] if encoding.eot_token in tokens else tokens)
     return out
 
 

@@ -200,13 +200,13 @@ def text_batches(sentences, encoding, batch_size, T, generator, aligned=False):
                 rows = rows[batch_size:]
 
 
-def pad(rows, encoding):
-    """Lists of token ids -> ids (B, T) padded on the right with EOT, lengths (B,)."""
+def pad(rows, encoding, device=None):
+    """Lists of token ids -> ids (B, T) padded on the right with EOT, lengths (B,); made on the CPU, given on `device`."""
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), encoding.eot_token)
     for i, row in enumerate(rows):
         ids[i, :len(row)] = torch.tensor(row)
-    return ids, lengths
+    return ids.to(device), lengths.to(device)
 
 
 def main():

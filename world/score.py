@@ -16,6 +16,7 @@ What it leaves out: partial credit, a language model as a judge, sampling.
 Sources: closed-book recall after Roberts et al. 2020 (arXiv 2002.08910); trap of counting prompt positions: see
 README.
 """
+import math
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -39,6 +40,21 @@ class Subject:
     filled: Any = None
     choose: Callable | None = None
     about: dict = field(default_factory=dict)  # id, tag, base, operation, ...: for tables
+
+    @property
+    def device(self):
+        """Where the model computes."""
+        return self.model.wte.weight.device if isinstance(self.model, torch.nn.Module) else None
+
+    @property
+    def name(self):
+        """What the model is called in messages."""
+        return self.about.get("id", "the model")
+
+    def room(self):
+        """How many tokens of text fit behind what stands in front; infinite for a model without a context."""
+        config = getattr(self.model, "config", None)
+        return math.inf if config is None else config.context - (self.filled.slots if self.filled else 0)
 
     def pick(self, ids, lengths):
         """(B,) the row of `filled` that stands in front of each input ids (B, T) of `lengths` (B,) tokens."""
@@ -72,55 +88,101 @@ def answer(subject, facts, encoding):
     if not facts or facts[0].options is None:
         return say(subject, facts, encoding)
     return [{"answer": fact.options[row["picked"]].strip(), "correct": row["picked"] == fact.gold,
-             "logprob": row["logprobs"][fact.gold], **row} for fact, row in zip(facts, choose(subject, facts, encoding))]
+             "logprob": row["logprobs"][fact.gold], "knowledge": knowledge(row["logprobs"], fact.gold), **row}
+            for fact, row in zip(facts, choose(subject, facts, encoding))]
+
+
+def knowledge(logprobs, gold):
+    """log p(right option) - logsumexp(options), in nats: at most 0, and -log n where n options are equally likely.
+
+    What changes every option alike, as a repaired format does, leaves it alone.
+    """
+    highest = max(logprobs)
+    return logprobs[gold] - highest - math.log(sum(math.exp(p - highest) for p in logprobs))
+
+
+def fitting(sizes, batch_size, room):
+    """(start, end) of batches of neighbours whose longest question and longest answer fit `room` together.
+
+    sizes  [(tokens of the question, tokens of the answer)]; one that does not fit by itself is a batch, for the model to
+           refuse
+    """
+    start = question = answer = 0
+    for end, (q, a) in enumerate(sizes):
+        question, answer = max(question, q), max(answer, a)
+        if end > start and (end - start == batch_size or question + answer > room):
+            yield start, end
+            start, question, answer = end, q, a
+    if sizes:
+        yield start, len(sizes)
+
+
+def check_numbers(subject, log_p):
+    """`log_p` if there is no NaN in it; else ValueError with the model's name: every comparison with NaN is false, and the
+    model would be found to choose its first option.
+    """
+    if bool(torch.isnan(log_p).any()):
+        raise ValueError(f"{subject.name} gives log-probabilities that are not numbers (NaN)")
+    return log_p
 
 
 @torch.no_grad()
 def say(subject, facts, encoding, batch_size=250):
-    """The question is continued greedily: one dict a fact, as `answer` gives it."""
+    """The question is continued greedily: one dict a fact, as `answer` gives it.
+
+    A row may write twice as many tokens as its own right answer has, and two more. What it writes is read up to the first
+    full stop behind as many as are part of the right answer.
+    """
     rows = tokenized(facts, encoding)
-    longest = max(len(gold) for _, gold in rows) + 1  # room for the full stop
-    out = []
-    for i in range(0, len(rows), batch_size):
-        part = rows[i:i + batch_size]
-        ids, lengths = pad([question for question, _ in part], encoding)  # (B, T), (B,)
+    room, out = subject.room(), []
+    rooms = [min(2 * len(gold) + 2, max(len(gold) + 1, room - len(question))) for question, gold in rows]
+    sizes = [(len(question), n) for (question, _), n in zip(rows, rooms)]
+    for start, end in fitting(sizes, batch_size, room):
+        part, longest = rows[start:end], max(rooms[start:end])
+        ids, lengths = pad([question for question, _ in part], encoding, subject.device)  # (B, T), (B,)
         chosen = subject.pick(ids, lengths)
         cache = subject.cache(chosen, ids.shape[1] + longest)
         length, used = cache.length, cache.used
         given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token)
         cache.length, cache.used = length + lengths - 1, used + ids.shape[1] - 1  # back to the question's last token
-        after, _ = pad([question[-1:] + gold for question, gold in part], encoding)  # (B, 1 + answer)
+        after, _ = pad([question[-1:] + gold for question, gold in part], encoding, subject.device)  # (B, 1 + answer)
         log_p = F.log_softmax(subject.model(after[:, :-1], cache=cache).float(), dim=-1)  # (B, answer, V)
-        log_p = log_p.gather(-1, after[:, 1:, None])[..., 0]  # (B, answer)
-        logprobs = [log_p[b, :len(gold)].sum().item() for b, (_, gold) in enumerate(part)]
-        for b, (question, _) in enumerate(part):
-            tokens = given[b, len(question):len(question) + longest].tolist()
-            text, ended = until_stop(tokens, encoding)
-            out.append({"answer": text.strip(), "correct": ended and is_right(text, facts[i + b].answer),
-                        "logprob": logprobs[b], "chosen": int(chosen[b])})
+        log_p = check_numbers(subject, log_p.gather(-1, after[:, 1:, None])[..., 0]).cpu()  # (B, answer)
+        given, chosen = given.tolist(), chosen.tolist()
+        for b, (fact, (question, gold)) in enumerate(zip(facts[start:end], part)):
+            tokens = given[b][len(question):len(question) + rooms[start + b]]
+            text, ended = until_stop(tokens, encoding, full_stops(fact.answer))
+            out.append({"answer": text.strip(), "correct": ended and is_right(text, fact.answer),
+                        "logprob": log_p[b, :len(gold)].sum().item(), "chosen": chosen[b]})
     return out
 
 
-def until_stop(tokens, encoding):
-    """The generated text up to its first full stop or end-of-text, and whether there was one."""
+def full_stops(gold):
+    """How many full stops stand inside the right answer: 1 in "St. Elmere", 1 in "a.m.", whose last one ends it."""
+    return gold.strip().rstrip(".").count(".")
+
+
+def until_stop(tokens, encoding, inside=0):
+    """The generated text up to its first full stop behind `inside` others, or end-of-text; and whether there was one."""
     ended = encoding.eot_token in tokens
     text = encoding.decode(tokens[:tokens.index(encoding.eot_token)] if ended else tokens)
-    return text.split(".")[0], ended or "." in text
+    parts = text.split(".")
+    return ".".join(parts[:inside + 1]), ended or len(parts) > inside + 1
 
 
 def is_right(text, gold):
-    """Exact match of the generated part, spaces at the ends aside; an empty answer is wrong."""
-    return text.strip() == gold.strip() != ""
+    """Exact match of the generated part, spaces and full stops at the end aside; an empty answer is wrong."""
+    return text.strip().rstrip(".") == gold.strip().rstrip(".") != ""
 
 
 def gold_logprobs(subject, rows, chosen, encoding):
     """The log-probability (nats) of each row's gold answer behind its question, under the rows `chosen` on the
     question alone.
     """
-    whole, _ = pad([question + gold for question, gold in rows], encoding)  # (B, T + answer)
+    whole, _ = pad([question + gold for question, gold in rows], encoding, subject.device)  # (B, T + answer)
     logits = subject.model(whole[:, :-1], cache=subject.cache(chosen, whole.shape[1]))
     log_p = F.log_softmax(logits.float(), dim=-1)  # (B, T + answer - 1, V)
-    log_p = log_p.gather(-1, whole[:, 1:, None])[..., 0]  # (B, T + answer - 1): of each next token
+    log_p = check_numbers(subject, log_p.gather(-1, whole[:, 1:, None])[..., 0]).cpu()  # (B, T + answer - 1): of each next one
     return [log_p[b, len(question) - 1:len(question) + len(gold) - 1].sum().item()
             for b, (question, gold) in enumerate(rows)]
 
@@ -143,7 +205,7 @@ def cut_options(item, encoding, start):
 
 
 @torch.no_grad()
-def choose(subject, items, encoding, batch_size=100, start=None):
+def choose(subject, items, encoding, batch_size=None, start=None):
     """How likely the subject finds each option, and which it picks: one dict an item,
 
     logprobs     the log-probability (nats) of each option behind the question
@@ -151,37 +213,48 @@ def choose(subject, items, encoding, batch_size=100, start=None):
     picked_norm  the index of the highest divided by the option's characters, its leading space not counted: `acc_norm`
     chosen       row of the pool, by the question alone
 
-    start  tokens in front of every question; default: end-of-text, behind which every document of training stands
+    batch_size  items at a time; default: 100, on a GPU 1,000
+    start       tokens in front of every question; default: end-of-text, behind which every document of training stands
 
     A question is computed once, however many options it has; of the options, only what stands behind it.
     """
     start = [encoding.eot_token] if start is None else start
+    cuts = [cut_options(item, encoding, start) for item in items]
+    sizes = [(len(question), max(map(len, options)) - 1) for question, options in cuts]
+    batch_size = batch_size or (1000 if subject.device and subject.device.type == "cuda" else 100)
     out = []
-    for i in range(0, len(items), batch_size):
-        asked = items[i:i + batch_size]
-        part = [cut_options(item, encoding, start) for item in asked]
-        ids, lengths = pad([question for question, _ in part], encoding)  # (B, T), (B,)
-        chosen = subject.pick(ids, lengths)
-        cache = subject.cache(chosen, ids.shape[1])
-        x = subject.model.hidden(ids, cache=cache, lengths=lengths)  # (B, T, C)
-        first = log_softmax(subject.model, x[torch.arange(len(part)), lengths - 1][:, None])[:, 0]  # (B, V)
-        owner = torch.tensor([b for b, (_, options) in enumerate(part) for _ in options])  # whose option each is
-        rows = [tokens for _, options in part for tokens in options]
-        sums = [0.0] * len(rows)
-        for n in sorted(set(map(len, rows))):  # options of one length together: nothing is computed for padding
-            of = [r for r, tokens in enumerate(rows) if len(tokens) == n]
-            after = torch.tensor([rows[r] for r in of])  # (R, n)
-            log_p = first[owner[of]].gather(-1, after[:, :1])  # (R, 1): of each option's first token
-            if n > 1:
-                x = subject.model.hidden(after[:, :-1], cache=take(cache, owner[of], n - 1))  # (R, n - 1, C)
-                log_p = torch.cat([log_p, log_softmax(subject.model, x).gather(-1, after[:, 1:, None])[..., 0]], dim=1)
-            for r, total in zip(of, log_p.sum(1).tolist()):
-                sums[r] = total
-        for b, item in enumerate(asked):
-            mine, sums = sums[:len(item.options)], sums[len(item.options):]
-            norm = [p / max(1, len(option.removeprefix(" "))) for p, option in zip(mine, item.options)]
-            out.append({"logprobs": mine, "picked": mine.index(max(mine)), "picked_norm": norm.index(max(norm)),
-                        "chosen": int(chosen[b])})
+    for first, last in fitting(sizes, batch_size, subject.room()):
+        out += choose_batch(subject, items[first:last], cuts[first:last], encoding)
+    return out
+
+
+def choose_batch(subject, items, cuts, encoding):
+    """`choose` of a few items whose `cut_options` are at hand."""
+    ids, lengths = pad([question for question, _ in cuts], encoding, subject.device)  # (B, T), (B,)
+    chosen = subject.pick(ids, lengths)
+    cache = subject.cache(chosen, ids.shape[1])
+    x = subject.model.hidden(ids, cache=cache, lengths=lengths)  # (B, T, C)
+    at = torch.arange(len(cuts), device=ids.device)
+    first = log_softmax(subject.model, x[at, lengths - 1][:, None])[:, 0]  # (B, V): behind each question
+    owner = [b for b, (_, options) in enumerate(cuts) for _ in options]  # whose option each is
+    rows = [tokens for _, options in cuts for tokens in options]
+    sums = [0.0] * len(rows)
+    for n in sorted(set(map(len, rows))):  # options of one length together: nothing is computed for padding
+        of = [r for r, tokens in enumerate(rows) if len(tokens) == n]
+        mine = torch.tensor([owner[r] for r in of]).to(ids.device)  # (R,)
+        after = torch.tensor([rows[r] for r in of]).to(ids.device)  # (R, n)
+        log_p = first[mine].gather(-1, after[:, :1])  # (R, 1): of each option's first token
+        if n > 1:
+            x = subject.model.hidden(after[:, :-1], cache=take(cache, mine, n - 1))  # (R, n - 1, C)
+            log_p = torch.cat([log_p, log_softmax(subject.model, x).gather(-1, after[:, 1:, None])[..., 0]], dim=1)
+        for r, total in zip(of, check_numbers(subject, log_p.sum(1)).tolist()):
+            sums[r] = total
+    out, chosen = [], chosen.tolist()
+    for b, item in enumerate(items):
+        mine, sums = sums[:len(item.options)], sums[len(item.options):]
+        norm = [p / max(1, len(option.removeprefix(" "))) for p, option in zip(mine, item.options)]
+        out.append({"logprobs": mine, "picked": mine.index(max(mine)), "picked_norm": norm.index(max(norm)),
+                    "chosen": chosen[b]})
     return out
 
 
@@ -200,8 +273,9 @@ def perplexity(subject, windows, batch_size=250):
                          f"got {windows.shape[1]}")
     total = 0.0
     for part in windows.split(batch_size):
+        part = part.to(subject.device)
         ids = part[:, :-1]
         chosen = subject.pick(ids[:, :CONTEXT], torch.full((len(part),), CONTEXT, device=ids.device))
         logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))[:, CONTEXT:]
         total += F.cross_entropy(logits.flatten(0, 1).float(), part[:, CONTEXT + 1:].flatten(), reduction="sum").item()
-    return float(torch.tensor(total / windows[:, CONTEXT + 1:].numel()).exp())
+    return float(check_numbers(subject, torch.tensor(total / windows[:, CONTEXT + 1:].numel())).exp())

@@ -1,0 +1,155 @@
+"""Everything that computes, on a device that is not there: a tensor left on the CPU is an error; the numbers are the CPU's."""
+import copy
+
+import pytest
+import torch
+
+import idp
+import recover
+from compress import compress
+from elsewhere import ELSEWHERE, Elsewhere, There, here
+from model import GPT, GPTConfig
+from study import inside, pools
+from study.repairs import attach, pool_subject, train_repair, unpacked
+from study.taskfiles import continued
+from world.facts import WorldConfig, facts_about, make_encoding, make_world, statements, train_bpe
+from world.score import Subject, answer, choose, perplexity
+
+PEOPLE = make_world(WorldConfig(seen=4, heldout=2, validation=1, novel=1, vocab_size=300, seed=1))
+ENCODING = make_encoding(train_bpe(statements(PEOPLE), 300))
+FACTS = facts_about(PEOPLE)[:12]
+CHOICES = [f._replace(options=(f.answer, " Tarmere", " baker and miller")) for f in FACTS if f.attribute == "employer"]
+IDS = torch.randint(300, (6, 21), generator=torch.Generator().manual_seed(2))
+FIT = recover.FitConfig(steps=3, lr=1e-2)
+DEVICES = [ELSEWHERE] + [torch.device("cuda")] * torch.cuda.is_available()
+
+
+def small(**settings):
+    config = GPTConfig(vocab_size=300, n_layer=2, n_head=2, n_embd=32, n_kv_head=1, n_hidden=48, activation="swiglu")
+    return GPT(GPTConfig(**{**vars(config), **settings})).init_weights(torch.Generator().manual_seed(0))
+
+
+def moved(model, device):
+    model = copy.deepcopy(model).to(device)
+    model.tie()
+    return model
+
+
+def back(x):
+    """x with every tensor on the CPU."""
+    if isinstance(x, (list, tuple)):
+        return [back(y) for y in x]
+    if isinstance(x, dict):
+        return {k: back(y) for k, y in x.items()}
+    return here(x.detach()).cpu().clone() if isinstance(x, torch.Tensor) else x
+
+
+def close(a, b, name=""):
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b)):
+            close(x, y, f"{name} {i}")
+    elif isinstance(a, str):
+        assert a == b, name
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for k in a:
+            close(a[k], b[k], f"{name} {k}")
+    else:
+        assert a == pytest.approx(b, abs=1e-3, rel=1e-2), name
+
+
+def pool_of(model):
+    generator = torch.Generator().manual_seed(4)
+    return idp.PromptPool([recover.prompt_init(model, n, "random", generator=generator) for n in (3, 5)])
+
+
+def same(work):
+    """`work(model, ids)` on the CPU and on each other device there is: the same."""
+    for settings in ({}, {"position": "learned", "activation": "relu", "norm": "layernorm", "bias": True, "tied": False}):
+        model = small(**settings)
+        wanted = back(work(model, IDS))
+        for device in DEVICES:
+            with Elsewhere():
+                close(wanted, back(work(moved(model, device), IDS.to(device))), str(device))
+
+
+def test_a_tensor_on_the_cpu_is_an_error_elsewhere():
+    """The test's own test."""
+    with Elsewhere():
+        model = moved(small(), ELSEWHERE)
+        with pytest.raises(RuntimeError, match="on the CPU"):
+            model(IDS)
+        assert isinstance(model(IDS.to(ELSEWHERE)), There)
+
+
+def test_the_forward_pass_and_generation():
+    same(lambda model, ids: [model(ids), model.generate(ids, 5, lengths=torch.tensor([3, 21, 5, 7, 9, 1]).to(ids.device)),
+                             model.generate(ids, 4, stop=7, prompt=model.wte(ids[0, :3]))])
+    same(lambda model, ids: model.generate(ids, 3, temperature=1.0, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("method, settings", [
+    ("rtn", {"bits": 3, "group_size": 16}), ("gptq", {"bits": 3, "group_size": 16, "search": False}),
+    ("gptq", {"bits": 4, "act_order": True, "refit": True}), ("sparsegpt", {"sparsity": 0.5}),
+    ("sparsegpt", {"n_m": (2, 4), "bits": 4}), ("magnitude", {"sparsity": 0.5}), ("wanda", {"sparsity": 0.5})])
+def test_calibration_and_every_compressor(method, settings):
+    def work(model, ids):
+        """The ids are the world's, on the CPU."""
+        small, report = compress(model, IDS, method, lengths=[21, 3, 9, 21, 21, 1], **settings)
+        return [unpacked(small)(ids), small(ids), [row["error_after"] for row in report]]
+    same(work)
+
+
+@pytest.mark.parametrize("kind, size", [("lora", 2), ("lora", (1, "o")), ("prefix", 3), ("prompt", 4)] + [
+    ("idp", (2, 3, way)) for way in ("independent", "joint", "competitive", "selected")])
+def test_every_repair(kind, size):
+    def work(model, ids):
+        batches = recover.add_targets(model, [ids[:3], ids[3:]], k=8)
+        tensors = train_repair(model, kind, size, batches, recover.distillation, FIT, 0)
+        given = answer(attach(model, kind, size, tensors), FACTS, ENCODING)
+        return [a["logprob"] for a in given]  # tensors differ more: AdamW's first steps enlarge rounding errors
+    same(work)
+
+
+def test_training_with_muon():
+    def work(model, ids):
+        model = copy.deepcopy(model)
+        return recover.fit(model, model.parameters(), [ids], config=recover.FitConfig(steps=3, lr=1e-3, muon=0.01))
+    same(work)
+
+
+def test_the_pool_chooses():
+    same(lambda model, ids: [idp.select(model, pool_of(model), ids), idp.forward(model, pool_of(model), ids)])
+    same(lambda model, ids: idp.attention_scores(model, idp.prefill(model, pool_of(model)), ids, layer=1))
+
+
+def test_the_scorer():
+    def work(model, ids):
+        for subject in (Subject(model), pool_subject(model, pool_of(model))):
+            yield [answer(subject, FACTS, ENCODING), choose(subject, CHOICES, ENCODING), perplexity(subject, IDS),
+                   continued(subject, CHOICES, ENCODING)]
+    same(lambda model, ids: list(work(model, ids)))
+
+
+def test_what_the_study_looks_at_beside_answers():
+    def work(model, ids):
+        pool, generator = pool_of(model), torch.Generator().manual_seed(3)
+        subject = pool_subject(model, pool)
+        return [pools.selectors(ENCODING, model, pool, facts[:6], facts[6:], generator) for facts in (FACTS, CHOICES * 5)] + [
+            inside.similarity(subject, Subject(model), IDS)]
+    same(work)
+
+
+def test_half_precision():
+    """`--dtype bfloat16`: a model in bfloat16 is compressed, repaired and asked in its own dtype."""
+    with Elsewhere():
+        model = moved(small().to(torch.bfloat16), ELSEWHERE)
+        made = unpacked(compress(model, IDS, "gptq", bits=4)[0])
+        assert made.blocks[0].mlp.down.weight.dtype == torch.bfloat16
+        batches = recover.add_targets(model, list(IDS.to(ELSEWHERE).split(3)), k=8)
+        for kind, size in (("lora", 2), ("prompt", 4), ("prefix", 2), ("idp", (2, 3, "independent"))):
+            tensors = train_repair(made, kind, size, batches, recover.distillation, FIT, 0)
+            assert len(answer(attach(made, kind, size, tensors), CHOICES, ENCODING)) == len(CHOICES), kind
