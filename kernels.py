@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.columns import Quantized
+from engine.grids import Quantized
 
 LAYOUT = 3  # of words, in every file: whoever changes it counts on
 LANES = 16  # output rows side by side in memory: as many 32-bit words as the widest register of a CPU holds
@@ -606,7 +606,7 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.layout.bits}{sparse}, {self.packed.nbytes} bytes"
 
 
-DTYPES = {"int32": torch.int32, "uint8": torch.uint8, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in ("int32", "uint8", "float64", "float32", "float16", "bfloat16")}
 
 
 def from_spec(spec):

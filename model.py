@@ -234,6 +234,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.pruned = frozenset()  # names of the layers that `compress` pruned: their zeros stay
         self.decoder = None  # kernels.compile_decode sets it: the compiled way of one token through a block and head
         self.tie()
 

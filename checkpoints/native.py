@@ -20,8 +20,9 @@ from model import GPT, GPTConfig
 def save(model, path):
     """Write the model, compressed or not, to one safetensors file.
 
-    The metadata holds the config and how to rebuild each module that is no longer an nn.Linear (its `spec()`). A pruned
-    weight is stored as one bit a weight and the values that remain; a tied head is not stored twice.
+    The metadata holds the config and how to rebuild each module that is no longer an nn.Linear (its `spec()`). The
+    weight of a layer that `compress` pruned (`model.pruned`) is stored as one bit a weight and the values that remain,
+    which is also how `load` knows it; a tied head is not stored twice.
     """
     if any(name.endswith(".base") for name, _ in model.named_modules()):
         raise ValueError("a model with LoRA is not one checkpoint: save the adapter alone, or merge it first")
@@ -32,8 +33,8 @@ def save(model, path):
     for name, t in model.state_dict().items():
         if name == "lm_head.weight" and config["tied"]:
             continue
-        kept = t != 0
-        if t.dim() == 2 and t.dtype == torch.float32 and (~kept).sum() > t.numel() / 32:  # the bitmap's own price
+        if name.removesuffix(".weight") in model.pruned:
+            kept = t != 0
             tensors[name + ".bitmap"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
             tensors[name + ".values"] = t[kept]
         else:
@@ -69,15 +70,16 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
             raise ValueError(f"{path}: module {name!r}: {error}") from None
     expected = {name: t for name, t in model.state_dict().items()}
     tensors = {name: t.clone() for name, t in tensors.items()}  # out of the mapped file
-    for name in [n[:-len(".bitmap")] for n in tensors if n.endswith(".bitmap")]:
+    pruned = [n[:-len(".bitmap")] for n in tensors if n.endswith(".bitmap")]
+    for name in pruned:
         bitmap, values = tensors.pop(name + ".bitmap"), tensors.pop(name + ".values", torch.empty(0))
         shape = expected[name].shape if name in expected else (0,)
         if bitmap.dtype != torch.uint8:
             raise ValueError(f"{path}: {name}: a bitmap of {bitmap.dtype}")
         kept = torch.from_numpy(np.unpackbits(bitmap.numpy())[:math.prod(shape)]).bool()
-        if values.dtype != torch.float32 or kept.numel() != math.prod(shape) or int(kept.sum()) != values.numel():
+        if not values.is_floating_point() or kept.numel() != math.prod(shape) or int(kept.sum()) != values.numel():
             raise ValueError(f"{path}: {name}: its bitmap and its values disagree")
-        tensors[name] = torch.zeros(math.prod(shape)).masked_scatter_(kept, values).view(shape)
+        tensors[name] = torch.zeros(math.prod(shape), dtype=values.dtype).masked_scatter_(kept, values).view(shape)
     if config.tied and "lm_head.weight" in expected and "wte.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["wte.weight"])
     missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -91,4 +93,5 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
             raise ValueError(f"{path}: {name} is of {t.dtype}, the model needs {expected[name].dtype}")
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie()
+    model.pruned = frozenset(name.removesuffix(".weight") for name in pruned)
     return model

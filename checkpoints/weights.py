@@ -300,7 +300,7 @@ def build(path, config, stored, family, dtype):
     """The GPT: checked against the file while it weighs nothing, then filled tensor by tensor."""
     if config["n_layer"] > len(stored):  # before a module is made for each
         raise ValueError(f"{path}: {config['n_layer']} layers are claimed, the file has {len(stored)} tensors")
-    config = checked(path, config)
+    config, dtype = checked(path, config), dtype or own_dtype(stored)
     with torch.device("meta"):
         model = GPT(config)
     state = {}
@@ -318,15 +318,21 @@ def build(path, config, stored, family, dtype):
     return model
 
 
+def own_dtype(stored):
+    """The dtype that all matrices of a file share, if it is a 16-bit one; else float32."""
+    kinds = {t.kind for t in stored.values() if len(t.shape) == 2}
+    return {frozenset({"F16"}): torch.float16, frozenset({"BF16"}): torch.bfloat16}.get(frozenset(kinds), torch.float32)
+
+
 def load_pretrained(path, dtype=torch.float32, tokenizer=True):
     """A checkpoint as (GPT, tiktoken.Encoding or None): `path` is a Hugging Face folder or a .gguf file.
 
-    dtype      of the weights in memory; quantized ones are decoded into it
+    dtype      of the weights in memory; quantized ones are decoded into it; None: the file's own, see `own_dtype`
     tokenizer  False: leave the vocabulary alone (the way in for checkpoints with a sentencepiece one); the second
                value is then None, as it is for a folder without any tokenizer file
     Raises ValueError, naming file and field, for a damaged or unsupported checkpoint; OSError for a missing file.
     """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
     path = os.fspath(path)
     config, stored, family, encoding = (open_folder if os.path.isdir(path) else open_gguf)(path, tokenizer)

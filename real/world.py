@@ -35,7 +35,7 @@ STEPS = 100  # of each repair, by default
 SPLITS = {"seen": 0.35, "heldout": 0.5, "validation": 0.15}  # shares: most where the question is decided
 COMPRESSIONS = {
     "RTN 3 bits": ("quantize", "rtn", {"bits": 3, "group_size": 64}),
-    "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 64, "search": False}),  # as in its paper
+    "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 64}),  # as in its paper
     "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
 }
 REPAIRS = {

@@ -51,7 +51,7 @@ def plan(name, config):
     """The runs of a sweep, in order: dicts with "series" and "x", and how to make the model."""
     if name == "bits":
         group = next((how["group_size"] for _, _, how in config.compressions.values() if "group_size" in how), None)
-        ways = {"RTN": ("rtn", {}), "GPTQ": ("gptq", {"search": False}),
+        ways = {"RTN": ("rtn", {}), "GPTQ": ("gptq", {}),
                 "GPTQ, search and refit": ("gptq", {"search": True, "refit": True})}
         return [{"series": label, "x": bits, "method": method, "how": {"bits": bits, "group_size": group, **more}}
                 for label, (method, more) in ways.items() for bits in BITS]

@@ -13,7 +13,7 @@ import kernels
 import model
 import recover
 from checkpoints import load, save
-from engine.columns import Quantized
+from engine.grids import Quantized
 from kernels import LANES, Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, to_words, unpack
 
 SHAPES = [(1, 1), (5, 7), (16, 128), (33, 100), (40, 384)]
@@ -309,7 +309,7 @@ def test_spec_rebuilds_every_layer():
 
 def test_spec_refuses():
     spec = PackedLinear(layers()[0]).spec()
-    unknown = ({"words": [[1], "float64"]}, {"other": [[1], "int32"]})
+    unknown = ({"words": [[1], "complex64"]}, {"other": [[1], "int32"]})
     for bad in (7, {**spec, "bits": None, "buffers": {"words": 3}}, *({**spec, "buffers": b} for b in unknown)):
         with pytest.raises(ValueError, match="not the specification"):
             from_spec(bad)

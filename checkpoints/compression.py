@@ -1,0 +1,127 @@
+"""
+The job of `python compress.py --in MODEL --text FILE ...`: a checkpoint and a text in, a compressed checkpoint out.
+
+MODEL is any checkpoint that we can read: one of ours (.safetensors, its tokenizer tokens.tiktoken beside it), a
+Hugging Face folder, a .gguf file. The text is tokenized with the checkpoint's own tokenizer and cut into rows. The walk
+computes in float32; the result is written in the dtype of the checkpoint.
+"""
+import argparse
+import os
+from dataclasses import fields
+
+import torch
+
+from checkpoints.native import load, save
+from checkpoints.vocabulary import load_ranks, make_encoding
+from checkpoints.weights import load_pretrained
+from compress import compress
+from engine.layers import HEADER, layer_line, summary
+from engine.settings import METHODS, CompressConfig
+from kernels import PackedLinear
+
+LENGTH = 128  # tokens a row, where the context has room
+
+
+def open_checkpoint(path):
+    """(GPT, encoding or None) of any checkpoint that we can read; see the top of this file."""
+    if os.path.isdir(path) or not path.endswith(".safetensors"):
+        return load_pretrained(path, dtype=None)
+    model, ranks = load(path), os.path.join(os.path.dirname(path), "tokens.tiktoken")
+    return model, make_encoding(load_ranks(ranks)) if os.path.exists(ranks) else None
+
+
+def options():
+    """Every field of CompressConfig as an option, with its default; and what to read and write."""
+    parser = argparse.ArgumentParser(prog="compress.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Compress a checkpoint, calibrated on a text, and write it packed. "
+                                                 "Without options: a lesson on one weight.")
+    add = parser.add_argument
+    add("--in", dest="source", metavar="MODEL", help="our .safetensors, a Hugging Face folder or a .gguf file")
+    add("--text", metavar="FILE", help="what to calibrate on, UTF-8")
+    add("--rows", type=int, default=128, help=f"rows of text to read, {LENGTH} tokens each or the model's context")
+    add("--out", metavar="FILE", help="checkpoint to write; none: beside MODEL, named after it and the settings")
+    add("--method", choices=list(METHODS), help="how")
+    add("--bits", type=int, help="2 to 8; for a pruning method: of what stays")
+    add("--group-size", type=int, help="columns that share a grid; none: one grid a row")
+    add("--symmetric", action="store_true", help="zero-points in the middle of the grid (rtn, gptq)")
+    add("--act-order", action="store_true", help="most active columns first (gptq)")
+    add("--search", action="store_true", help="narrower grids where they lose less; not in the paper (gptq)")
+    add("--refit", action="store_true", help="fit scales and codes, or the weights that stay, once more in the end; "
+                                             "not in the papers (gptq, sparsegpt)")
+    add("--sparsity", type=float, help="share of zeros (pruning methods)")
+    add("--n-m", type=int, nargs=2, metavar=("N", "M"), help="or keep N of every M")
+    add("--damp", type=float, help="share of the mean diagonal of H added to it (gptq, sparsegpt)")
+    add("--block-size", type=int, help="columns in a batch; of sparsegpt's mask, too (gptq, sparsegpt)")
+    add("--keep-zeros", action="store_true", help="every zero of the model stays, not only those of layers that were "
+                                                  "pruned here (gptq, sparsegpt)")
+    add("--targets", nargs="+", metavar="LAYER", help='"mlp.down", "blocks.0.attn.q"; none: all')
+    parser.set_defaults(**{field.name: field.default for field in fields(CompressConfig)})
+    return parser
+
+
+def default_name(path, config):
+    """The file beside `path` that is named after it and every setting that is not a default."""
+    path = os.path.normpath(path)
+    words = [path.removesuffix(".safetensors"), config.method]
+    for field in fields(CompressConfig)[1:]:
+        value = getattr(config, field.name)
+        if value != field.default:
+            value = "" if value is True else "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"{field.name.replace('_', '')}{value}")
+    return "-".join(words) + ".safetensors"
+
+
+def read_rows(path, encoding, rows, length):
+    """(N, T) token ids of a UTF-8 text file: its first `rows` rows of `length` tokens; a shorter text is one row."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            text = f.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+    ids = encoding.encode_ordinary(text[:16 * rows * length])  # a token is rarely longer; a long file need not be read
+    if not ids:
+        raise ValueError(f"{path}: no text in it")
+    N = min(rows, len(ids) // length)
+    return torch.tensor(ids[:N * length] if N else ids).view(max(N, 1), -1)
+
+
+def parameters(model):
+    """Parameters of a model, those in packed layers included."""
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    return model.n_parameters() + sum(m.in_features * m.out_features + (0 if m.bias is None else m.bias.numel())
+                                      for m in packed)
+
+
+def compress_files(arguments):
+    """`python compress.py` with arguments. Raises ValueError or OSError for input that does not fit."""
+    args = options().parse_args(arguments)
+    given = {field.name: getattr(args, field.name) for field in fields(CompressConfig)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if not args.source or not args.text:
+        raise ValueError("to compress a checkpoint give --in MODEL and --text FILE; --help shows all options")
+    config, out = CompressConfig(**given), args.out
+    if args.rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {args.rows}")
+    if out is None:
+        out = default_name(args.source, config)
+        if os.path.exists(out):
+            raise ValueError(f"{out} is there already: name another file with --out, or the same to replace it")
+    if os.path.exists(out) and os.path.samefile(out, args.source):
+        raise ValueError(f"--out is the checkpoint to compress, {args.source}: name another file")
+    if os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or "."):
+        raise ValueError(f"--out {out}: not a file in a folder that exists")
+    with open(args.text, "rb"):
+        pass  # missing: say so before the checkpoint is read
+    model, encoding = open_checkpoint(args.source)
+    if encoding is None:
+        raise ValueError(f"{args.source}: no tokenizer beside it (tokens.tiktoken, or tokenizer.json in a folder)")
+    dtype, before = model.wte.weight.dtype, parameters(model)
+    ids = read_rows(args.text, encoding, args.rows, min(LENGTH, model.config.context))
+    print(f"{args.source}: {before:,} parameters; calibrating on {ids.shape[0]:,} rows of {ids.shape[1]} tokens")
+    print(HEADER)
+    new, report = compress(model.float(), ids, progress=lambda row: print(layer_line(row), flush=True), **given)
+    print(summary(report))
+    save(new.to(dtype), out)
+    size = os.path.getsize(out)
+    print(f"{out}: {size:,} bytes with everything; {before:,} parameters take {4 * before / size:.2f} times as much in "
+          f"float32, {2 * before / size:.2f} times in 16 bits")

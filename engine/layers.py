@@ -1,0 +1,136 @@
+"""
+The linear layers of a model: found by name, watched while it runs, and one report row for each that was compressed.
+"""
+import contextlib
+import functools
+
+import torch
+import torch.nn as nn
+
+from engine.grids import check_weight
+
+@contextlib.contextmanager
+def watched(block, mask, sums):
+    """While open, x xᵀ of each linear layer's inputs where mask (B, T) is true is added to
+    sums[name] (in, in)."""
+    seen = [None, None]  # the tensor that came by last, and its sum
+
+    def look(name, layer, inputs):
+        if inputs[0] is not seen[0]:
+            X = inputs[0][mask]  # (tokens, in)
+            X = X if X.dtype == torch.float64 else X.float()
+            if name not in sums:
+                sums[name] = X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
+            seen[:] = inputs[0], sums[name].add_(X.T @ X)
+        sums[name] = seen[1]
+
+    hooks = [layer.register_forward_pre_hook(functools.partial(look, name))
+             for name, layer in linears(block).items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def linears(block):
+    """{name: layer} of a block's linear layers."""
+    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def check_ids(model, ids):
+    if ids.dim() != 2 or 0 in ids.shape or ids.is_floating_point():
+        raise ValueError(f"ids must be whole numbers (N, T), at least 1 x 1, got {ids.dtype} of "
+                         f"shape {tuple(ids.shape)}")
+    low, high, V = int(ids.min()), int(ids.max()), model.config.vocab_size
+    if low < 0 or high >= V:
+        raise ValueError(f"ids must be in [0, {V}), the model's vocabulary, got {low} to {high}")
+
+
+def find_targets(model, config):
+    """{full name: weight} of the layers that config.targets names, by default every linear layer of the blocks.
+
+    Raises ValueError for a name that is no linear layer, for a layer that is packed already, for NaN in a weight.
+    """
+    if isinstance(config.targets, str):
+        raise ValueError(f"targets must be a list of layer names, got the text {config.targets!r}")
+    found = {f"blocks.{i}.{name}": layer for i, block in enumerate(model.blocks)
+             for name, layer in linears(block).items()}
+    packed = {name for name, layer in model.named_modules() if hasattr(layer, "packed")}
+
+    def named(names, target):
+        return [name for name in names if name == target or name.endswith("." + target)]
+    for target in config.targets or ():
+        if named(packed, target):
+            raise ValueError(f"{target} is compressed already ({named(packed, target)[0]} is packed): start from the "
+                             "dense model")
+        if not named(found, target):
+            names = sorted({name.split(".", 2)[2] for name in found})
+            raise ValueError(f"no linear layer {target} to compress; there are {', '.join(names) or 'none'}")
+    if not found:
+        raise ValueError(f"no linear layer to compress: {len(packed)} are packed already, start from the dense model")
+    wanted = [name for name in found if config.targets is None or any(named([name], t) for t in config.targets)]
+    for name in wanted:
+        try:
+            check_weight(found[name].weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return {name: found[name].weight for name in wanted}
+
+
+# ---- the report
+
+def output_error(D, H):
+    """tr(D H Dᵀ): the mean over tokens of |x Dᵀ|², what a change D (out, in) of a weight does to its output."""
+    return float(((D @ H) * D).sum(dtype=torch.float64).clamp(min=0))
+
+
+def histogram(change, bins=29):
+    """{"edges": bins + 1 numbers, "counts": bins whole ones} of the values in `change`: bins of one width, 0 in the
+    middle of the middle one (where all that was not changed stands), out to the largest change on either side.
+
+    The edges are rounded to four digits: they are there to be drawn.
+    """
+    most = float(change.abs().max())
+    most = most if most > 0 else 1.0  # nothing changed: any width will do
+    counts = torch.histc(change.float(), bins, -most, most).long()
+    return {"edges": [float(f"{most * (2 * k / bins - 1):.4g}") for k in range(bins + 1)], "counts": counts.tolist()}
+
+
+def report_row(W, new, plain, H, swept, factored, config):
+    """The row of one weight, see `compress`. W, new, plain (out, in): before, after, and by the simplest method."""
+    D, n, rms = W - new, W.shape[1], float(W.square().mean().sqrt())
+    zeros, after, size = float((new == 0).float().mean()), output_error(D, H), output_error(W, H)
+    return {"shape": list(W.shape), "method": config.method, "bits": config.bits or 32,
+            "group_size": min(config.group_size or n, n),
+            "zeros": zeros, "sparsity": zeros if swept.keep is not None else 0.0,
+            "damp": factored.damp if factored else 0.0, "retries": factored.retries if factored else 0,
+            "repeated_rows": swept.repeated,
+            "error_before": output_error(W - plain, H), "error_after": after,
+            "relative_output_error": (after / size)**0.5 if size else 0.0,
+            "weight_change": float(D.norm() / W.norm().clamp(min=1e-30)),
+            "histogram": histogram((new - W) / max(rms, 1e-30))}
+
+
+HEADER = (f"{'layer':24s} {'shape':>12s} {'bits':>4s} {'zeros':>6s} {'damp':>8s} "
+          f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>4s}")
+
+
+def layer_line(row):
+    """A report row as a line under HEADER."""
+    shape = "x".join(map(str, row["shape"]))
+    return (f"{row['name']:24s} {shape:>12s} {row['bits']:4d} {row['zeros']:6.3f} {row['damp']:8.2g} "
+            f"{row['error_before']:12.4g} {row['error_after']:9.3g} {row['relative_output_error']:9.4f} "
+            f"{row['seconds']:4.1f}")
+
+
+def summary(report):
+    """The line below the table."""
+    retried = sum(row["retries"] > 0 for row in report)
+    return (f"calibrated on {report[0]['tokens']:,} tokens; "
+            f"{retried} of {len(report)} layers needed more damping than asked for")
+
+
+def print_layers(report):
+    """The report rows as a table."""
+    print("\n".join([HEADER, *map(layer_line, report), summary(report)]))
