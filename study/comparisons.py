@@ -11,9 +11,10 @@ another sample of the calibration text.
 
 What it leaves out: comparisons of two repairs with each other.
 """
+import numpy as np
 import torch
 
-from study.statistics import by_person, detectable, holm, interval, mcnemar, resampled
+from study.statistics import by_person, detectable_flips, holm, interval, pooled_test, resampled
 from study.steps import digest
 from study.subjects import compressed_subject
 from world.facts import TAUGHT
@@ -108,30 +109,50 @@ def add_tasks(rows, asked, seed):
 
 # ---- the comparisons
 
-def flips(what, model, base, before, after):
-    """One comparison on the same items, as a dict; p_holm is added when all are there."""
-    gained, lost, p = mcnemar(before, after)
-    return {"what": what, "model": model["id"], "base": base["id"], "items": len(before), "gained": gained,
-            "lost": lost, "difference": (sum(after) - sum(before)) / len(before), "p": p}
+def flips(what, model, base, before, after, entities):
+    """One comparison on the same items, as a dict; p_holm is added when all are there. before, after (draws, items)."""
+    gained, lost, p = pooled_test(before, after, entities)
+    return {"what": what, "model": model, "base": base, "items": len(entities), "gained": gained, "lost": lost,
+            "difference": float(np.mean(after) - np.mean(before)), "p": p}
 
 
-def comparisons(rows):
-    """Every model against the one it was made from: recall on seen and held-out people, tasks on held-out people."""
-    where, out = {m["id"]: m for m in rows}, []
+def flips_of(draws, base, model, split="heldout"):
+    """(gained, lost, p) of two models' recalls, a person's facts flipped together, over all draws."""
+    return pooled_test(*(recalls(draws, name, split) for name in (base, model)), entities_of(draws, split))
+
+
+def recalls(draws, name, split):
+    """(draws, facts) 1 where the model is right."""
+    return [[float(a["correct"]) for a in next(m for m in rows if m["id"] == name)["answers"][split]] for rows in draws]
+
+
+def entities_of(draws, split):
+    """Whom each fact of a split is about."""
+    return draws[0][0]["entities"][split]
+
+
+def comparisons(draws, tasks):
+    """Every model against the one it was made from: recall on seen and held-out people, over all draws; tasks on held-out
+    people, of the first draw. tasks {task: {split: facts}} as `task_items` gives it.
+    """
+    rows, pairs = draws[0], []
+    where = {m["id"]: m for m in rows}
     for m in rows:
-        if m["base"] is None:
+        base = where.get(m["base"])
+        if base is None:
             continue
-        base = where[m["base"]]
         for split, name in (("seen", "seen"), ("heldout", "held-out")):
-            pair = [[float(a["correct"]) for a in x["answers"][split]] for x in (base, m)]
-            out.append(flips(f"recall, {name}", m, base, *pair))
+            pairs.append((f"recall, {name}", m["id"], base["id"], *(recalls(draws, x["id"], split) for x in (base, m)),
+                          entities_of(draws, split)))
         if m.get("scores") and base.get("scores"):
             for name in [name for name in m["scores"] if name in TASKS]:
-                pair = [main_scores(name, x["scores"][name]["heldout"]) for x in (base, m)]
-                out.append(flips(f"{name}, held-out", m, base, *pair))
-    for row, p in zip(out, holm([row["p"] for row in out])):
+                pairs.append((f"{name}, held-out", m["id"], base["id"],
+                              *([main_scores(name, x["scores"][name]["heldout"])] for x in (base, m)),
+                              [fact.person for fact in tasks[name]["heldout"]]))
+    out = [flips(*pair) for pair in pairs]
+    for row, p, (*_, before, after, entities) in zip(out, holm([row["p"] for row in out]), pairs):
         row["p_holm"] = p
-        row["detectable"] = detectable(row["items"], row["gained"] + row["lost"], 0.05 / len(out))
+        row["detectable"] = detectable_flips(np.mean(before, 0), np.mean(after, 0), entities, 0.05 / len(out))
     return out
 
 
@@ -150,17 +171,16 @@ def noise_floor(run, subjects, answers):
     config, world, out = run.config, run.world, []
     facts = world.facts("heldout", config.test_people)
 
-    def compared(what, subject, right):
+    def compared(what, subject, given):
         """One comparison of a subject's first answers with its second ones."""
-        before = [float(a["correct"]) for a in answers[subject.about["id"]]["heldout"]]
-        out.append(flips(what, subject.about, subject.about, before, right))
-    reverse = answer(subjects[0], facts[::-1], world.encoding)[::-1]
-    compared("asked again in reverse", subjects[0], [float(a["correct"]) for a in reverse])
+        pair = ([[float(a["correct"]) for a in rows]] for rows in (answers[subject.about["id"]]["heldout"], given))
+        out.append(flips(what, subject.about["id"], subject.about["id"], *pair, [f.person for f in facts]))
+    compared("asked again in reverse", subjects[0], answer(subjects[0], facts[::-1], world.encoding)[::-1])
     other = run.draw(1)
     same = torch.equal(world.calibration(config), world.calibration(other.config))  # a world with one sample only
     for subject in subjects:
-        if subject.about["tag"] in config.rates and not same:
+        calibrated = (subject.about["operation"] or {}).get("parameters", {}).get("method") in ("gptq", "sparsegpt", "wanda")
+        if subject.about["base"] == "dense" and calibrated and not same:
             made = compressed_subject(other, subjects[0], subject.about["tag"])
-            compared("compressed again on other text", subject,
-                     [float(a["correct"]) for a in answer(made, facts, world.encoding)])
+            compared("compressed again on other text", subject, answer(made, facts, world.encoding))
     return out

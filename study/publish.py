@@ -13,6 +13,7 @@ import torch
 
 from engine.script import write_text
 from study import page, sweeps, tables, taskfiles
+from study.steps import digest
 
 METRICS = [  # name, label, unit, higher is better, what it is
     ("bits_per_weight", "bits a weight", "bits", False, "of the blocks' linear layers, scales and masks included"),
@@ -24,9 +25,21 @@ METRICS = [  # name, label, unit, higher is better, what it is
     ("recall_novel", "recall, novel", "share", True, "exact match on people in no text: what guessing reaches"),
     ("displaced", "displaced", "share", True, "share of the lost held-out recall that came back"),
     ("relearned", "re-learned", "share", False, "share of the lost seen recall that came back, minus displaced"),
-    ("ms_per_question", "ms a question", "ms", False, "median time to answer one question alone"),
+    ("knowledge_seen", "knowledge, seen", "nats", True, "mean log-probability of the right value among its attribute's"),
+    ("knowledge_heldout", "knowledge, held-out", "nats", True, "the same on held-out people"),
+    ("knowledge_novel", "knowledge, novel", "nats", True, "the same on people in no text"),
+    ("displaced_knowledge", "displaced, knowledge", "share", True, "share of the lost held-out knowledge that came back"),
+    ("relearned_knowledge", "re-learned, knowledge", "share", False, "the same on seen people, minus displaced"),
+    ("gain_logprob", "gain", "nats", True, "what the repair adds to the right answer's log-probability, held-out"),
+    ("gain_knowledge", "gain, knowledge", "nats", True, "the part of it that tells the right value from others"),
+    ("gain_format", "gain, format", "nats", True, "the rest: saying some value of the attribute at all"),
 ]
-RAW = ("answers", "scores")  # keys of a row that hold single facts: in predictions.jsonl, not in results.json
+RAW = ("answers", "entities", "scores")  # keys of a row that hold single facts: not in results.json
+
+
+def digest_of_facts(asked):
+    """A fingerprint of {split: facts}."""
+    return digest({split: list(map(tuple, facts)) for split, facts in asked.items()})
 
 
 def metrics(rows, files):
@@ -39,6 +52,8 @@ def predictions(run, rows):
     """A dict a fact a model: what predictions.jsonl holds."""
     for row in rows:
         for split, answers in row["answers"].items():
+            if row["kind"] in ("control", "reference") or row["id"].startswith("control-"):
+                continue  # asked about other people, or in another world's words
             for fact, given in zip(run.world.asked(run.config)[split], answers):
                 yield {"model": row["id"], "split": split, "person": fact.person, "attribute": fact.attribute,
                        "question": fact.question, "gold": fact.answer.strip(), **given}
@@ -56,11 +71,12 @@ def publish(run, dense, results):
                             "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
     write_text(path, json.dumps(results, indent=1))
     print(tables.main_table(results) + "\n")
-    for line in results["verdicts"]:
-        print(f"{line['base']}, {line['text']}")
     context = results["context"]
-    print(f"\n24 unrelated tokens in front of every question: held-out recall {context['alone']:.1%} -> "
-          f"{context['behind_24_tokens']:.1%}")
+    print(f"24 unrelated tokens in front of every question: held-out recall {context['alone']:.1%} -> "
+          f"{context['behind_24_tokens']:.1%}\n\n{results['headline']}\n")
+    for claim in results["claims"]:
+        print(f"{claim['verdict']:12s} {claim['statement']}")
+    print()
     write_text(run.path("tables.md"), tables.all_tables(results))
     write_text(run.path("predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in predictions(run, rows)))
     page.write_report(path, run.path("report.html"))

@@ -73,34 +73,42 @@ COMPRESSIONS = {  # tag: (operation, method, settings)
     "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
 }
 REPAIRS = {  # tag: (kind, size: a rank (and layers), a length, or prompts x length and how the pool is trained)
-    "LoRA rank 1": ("lora", 1),
-    "LoRA rank 8": ("lora", 8),
     "prompt 8": ("prompt", 8),
-    "prompt 24": ("prompt", 24),
+    "prompt 32": ("prompt", 32),
     "prefix 8": ("prefix", 8),
     "IDP 4 x 8": ("idp", (4, 8, "independent")),
+    "LoRA rank 1": ("lora", 1),
+    "LoRA rank 8": ("lora", 8),
 }
 POOLS = {  # the other ways to train a pool: with --full
     "IDP 4 x 8 joint": ("idp", (4, 8, "joint")),
     "IDP 4 x 8 competitive": ("idp", (4, 8, "competitive")),
     "IDP 4 x 8 selected": ("idp", (4, 8, "selected")),  # chosen by a probe that was trained with the prompts
 }
-RATES = {  # of what the paper repairs. Winners of `python evaluate.py --sweep lr`; a pool's prompts learn as one does
-    "GPTQ 3 bits": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 1e-1, "prefix 8": 3e-2},
-    "SparseGPT 50 %": {"LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3, "prompt 8": 3e-1, "prompt 24": 3e-2, "prefix 8": 1e-1},
+RATES = {  # peak learning rates, the same for every compressed model; a pool's prompts learn as one does
+    "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 3e-2, "LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3,
 }
-
+RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+             "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}  # five each: no method gets more tries than another
 
 OPERATIONS = {
     "quantize": "weights rounded to a few bits", "prune": "weights set to zero",
+    "control": "damage whose answer is known by construction",
     "LoRA": "a low-rank update beside each layer",
     "prompt": "trained vectors in front of the text", "prefix": "trained keys and values in front, in every layer",
     "IDP": "a pool of prompts, the input picks the one it attends to most",
 }
 OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP"}
 
-RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-             "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}  # five each: no method gets more tries than another
+
+def rate(config, base, tag, kind, size):
+    """The learning rate of a repair `tag` of the compressed model `base`: config.rates by repair, or by base and repair.
+    """
+    tag = f"prompt {size[1]}" if kind == "idp" else tag
+    rates = config.rates.get(base, config.rates)
+    if tag not in rates:
+        raise ValueError(f"no learning rate is known for {tag} on {base}; there are {', '.join(rates)}")
+    return rates[tag]
 
 
 def options(name, description, sizes=True):

@@ -15,7 +15,7 @@ from compress import compress
 from engine.script import read_json, write_text
 from recover import FitConfig
 from study.repairs import attach, train_repair
-from study.settings import OPERATION
+from study.settings import OPERATION, rate
 from study.steps import slug
 from study.training import train_dense
 from world.items import LESSONS
@@ -77,7 +77,7 @@ def repair_batches(run, dense):
 def repaired_subject(run, base, tag, kind, size, batches, objective="distillation", lr=None):
     """`base` repaired in one way, on the batches of `repair_batches`."""
     config = run.config
-    lr = lr or config.rates[base.about["tag"]][f"prompt {size[1]}" if kind == "idp" else tag]
+    lr = lr or rate(config, base.about["tag"], tag, kind, size)
     fit_config = FitConfig(steps=config.repair_steps, lr=lr)
     settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
                 "fit": asdict(fit_config), "repair_batch": config.repair_batch,

@@ -32,7 +32,7 @@ import recover
 from compress import compress
 from engine.script import read_json, write_text
 from study.repairs import attach, train_repair
-from study.settings import options, sized
+from study.settings import options, rate, sized
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches
@@ -44,6 +44,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 SPARSITIES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 LENGTHS = (1, 2, 4, 8, 16, 24, 32)
 RANKS = (1, 2, 4, 8, 16, 32)
+REPAIRED = ("GPTQ 3 bits", "SparseGPT 50 %")  # what sweeps of repairs begin from
 SWEEPS = ("bits", "sparsity", "prompt-length", "rank")
 
 
@@ -63,14 +64,14 @@ def plan(name, config):
                 *({"series": f"{label} 2:4", "x": 0.5, "method": method, "how": {"n_m": (2, 4), **more}}
                   for label, (method, more) in ways.items())]
     kind, sizes = {"prompt-length": ("prompt", LENGTHS), "rank": ("lora", RANKS)}[name]
-    return [{"series": base, "x": size, "kind": kind, "lr": nearest_rate(kind, size, config.repairs, rates)}
-            for base, rates in config.rates.items() for size in sizes]
+    return [{"series": base, "x": size, "kind": kind, "lr": nearest_rate(config, base, kind, size)}
+            for base in REPAIRED for size in sizes]
 
 
-def nearest_rate(kind, size, repairs, rates):
+def nearest_rate(config, base, kind, size):
     """The learning rate chosen for the repair of this kind whose size is the nearest ratio away."""
-    known = {how[1] if isinstance(how[1], int) else how[1][0]: rates[tag]
-             for tag, how in repairs.items() if how[0] == kind and tag in rates}
+    known = {how[1] if isinstance(how[1], int) else how[1][0]: rate(config, base, tag, *how)
+             for tag, how in config.repairs.items() if how[0] == kind}
     if not known:
         raise ValueError(f"no learning rate is known for {kind}")
     return known[min(known, key=lambda other: max(size / other, other / size))]
@@ -138,7 +139,7 @@ def sweep(run, name, dense):
     threads, mine = torch.get_num_threads(), {}
     torch.set_num_threads(1)
     if name in ("prompt-length", "rank"):  # shared by all points, so made before they part
-        for tag in config.rates:
+        for tag in REPAIRED:
             one_first(lambda: compressed_subject(run, dense, tag))
     batches, points = repair_batches(run, dense), plan(name, config)
     for i in range(rank, len(points), many):
@@ -160,7 +161,7 @@ def sweep_rates(run, dense):
     Judged on the validation people: recall, with the log-probability of the right answer beside it. Prints a row a run.
     """
     config, batches, facts = run.config, repair_batches(run, dense), run.world.facts("validation")
-    for base_tag in config.rates:
+    for base_tag in config.compressions:
         base = compressed_subject(run, dense, base_tag)
         for tag, (kind, size) in config.repairs.items():
             for lr in config.rate_grid.get(kind, ()):

@@ -23,7 +23,7 @@ from typing import Any, Callable
 import torch
 import torch.nn.functional as F
 
-from world.facts import pad
+from world.facts import VALUES, pad
 from model import take
 
 CONTEXT = 16  # text tokens at the head of each window that perplexity only reads: what a pool chooses its prompt on
@@ -128,13 +128,14 @@ def check_numbers(subject, log_p):
 
 @torch.no_grad()
 def say(subject, facts, encoding, batch_size=250):
-    """The question is continued greedily: one dict a fact, as `answer` gives it.
+    """The question is continued greedily: one dict a fact, as `answer` gives it. "knowledge" is `knowledge` among all
+    values of the fact's attribute, None for a fact without one.
 
     A row may write twice as many tokens as its own right answer has, and two more. What it writes is read up to the first
     full stop behind as many as are part of the right answer.
     """
     rows = tokenized(facts, encoding)
-    room, out = subject.room(), []
+    room, out, known = subject.room(), [], {}
     rooms = [min(2 * len(gold) + 2, max(len(gold) + 1, room - len(question))) for question, gold in rows]
     sizes = [(len(question), n) for (question, _), n in zip(rows, rooms)]
     for start, end in fitting(sizes, batch_size, room):
@@ -146,15 +147,40 @@ def say(subject, facts, encoding, batch_size=250):
         given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token)
         cache.length, cache.used = length + lengths - 1, used + ids.shape[1] - 1  # back to the question's last token
         after, _ = pad([question[-1:] + gold for question, gold in part], encoding, subject.device)  # (B, 1 + answer)
-        log_p = F.log_softmax(subject.model(after[:, :-1], cache=cache).float(), dim=-1)  # (B, answer, V)
-        log_p = check_numbers(subject, log_p.gather(-1, after[:, 1:, None])[..., 0]).cpu()  # (B, answer)
+        whole = F.log_softmax(subject.model(after[:, :-1], cache=cache).float(), dim=-1).cpu()  # (B, answer, V)
+        log_p = check_numbers(subject, whole.gather(-1, after[:, 1:, None].cpu())[..., 0])  # (B, answer)
         given, chosen = given.tolist(), chosen.tolist()
         for b, (fact, (question, gold)) in enumerate(zip(facts[start:end], part)):
             tokens = given[b][len(question):len(question) + rooms[start + b]]
             text, ended = until_stop(tokens, encoding, full_stops(fact.answer))
+            values = rivals(fact, gold, encoding, known)
             out.append({"answer": text.strip(), "correct": ended and is_right(text, fact.answer),
-                        "logprob": log_p[b, :len(gold)].sum().item(), "chosen": chosen[b]})
+                        "logprob": log_p[b, :len(gold)].sum().item(), "knowledge": None if values is None else (
+                            log_p[b, len(gold) - 1] - whole[b, len(gold) - 1, values].logsumexp(0)).item(),
+                        "chosen": chosen[b]})
+    compare = [i for i, (row, fact) in enumerate(zip(out, facts)) if row["knowledge"] is None and values_of(fact)]
+    asked = [facts[i]._replace(options=values_of(facts[i])) for i in compare]
+    for i, row, fact in zip(compare, choose(subject, asked, encoding) if asked else [], asked):
+        out[i]["knowledge"] = knowledge(row["logprobs"], fact.gold)
     return out
+
+
+def values_of(fact):
+    """All values of a fact's attribute, each with its leading space; () where it has none, or the answer is not one."""
+    values = tuple(f" {value}" for value in VALUES.get(fact.attribute, ()))
+    return values if fact.answer in values else ()
+
+
+def rivals(fact, gold, encoding, known):
+    """The last tokens (values,) of all values of the fact's attribute, where the tokens before the last are those of the
+    right answer `gold` in each: then one forward pass has the probabilities of all. None elsewhere. known: a cache.
+    """
+    key = fact.attribute, tuple(gold[:-1])
+    if key not in known:
+        tokens = [encoding.encode_ordinary(value) for value in values_of(fact)]
+        same = tokens and all(tuple(t[:-1]) == key[1] for t in tokens)
+        known[key] = torch.tensor([t[-1] for t in tokens]) if same else None
+    return known[key]
 
 
 def full_stops(gold):

@@ -1,0 +1,101 @@
+"""
+What was claimed before the run, and whether it holds: four tests, corrected together; and repairs compared in pairs.
+
+The paper's thesis is that compression displaces knowledge and that prompts bring it back as well as LoRA does. Our four
+claims take it apart. They were written down before any result was seen, and are the one primary family; every other
+number of the study is exploratory.
+
+What it leaves out: claims about single attributes, and about tasks.
+"""
+import math
+
+from study.comparisons import flips_of
+from study.statistics import compare, holm
+
+MARGIN = 0.05  # of displaced: a repair that is worse by less counts as not worse (non-inferior)
+BASE, CRUDE = "GPTQ 3 bits", "RTN 3 bits"
+PROMPT, LONG, POOL, EQUAL = "prompt 8", "prompt 32", "IDP 4 x 8", "biases"
+STATEMENTS = {
+    "prompt": f"One prompt of 8 tokens brings back held-out facts that {BASE} took: displaced > 0.",
+    "pool": f"{POOL}, chosen by attention, brings back more than one prompt of as many tokens, trained for as many steps.",
+    "weights": f"One prompt is at most {MARGIN:.0%} worse than as many parameters in the weights (biases of o and down).",
+    "compressor": f"At 3 bits a prompt brings back a smaller share of what {BASE[:4]} took than of what {CRUDE[:3]} took.",
+}
+PAIRS = ((PROMPT, "LoRA rank 8"), (POOL, "LoRA rank 8"), (PROMPT, EQUAL), (POOL, LONG))
+
+
+def claims(draws, displaced):
+    """The four claims, each {name, statement, estimate, interval, p, p_holm, verdict}; those whose models were not made
+    are left out.
+
+    draws      [rows] of the study's own group; displaced {id: Estimate or None} as add_shares gives it
+    """
+    ids = {(m["base"], m["tag"]): m["id"] for m in draws[0]}
+    bases = {m["tag"]: m["id"] for m in draws[0]}
+
+    def share(base, tag):
+        """Estimate of displaced of one repair, None where it is missing."""
+        return displaced.get(ids.get((bases.get(base), tag)))
+    out = []
+    prompt, pool, long, equal, crude = (share(base, tag) for base, tag in (
+        (BASE, PROMPT), (BASE, POOL), (BASE, LONG), (BASE, EQUAL), (CRUDE, PROMPT)))
+    if prompt:
+        out.append(entry("prompt", prompt, flips_of(draws, bases[BASE], ids[bases[BASE], PROMPT])[2], prompt.value > 0))
+    if pool and long:
+        p = flips_of(draws, ids[bases[BASE], LONG], ids[bases[BASE], POOL])[2]
+        out.append(entry("pool", pool - long, p, (pool - long).value > 0))
+    if prompt and equal:
+        worse = prompt - equal
+        out.append(entry("weights", worse, p_of(worse, -MARGIN), worse.value > -MARGIN))
+    if prompt and crude:
+        less = crude - prompt
+        out.append(entry("compressor", less, p_of(less, 0.0), less.value > 0))
+    for row, p in zip(out, holm([row["p"] for row in out])):
+        row["p_holm"] = p
+        row["verdict"] = "undecided" if p >= 0.05 else "holds" if row.pop("positive") else "the opposite holds"
+        row.pop("positive", None)
+    return out
+
+
+def entry(name, estimate, p, positive):
+    """One claim before it is corrected; `positive`: the estimate lies on the claim's side."""
+    return {"name": name, "statement": STATEMENTS[name], "estimate": float(estimate.value),
+            "interval": estimate.interval(), "p": float(p), "positive": bool(positive)}
+
+
+def p_of(estimate, null):
+    """Two-sided p of an Estimate against a value, from its 95 % interval: the normal distribution of that width."""
+    low, high = estimate.interval()
+    half = (estimate.value - low) if estimate.value > null else (high - estimate.value)
+    return math.erfc(abs(estimate.value - null) / max(half, 1e-12) * 1.96 / math.sqrt(2))
+
+
+def pairs(rows, displaced):
+    """Repairs of one model compared by name: {base, a, b, difference, interval, verdict}, see statistics.compare."""
+    out = []
+    for base in [m for m in rows if m["base"] == rows[0]["id"]]:
+        ids = {m["tag"]: m["id"] for m in rows if m["base"] == base["id"]}
+        for a, b in PAIRS:
+            first, second = displaced.get(ids.get(a)), displaced.get(ids.get(b))
+            if first and second:
+                bounds, word = compare(first, second, MARGIN)
+                out.append({"base": base["tag"], "a": a, "b": b, "difference": float((first - second).value),
+                            "interval": bounds, "verdict": word})
+    return out
+
+
+def headline(rows):
+    """One sentence that follows from the finished rows: how many repairs are confirmed, and what most and least came back.
+    """
+    tags = {m["id"]: m["tag"] for m in rows}
+    repaired = [m for m in rows if m.get("kind") == "repaired" and m["metrics"].get("displaced") is not None]
+    sure = [m for m in repaired if m.get("confirmed")]
+    if not repaired:
+        return "Compression took too little recall to say whether it was forgotten or displaced."
+    if not sure:
+        return f"None of {len(repaired)} repairs brings back held-out facts beyond what chance would: nothing is shown to " \
+               "be displaced."
+    best = max(sure, key=lambda m: m["metrics"]["displaced"])
+    value, (low, high) = best["metrics"]["displaced"], best["intervals"]["displaced"]
+    return (f"Part of what compression took was displaced: {len(sure)} of {len(repaired)} repairs bring back facts that "
+            f"they never read about, at most {value:.0%} [{low:.0%}, {high:.0%}] ({best['tag']} on {tags[best['base']]}).")

@@ -1,0 +1,96 @@
+"""
+Displaced and re-learned, with intervals over people and draws, from the single answers of finished rows.
+
+A group of rows has one reference (the undamaged model, the first row), damaged models made from it, and repairs of these.
+With a(m, s) the mean of what is measured (recall, or knowledge) of model m on split s,
+
+    displaced = (a(repaired, held-out) - a(damaged, held-out)) / (a(reference, held-out) - a(damaged, held-out))
+    relearned = the same fraction on seen people, minus displaced
+
+What it leaves out: verdicts (evaluate.py), tests (comparisons.py).
+"""
+import numpy as np
+import torch
+
+from study.statistics import Estimate, by_person, interval, recall_interval, resampled, share_of
+
+MEASURES = {"correct": "recall", "knowledge": "knowledge"}  # key of an answer: how its mean is called
+SUFFIX = {"correct": "", "knowledge": "_knowledge"}         # of displaced and relearned in a row's metrics
+
+
+def add_shares(draws, asked, seed):
+    """Means, displaced and relearned with their intervals into the rows of the first draw -> {id: Estimate of displaced}.
+
+    draws  [rows], one list a draw of `--seeds`, the reference first; every row answered the facts asked {split: facts}
+    """
+    rows = draws[0]
+    where, displaced = {m["id"]: i for i, m in enumerate(rows)}, {}
+    for key, name in MEASURES.items():
+        found = {split: estimates(draws, split, facts, key, seed) for split, facts in asked.items()}
+        for split, of in found.items():
+            for m, (estimate, bounds) in zip(rows, of):
+                put(m, f"{name}_{split}", estimate, bounds)
+        for i, m in enumerate(rows):
+            base = where.get(m["base"])
+            if base in (None, 0):
+                continue
+            share = {}
+            for split in ("heldout", "seen"):
+                whole, damaged, repaired = (found[split][j][0] for j in (0, base, i))
+                share[split] = share_of(repaired - damaged, whole - damaged)
+            back, seen = share["heldout"], share["seen"]
+            put(m, "displaced" + SUFFIX[key], back)
+            put(m, "relearned" + SUFFIX[key], seen - back if seen and back else None)
+            if key == "correct":
+                displaced[m["id"]] = back
+            raw = logprob_gain(draws, i, base)
+            if key == "knowledge":  # what is left of the gain of the right answer's log-probability is format
+                known = found["heldout"][i][0].value - found["heldout"][base][0].value
+                m["metrics"] |= {"gain_logprob": raw, "gain_knowledge": known, "gain_format": raw - known}
+    return displaced
+
+
+def logprob_gain(draws, i, base):
+    """The mean over held-out facts and draws of what a repair adds to the right answer's log-probability, in nats."""
+    return float(np.mean([[b["logprob"] - a["logprob"] for a, b in
+                           zip(rows[base]["answers"]["heldout"], rows[i]["answers"]["heldout"])] for rows in draws]))
+
+
+def estimates(draws, split, facts, key, seed):
+    """[(Estimate, its 95 % interval)] of every model's mean `key` on one split: all models on the same resamples."""
+    generator, K = torch.Generator().manual_seed(seed + 3), len(draws)
+    scores = [[float(a[key]) for a in m["answers"][split]] for rows in draws for m in rows]
+    sums, sizes = by_person(scores, facts)                                # (people, K * models), (people,)
+    samples = resampled(sums, 10_000, generator, sizes).view(10_000, K, -1).mean(1).numpy()  # (resamples, models)
+    by_seed = (sums.sum(0) / sizes.sum()).reshape(K, -1)                  # (K, models)
+    right = sums.reshape(len(sums), K, -1).mean(1)                        # (people, models), mean over draws
+    out = []
+    for j in range(right.shape[1]):
+        seeds = by_seed[:, j] if K > 1 else ()
+        estimate = Estimate(float(by_seed[:, j].mean()), samples[:, j], seeds)
+        bounds = recall_interval(right[:, j], sizes, samples[:, j], seeds) if key == "correct" else estimate.interval()
+        out.append((estimate, bounds))
+    return out
+
+
+def put(row, name, estimate, bounds=None):
+    """Value, interval and the value of each draw into a row; None where there is no such share."""
+    row["metrics"][name] = None if estimate is None else float(estimate.value)
+    row["intervals"][name] = [None, None] if estimate is None else bounds or estimate.interval()
+    seeds = () if estimate is None else estimate.seeds
+    row.setdefault("seeds", {})[name] = [float(x) for x in seeds]
+
+
+def add_attributes(rows, asked, seed):
+    """Recall by attribute over seen and held-out facts together: {attribute: [mean, low, high]} in each row."""
+    generator = torch.Generator().manual_seed(seed + 8)
+    facts = [f for split in ("seen", "heldout") for f in asked[split]]
+    right = [[a["correct"] for split in ("seen", "heldout") for a in m["answers"][split]] for m in rows]
+    for m in rows:
+        m["attributes"] = {}
+    for attribute in dict.fromkeys(f.attribute for f in facts):
+        own = [i for i, f in enumerate(facts) if f.attribute == attribute]
+        sums, sizes = by_person([[answers[i] for i in own] for answers in right], [facts[i] for i in own])
+        samples = resampled(sums, 10_000, generator, sizes).numpy()
+        for i, m in enumerate(rows):
+            m["attributes"][attribute] = [float(sums[:, i].sum() / sizes.sum()), *interval(samples[:, i])]
