@@ -1,20 +1,32 @@
 """
 The checklist: what LLM-KICK (Jaiswal et al. 2024, arXiv 2310.01382) and the paper (arXiv 2310.00867) found, and our
-number next to each.
+numbers next to each.
 
-Each finding is a rule on the numbers of results.json, written before the run: it holds, it does not, or it was not
-measured here, and then the command that measures it is named. Nothing is judged by hand.
+Each finding is a rule on results.json, written before the run. It judges by the intervals and tests that the verdicts
+are made of, never by the estimates alone: a finding holds where the whole interval says so, does not hold where the
+whole interval says the opposite, and is open in between, as it is where it was not measured (the command that measures
+it is then named). Perplexities, bytes, parameters and milliseconds have no interval; they are compared as they are.
+
+Besides "models" with their "intervals" the rules read, where results.json has them,
+
+    model["confirmed"]   whether the corrected test says that a repair gained on held-out people; else the row of
+                         results["comparisons"] on "recall, held-out" says it
+    results["pairs"]     [{"a": id, "b": id, "interval": [low, high] of displaced(a) - displaced(b), "margin"}]
+    results["claims"]    [{"statement", "verdict"}]: the claims stated before the run; all else is exploratory
 
     python -m study findings                     # of out/results.json
 """
 import argparse
-import json
+
+from engine.script import read_json
+from study.statistics import judged
 
 LOST = 0.05  # of the dense model's recall: more is "hurt"
+MARGIN = 0.05  # of what was lost: a repair that brings back so much less is as good as the other
 
 
 def checklist(results):
-    """[(finding, True or False or None: not measured, the numbers)] of one results.json."""
+    """[(finding, True, False or None: open, the numbers)] of one results.json."""
     return [(text, *rule(results)) for text, rule in FINDINGS]
 
 
@@ -38,28 +50,84 @@ def percent(x):
     return f"{100 * x:.1f} %"
 
 
+# ---- what intervals say: True, False, or None where they do not decide
+
+def bounds(model, metric="recall_heldout"):
+    """[low, high] of a model's metric; [-inf, inf] where it has no interval, so that nothing follows from it."""
+    found = (model.get("intervals") or {}).get(metric) or [None, None]
+    return [-float("inf"), float("inf")] if None in found else found
+
+
+def above(interval, threshold):
+    """Whether a number with an interval is above the threshold."""
+    low, high = interval
+    return True if low > threshold else False if high <= threshold else None
+
+
+def every(answers):
+    """Whether all of them are True."""
+    answers = list(answers)
+    return False if False in answers else None if None in answers else True
+
+
+def some(answers):
+    """Whether one of them is True."""
+    answers = list(answers)
+    return True if True in answers else None if None in answers else False
+
+
+def minus(a, b):
+    """The interval of a difference from two, at its widest: as if the two had no person in common."""
+    return [a[0] - b[1], a[1] - b[0]]
+
+
+def lost(before, after):
+    """The share of a score that was lost, as an interval at its widest; both scores are in [0, 1]."""
+    (low, high), (least, most) = after, before
+    return [1 - high / least if least > 0 else -float("inf"), 1 - max(0.0, low) / most if most > 0 else float("inf")]
+
+
+def between(interval):
+    return "[{:.1f}, {:.1f}] %".format(*(100 * x for x in interval))
+
+
 # ---- the rules
+
+def displaced(results):
+    """Of every compressed model whose loss is sure, a repair brings something back on people it never read about."""
+    said, holds, tests = [], [], {row["model"]: row["p_holm"] < 0.05 and row["difference"] > 0
+                                  for row in results.get("comparisons", []) if row["what"] == "recall, held-out"}
+    for base in results["models"]:
+        repairs = [m for m in results["models"] if m["base"] == base["id"] and bounds(m, "displaced")[1] < float("inf")]
+        if base["base"] != "dense" or base.get("kind") == "control" or not repairs:
+            continue
+        sure = [m for m in repairs if m.get("confirmed", tests.get(m["id"])) and bounds(m, "displaced")[0] > 0]
+        holds.append(True if sure else None)
+        best = max(sure, key=lambda m: bounds(m, "displaced")[0], default=None)
+        said.append(f"{base['tag']}: at least {percent(bounds(best, 'displaced')[0])} of what was lost ({best['tag']})"
+                    if best else f"{base['tag']}: none of {len(repairs)} repairs is confirmed")
+    return (every(holds), "; ".join(said)) if said else (None, "compression took too little to divide by")
+
 
 def perplexity_hides(results):
     """Some compression moves perplexity by less than 10 % and takes more than 10 % of held-out recall."""
-    dense, rows = results["models"][0]["metrics"], []
+    dense, rows = results["models"][0], []
     for m in made_by(results, "quantize") + made_by(results, "prune"):
-        up = m["metrics"]["perplexity"] / dense["perplexity"] - 1
-        down = 1 - m["metrics"]["recall_heldout"] / dense["recall_heldout"]
-        said = f"{m['tag']}: perplexity {100 * up:+.1f} %, held-out recall {-100 * down:+.1f} %"
-        rows.append((up < 0.1 < down, down - up, said))
-    holds, _, said = max(rows)
-    return holds, said
+        up = m["metrics"]["perplexity"] / dense["metrics"]["perplexity"] - 1
+        share = lost(bounds(dense), bounds(m))
+        rows.append((False if up >= 0.1 else above(share, 0.1), share[0] - max(0.0, up - 0.1),
+                     f"{m['tag']}: perplexity {100 * up:+.1f} %, of held-out recall {between(share)} lost"))
+    return (some(row[0] for row in rows), max(rows, key=lambda row: row[1])[2]) if rows else missing("compressions")
 
 
 def early_sparsity_hurts(results):
     found = points(results, "sparsity", "SparseGPT")
     if not found:
         return missing("python -m study sweep sparsity")
-    dense = results["models"][0]["metrics"]["recall_heldout"]
-    lost = {x: 1 - found[x]["recall_heldout"][0] / dense for x in (0.25, 0.3)}
-    return max(lost.values()) > LOST, "SparseGPT, of held-out recall: " + ", ".join(
-        f"{percent(v)} lost at {percent(x)}" for x, v in lost.items())
+    dense = bounds(results["models"][0])
+    share = {x: lost(dense, found[x]["recall_heldout"][1:]) for x in (0.25, 0.3)}
+    return some(above(v, LOST) for v in share.values()), "SparseGPT, of held-out recall: " + ", ".join(
+        f"{between(v)} lost at {percent(x)}" for x, v in share.items())
 
 
 def n_m_is_worse(results):
@@ -67,9 +135,9 @@ def n_m_is_worse(results):
              for name in ("magnitude", "Wanda", "SparseGPT")]
     if not all(a and b for a, b, _ in found):
         return missing("python -m study sweep sparsity")
-    gaps = {name: b["recall_heldout"][0] - a["recall_heldout"][0] for a, b, name in found}
-    return max(gaps.values()) < 0, "held-out recall of 2:4 over 50 % anywhere: " + ", ".join(
-        f"{name} {100 * gap:+.1f} points" for name, gap in gaps.items())
+    gaps = {name: minus(a["recall_heldout"][1:], b["recall_heldout"][1:]) for a, b, name in found}
+    return every(above(gap, 0) for gap in gaps.values()), "held-out recall of 50 % anywhere over 2:4: " + ", ".join(
+        f"{name} [{100 * low:+.1f}, {100 * high:+.1f}] points" for name, (low, high) in gaps.items())
 
 
 def quantization_is_gentler(results):
@@ -77,10 +145,10 @@ def quantization_is_gentler(results):
     quantized, pruned = made_by(results, "quantize"), made_by(results, "prune")
     if not (quantized and pruned):
         return missing("no model is quantized, or none pruned")
-    a, b = quantized[0]["metrics"], pruned[0]["metrics"]
-    return a["recall_heldout"] > b["recall_heldout"] and a["bytes"] <= b["bytes"], ", ".join(
-        f"{m['tag']} {percent(m['metrics']['recall_heldout'])} in {m['metrics']['bytes'] / 1000:,.0f} KB"
-        for m in (quantized[0], pruned[0]))
+    a, b = quantized[0], pruned[0]
+    smaller = a["metrics"]["bytes"] <= b["metrics"]["bytes"]
+    return every([smaller, above(minus(bounds(a), bounds(b)), 0)]), ", ".join(
+        f"{m['tag']} {between(bounds(m))} in {m['metrics']['bytes'] / 1000:,.0f} KB" for m in (a, b))
 
 
 def retrieval_survives(results):
@@ -89,26 +157,32 @@ def retrieval_survives(results):
     dense, pruned = results["models"][0], made_by(results, "prune")
     if not pruned or "retrieval" not in dense.get("tasks", {}):
         return missing("python evaluate.py --size medium")
-    read = [m["tasks"]["retrieval"]["novel"]["exact"][0] for m in (dense, pruned[0])]
-    known = [m["metrics"]["recall_heldout"] for m in (dense, pruned[0])]
-    lost = [1 - after / before if before else 0.0 for before, after in (read, known)]
-    return (lost[0] < 0.1 and lost[0] < lost[1] / 2,
-            f"{pruned[0]['tag']}: retrieval about novel people {percent(read[0])} -> {percent(read[1])}, "
-            f"held-out recall {percent(known[0])} -> {percent(known[1])}")
+    read, known = lost(*(m["tasks"]["retrieval"]["novel"]["exact"][1:] for m in (dense, pruned[0]))), \
+        lost(bounds(dense), bounds(pruned[0]))
+    half = [x / 2 for x in known]
+    return (every([above(minus([0.1, 0.1], read), 0), above(minus(half, read), 0)]),
+            f"{pruned[0]['tag']}: {between(read)} of retrieval about novel people lost, "
+            f"{between(known)} of held-out recall")
 
 
 def prompts_match_lora(results):
-    """On every base that has both, the best pool of prompts brings back at least what the best LoRA does."""
-    said, holds, tags = [], True, {m["id"]: m["tag"] for m in results["models"]}
-    for base in {m["base"] for m in results["models"]}:
-        pool, lora = made_by(results, "IDP", base), made_by(results, "LoRA", base)
-        if not (pool and lora) or None in (pool[0]["metrics"]["displaced"], lora[0]["metrics"]["displaced"]):
+    """Of every pair named before the run, a repair in front of the text and a LoRA: displaced is non-inferior by the
+    margin. Inferior in one pair: it does not hold."""
+    kinds, tags = {}, {m["id"]: m["tag"] for m in results["models"]}
+    for m in results["models"]:
+        kinds[m["id"]] = (m["operation"] or {}).get("name")
+    said, words, size = [], [], {m["id"]: m["metrics"].get("extra_parameters") for m in results["models"]}
+    for pair in results.get("pairs", []):
+        a, b, (low, high) = pair["a"], pair["b"], pair.get("interval") or [None, None]
+        if kinds.get(a) == "LoRA":
+            a, b, low, high = b, a, *((None, None) if low is None else (-high, -low))
+        if kinds.get(a) not in ("prompt", "prefix", "IDP") or kinds.get(b) != "LoRA":
             continue
-        holds &= pool[0]["metrics"]["displaced"] >= lora[0]["metrics"]["displaced"]
-        said.append(f"{tags[base]}: " + ", ".join(
-            f"{m['tag']} brings back {percent(m['metrics']['displaced'])} with {m['metrics']['extra_parameters']:,} "
-            "parameters" for m in (pool[0], lora[0])))
-    return (holds, "; ".join(sorted(said))) if said else (None, "compression took too little to divide by")
+        word = judged([low, high], pair.get("margin", MARGIN))
+        words.append({"superior": True, "non-inferior": True, "inferior": False}.get(word))
+        said.append(f"{a} ({size[a]:,} parameters) beside {tags[b]} ({size[b]:,}): "
+                    + ("no share to compare" if low is None else f"{between([low, high])} of what was lost, {word}"))
+    return (every(words), "; ".join(said)) if said else missing("python evaluate.py: pairs of a prompt and a LoRA")
 
 
 def longer_prompts_read_better(results):
@@ -159,20 +233,21 @@ def two_regimes(results):
     """Every LoRA brings block outputs nearer to the dense model's than every prompt, prefix and pool does: the
     intervals of the changes do not touch. (Stated after a first look at the means, before there were intervals.)
     """
-    said, holds = [], True
+    said, holds = [], []
     for base in sorted({m["base"] for m in results["models"] if m["base"]}):
         change = {name: [(m["similarity"]["nearer"]["output"], m["tag"]) for m in made_by(results, name, base)
                          if "nearer" in (m.get("similarity") or {})] for name in ("LoRA", "prompt", "prefix", "IDP")}
         inside, front = change["LoRA"], change["prompt"] + change["prefix"] + change["IDP"]
         if inside and front:
+            holds.append(every(above(minus(a, b), 0) for a, _ in inside for b, _ in front))
             low, high = min(inside), max(front, key=lambda x: x[0][1])
-            holds &= low[0][0] > high[0][1]
             said.append(f"{base}, change of the outputs' similarity to the dense model's: " + ", ".join(
-                "{} [{:+.4f}, {:+.4f}]".format(tag, *bounds) for bounds, tag in (low, high)))
-    return (holds, "; ".join(said)) if said else missing("no base has both LoRA and prompts")
+                "{} [{:+.4f}, {:+.4f}]".format(tag, *ends) for ends, tag in (low, high)))
+    return (every(holds), "; ".join(said)) if said else missing("no base has both LoRA and prompts")
 
 
 FINDINGS = [
+    ("the paper: what compression takes is displaced, in part at least", displaced),
     ("LLM-KICK, the paper: perplexity hides what compression does to knowledge", perplexity_hides),
     ("LLM-KICK: 25 to 30 % sparsity already hurts knowledge", early_sparsity_hurts),
     ("LLM-KICK: N:M sparsity is worse than as many zeros anywhere", n_m_is_worse),
@@ -189,7 +264,9 @@ FINDINGS = [
 def show(results):
     """The checklist as text, a line a finding and one of numbers."""
     words = {True: "holds here", False: "does not hold here", None: "open"}
-    return "\n".join(f"{text}: {words[holds]}\n    {numbers}" for text, holds, numbers in checklist(results))
+    lines = [f"{claim['statement']}: {claim['verdict']}" for claim in results.get("claims", [])]
+    lines = [*(["stated before the run:", *lines, "exploratory:"] if lines else [])]
+    return "\n".join(lines + [f"{text}: {words[holds]}\n    {numbers}" for text, holds, numbers in checklist(results)])
 
 
 def main(arguments):
@@ -198,8 +275,7 @@ def main(arguments):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--results", default="out/results.json", help="what the study and the sweeps wrote")
     args = parser.parse_args(arguments)
-    with open(args.results, encoding="utf-8") as f:
-        results = json.load(f)
+    results = read_json(args.results)
     if "models" not in results:
         raise ValueError(f"{args.results} has no study in it yet: run python evaluate.py first")
     print(show(results))

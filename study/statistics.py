@@ -232,24 +232,30 @@ def share_interval(gain, loss):
 
 # ---- two repairs
 
-def compare(a, b, margin=0.05):
-    """How repair a does beside repair b: ([low, high] of a - b, the word). `margin` is stated before the run.
-
-    a, b  Estimates of displaced on the same resamples, or arrays (resamples,) of them; None where there is none
+def judged(bounds, margin=0.05):
+    """The word for [low, high] of a - b. `margin` is stated before the run. Source: Piaggio et al. 2012 (CONSORT).
 
     superior      the whole interval is above 0
     non-inferior  it is above -margin: a may be worse, by less than the margin
     inferior      the whole interval is below 0, and a may be worse by more than the margin
-    undecided     all else
+    undecided     all else, and [None, None]
+    """
+    low, high = bounds
+    if low is None:
+        return "undecided"
+    return "superior" if low > 0 else "non-inferior" if low > -margin else "inferior" if high < 0 else "undecided"
+
+
+def compare(a, b, margin=0.05):
+    """How repair a does beside repair b: ([low, high] of a - b, the word that `judged` has for it).
+
+    a, b  Estimates of displaced on the same resamples, or arrays (resamples,) of them; None where there is none
     """
     if a is None or b is None:
         return [None, None], "undecided"
     a, b = (x if isinstance(x, Estimate) else Estimate(float(np.mean(x)), np.asarray(x)) for x in (a, b))
-    low, high = (a - b).interval()
-    if low is None:
-        return [None, None], "undecided"
-    word = ("superior" if low > 0 else "non-inferior" if low > -margin else "inferior" if high < 0 else "undecided")
-    return [low, high], word
+    bounds = (a - b).interval()
+    return bounds, judged(bounds, margin)
 
 
 # ---- two models on the same items

@@ -7,20 +7,22 @@ import pytest
 from study import findings
 
 
-def model(tag, base, operation, heldout, **metrics):
+def model(tag, base, operation, heldout, displaced=None, **metrics):
+    """One row, with an interval of 4 points around its recall."""
     return {"id": tag, "tag": tag, "base": base,
             "operation": operation and {"name": operation, "parameters": {"size": [4]}},
             "metrics": {"recall_heldout": heldout, "perplexity": 3.0, "bytes": 1000, "extra_parameters": 10,
-                        "ms_per_question": 5, **metrics}}
+                        "ms_per_question": 5, **metrics},
+            "intervals": {"recall_heldout": [heldout - 0.02, heldout + 0.02], "displaced": displaced}}
 
 
 RESULTS = {"models": [
     model("dense", None, None, 0.9), model("RTN", "dense", "quantize", 0.7, perplexity=3.2, bytes=500),
     model("GPTQ", "dense", "quantize", 0.8, perplexity=3.1, bytes=500),
     model("pruned", "dense", "prune", 0.6, perplexity=4),
-    model("LoRA", "GPTQ", "LoRA", 0.85, displaced=0.5), model("IDP", "GPTQ", "IDP", 0.82, displaced=0.2)]}
+    model("LoRA", "GPTQ", "LoRA", 0.85, [0.4, 0.6]), model("IDP", "GPTQ", "IDP", 0.82, [0.1, 0.3])]}
 SWEEPS = {
-    "sparsity": {"points": [{"series": series, "x": x, "recall_heldout": [r, r, r]} for series, x, r in (
+    "sparsity": {"points": [{"series": series, "x": x, "recall_heldout": [r, r - 0.01, r + 0.01]} for series, x, r in (
         ("SparseGPT", 0.25, 0.88), ("SparseGPT", 0.3, 0.8), ("SparseGPT", 0.5, 0.6), ("SparseGPT 2:4", 0.5, 0.5),
         ("magnitude", 0.5, 0.4), ("magnitude 2:4", 0.5, 0.3), ("Wanda", 0.5, 0.4), ("Wanda 2:4", 0.5, 0.3))]},
     "prompt-length": {"points": [{"series": "GPTQ", "x": x, "perplexity": 3.05,
@@ -39,57 +41,109 @@ def found(results):
 
 def test_what_was_not_measured_is_open():
     assert found(RESULTS) == {
-        "perplexity_hides": True, "early_sparsity_hurts": None, "n_m_is_worse": None, "quantization_is_gentler": True,
-        "retrieval_survives": None, "prompts_match_lora": False, "longer_prompts_read_better": None,
-        "fewer_parameters": False, "less_latency": False, "two_regimes": None}
-    assert "python evaluate.py --sweep sparsity" in findings.show(RESULTS)
+        "displaced": None, "perplexity_hides": True, "early_sparsity_hurts": None, "n_m_is_worse": None,
+        "quantization_is_gentler": True, "retrieval_survives": None, "prompts_match_lora": None,
+        "longer_prompts_read_better": None, "fewer_parameters": False, "less_latency": False, "two_regimes": None}
+    assert "python -m study sweep sparsity" in findings.show(RESULTS)
+
+
+def test_without_intervals_nothing_follows():
+    results = copy.deepcopy(RESULTS)
+    for m in results["models"]:
+        m.pop("intervals")
+    results["models"][2]["intervals"] = {"recall_heldout": [None, None]}
+    holds = found(results)
+    assert holds["perplexity_hides"] is holds["quantization_is_gentler"] is holds["displaced"] is None
 
 
 def test_sweeps_close_what_was_open():
-    results = {**RESULTS, "sweeps": SWEEPS}
+    results = {**RESULTS, "sweeps": copy.deepcopy(SWEEPS)}
     holds = found(results)
     assert holds["early_sparsity_hurts"] and holds["n_m_is_worse"] and holds["longer_prompts_read_better"] is False
     assert "by the wrong divisor 3.04 to 2.73" in findings.show(results)
+    sweep = results["sweeps"]["sparsity"]["points"]
+    sweep[1]["recall_heldout"] = [0.86, 0.84, 0.88]  # 4 % of 0.9, and 0 to 8: below and above what hurts
+    sweep[5]["recall_heldout"] = [0.395, 0.385, 0.405]  # 2:4 as good as anywhere
+    assert found(results)["early_sparsity_hurts"] is found(results)["n_m_is_worse"] is None
+    sweep[5]["recall_heldout"] = [0.5, 0.49, 0.51]
+    assert found(results)["n_m_is_worse"] is False
+
+
+@pytest.mark.parametrize("change, now", [
+    (dict(), None), (dict(confirmed=True), True), (dict(confirmed=False), None),
+    (dict(confirmed=True, intervals={"displaced": [-0.1, 0.6]}), None)])
+def test_displaced_needs_test_and_interval(change, now):
+    results = copy.deepcopy(RESULTS)
+    results["models"][4] |= change
+    assert found(results)["displaced"] is now
+    text = findings.show(results)
+    assert ("GPTQ: at least 40.0 % of what was lost (LoRA)" in text) == (now is True)
+    results["models"][2]["kind"] = "control"  # its answer is known
+    assert found(results)["displaced"] is None
+
+
+@pytest.mark.parametrize("p, difference, now", [(0.01, 0.1, True), (0.06, 0.1, None), (0.01, -0.1, None)])
+def test_displaced_by_the_comparisons(p, difference, now):
+    row = {"what": "recall, held-out", "model": "LoRA", "p_holm": p, "difference": difference}
+    assert found({**RESULTS, "comparisons": [row]})["displaced"] is now
+
+
+@pytest.mark.parametrize("a, b, interval, now", [
+    ("IDP", "LoRA", [0.01, 0.2], True), ("IDP", "LoRA", [-0.04, 0.2], True), ("IDP", "LoRA", [-0.06, 0.2], None),
+    ("IDP", "LoRA", [-0.3, -0.2], False), ("LoRA", "IDP", [0.2, 0.3], False), ("LoRA", "IDP", [-0.2, 0.04], True),
+    ("IDP", "LoRA", [None, None], None), ("IDP", "GPTQ", [0.1, 0.2], None)])
+def test_prompts_beside_lora_by_the_named_pairs(a, b, interval, now):
+    results = {**RESULTS, "pairs": [{"a": a, "b": b, "interval": interval, "verdict": "whatever"}]}
+    assert found(results)["prompts_match_lora"] is now
+    assert ("not measured" in dict(zip("ab", findings.prompts_match_lora(results)[::-1]))["a"]) == (b == "GPTQ")
+    wide = {**RESULTS, "pairs": [{"a": "IDP", "b": "LoRA", "interval": [-0.06, 0.2], "margin": 0.1}]}
+    assert found(wide)["prompts_match_lora"] is True
+
+
+def test_claims_stand_first():
+    text = findings.show({**RESULTS, "claims": [{"statement": "displaced(prompt) > 0", "verdict": "holds"}]})
+    assert text.startswith("stated before the run:\ndisplaced(prompt) > 0: holds\nexploratory:\n")
 
 
 @pytest.mark.parametrize("name, change, now", [
     ("perplexity_hides", lambda m: [x["metrics"].update(perplexity=9) for x in m[1:]], False),
+    ("perplexity_hides", lambda m: [x["intervals"].update(recall_heldout=[0.79, 0.83]) for x in m[1:4]], None),
     ("quantization_is_gentler", lambda m: m[2]["metrics"].update(bytes=2000), False),
-    ("quantization_is_gentler", lambda m: m[3]["metrics"].update(recall_heldout=0.85), False),
-    ("prompts_match_lora", lambda m: m[5]["metrics"].update(displaced=0.5), True),
-    ("prompts_match_lora", lambda m: m[5]["metrics"].update(displaced=None), None),
+    ("quantization_is_gentler", lambda m: m[3]["intervals"].update(recall_heldout=[0.83, 0.86]), False),
+    ("quantization_is_gentler", lambda m: m[3]["intervals"].update(recall_heldout=[0.77, 0.79]), None),
     ("fewer_parameters", lambda m: m[4]["metrics"].update(extra_parameters=210), True),
     ("fewer_parameters", lambda m: m[4]["metrics"].update(extra_parameters=209), False),
     ("fewer_parameters", lambda m: m.pop(), None),
     ("less_latency", lambda m: m[5]["metrics"].update(ms_per_question=2), True),
     ("less_latency", lambda m: m[5]["metrics"].update(ms_per_question=2.1), False),
     ("two_regimes", lambda m: nearer(m, [0.1, 0.2], [-0.2, 0.05]), True),
-    ("two_regimes", lambda m: nearer(m, [0.1, 0.2], [-0.2, 0.15]), False)])
-def test_a_rule_follows_the_numbers(name, change, now):
+    ("two_regimes", lambda m: nearer(m, [0.1, 0.2], [-0.2, 0.15]), None),
+    ("two_regimes", lambda m: nearer(m, [0.1, 0.2], [0.2, 0.3]), False)])
+def test_a_rule_follows_the_intervals(name, change, now):
     results = copy.deepcopy(RESULTS)
     change(results["models"])
     assert found(results)[name] is now
 
 
-@pytest.mark.parametrize("pruned, recall, holds", [(0.9, 0.6, True), (0.8, 0.1, False),  # of 0.95, of 0.9
-                                                   (0.93, 0.86, True), (0.92, 0.86, False), (0.95, 0.9, False)])
-def test_retrieval(pruned, recall, holds):
+@pytest.mark.parametrize("read, recall, holds", [  # dense: 0.95 read, 0.9 recalled, each within a point
+    (0.93, 0.6, True), (0.80, 0.1, False), (0.93, 0.86, None), (0.86, 0.6, None), (0.60, 0.86, False)])
+def test_retrieval(read, recall, holds):
     results = copy.deepcopy(RESULTS)
-    results["models"][3]["metrics"]["recall_heldout"] = recall
-    for m, read in ((results["models"][0], 0.95), (results["models"][3], pruned)):
-        m["tasks"] = {"retrieval": {"novel": {"exact": [read, 0, 1]}}}
+    dense, _, _, pruned = results["models"][:4]
+    for m, know, r in ((dense, 0.9, 0.95), (pruned, recall, read)):
+        m["intervals"]["recall_heldout"] = [know - 0.01, know + 0.01]
+        m["tasks"] = {"retrieval": {"novel": {"exact": [r, r - 0.01, r + 0.01]}}}
     assert found(results)["retrieval_survives"] is holds
 
 
-def test_main(tmp_path, monkeypatch, capsys):
+def test_main(tmp_path, capsys):
     path = tmp_path / "results.json"
-    for content, word in ((None, "No such file"), ("{}", "no study"), ("{", "Expecting")):
+    for content, error, word in ((None, OSError, "results.json"), ("{}", ValueError, "no study"),
+                                 ("{", ValueError, "results.json")):
         if content:
             path.write_text(content)
-        monkeypatch.setattr("sys.argv", ["findings.py", "--results", str(path)])
-        with pytest.raises(SystemExit) as leaving:
-            findings.main()
-        assert leaving.value.code == 2 and word in capsys.readouterr().err
+        with pytest.raises(error, match=word):
+            findings.main(["--results", str(path)])
     path.write_text(json.dumps(RESULTS))
-    findings.main()
+    findings.main(["--results", str(path)])
     assert len(capsys.readouterr().out.splitlines()) == 2 * len(findings.FINDINGS)
