@@ -1,0 +1,228 @@
+"""
+Controls: three kinds of damage whose answer is known by construction. They test the test of the study.
+
+    locked        truth: displaced. The dense GPT is fine-tuned until it tells the truth behind a key (four fixed
+                  embeddings in front of the text) and the next value of every attribute without the key. The facts
+                  are still in its weights: the reference is this model behind its key, the damaged model is the same
+                  model without the key
+    not yet told  truth: absent. The reference is the dense GPT fine-tuned on the novel people, the damaged model is
+                  the dense GPT itself, which nobody told about them. Half of these people are seen, half held-out
+    rank one      truth: displaced. c |W| u vT is added to every matrix W of the blocks, with random unit vectors u
+                  and v. Its negative is one LoRA of rank 1 a layer; a soft prompt cannot subtract it
+
+A repair of the three shows what *displaced* says where the truth is 100 %, 0 % and 100 %. On *rank one* a small repair
+says less than 100 %: displaced is a lower bound, for a repair and a budget.
+
+Sources: password-locked models, Greenblatt et al. 2024 (arXiv 2405.19550); recovery on facts that the repair never
+read, Deeb & Roger 2024 (arXiv 2410.08827).
+
+Each control is a small study of its own: `control_subjects` gives the reference, the damaged model and its repairs.
+`base` in `about` leads from a repair to the damaged model and from that to the reference, as elsewhere to the dense
+model; so `evaluate.add_recalls([rows], control.facts, seed)` works on the rows of one control.
+
+What it leaves out: damage to single layers, and locks of a real model (a lock by LoRA).
+"""
+import copy
+from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+import recover
+from checkpoints import load, save
+from recover import FitConfig, next_token
+from study.repairs import attach
+from study.steps import Run, slug
+from study.subjects import repaired_subject
+from world.facts import VALUES, facts_about, make_world, statements, taught_questions, text_batches
+from world.score import Subject
+
+TOLD = ("seen", "heldout", "validation")  # the splits that pretraining reads about
+
+
+@dataclass
+class ControlConfig:
+    """How the controls are made and repaired.
+
+    AdamW alone fine-tunes: with Muon at 1e-2 the lock destroys the facts that it is to hide (after 120 steps recall
+    behind the key is 39 %, with AdamW alone 88 %).
+    """
+    key: int = 4                     # tokens of the lock's key
+    lock: FitConfig = field(default_factory=lambda: FitConfig(steps=120, lr=1e-3))
+    lock_batch: tuple = (24, 32)     # rows, tokens a row: of true text behind the key, and of wrong text without it
+    tell: FitConfig = field(default_factory=lambda: FitConfig(steps=120, lr=2e-3))
+    tell_batch: tuple = (24, 32)     # about the novel people
+    old_batch: tuple = (8, 32)       # about those of whom pretraining told
+    rank_one: float = 0.22           # Frobenius norm of what is added to a matrix, as a share of the matrix's own
+    repair_steps: int = 150          # with 100, LoRA rank 8 learns only 61 % of what is not yet told
+    repairs: dict = field(default_factory=lambda: {  # tag: (kind, size, learning rate)
+        "prompt 8": ("prompt", 8, 1e-1),
+        "LoRA rank 1": ("lora", 1, 3e-3),
+        "LoRA rank 8": ("lora", 8, 3e-3),
+    })
+
+
+class Control(NamedTuple):
+    """One kind of damage, what is asked about it, and what a repair of it may read."""
+    reference: Subject    # the model before the damage: what a repair is to bring back
+    damaged: Subject      # what is repaired
+    facts: dict           # {"seen": facts, "heldout": facts, "novel": facts}
+    text: list            # sentences about the seen people, and about nobody else
+
+
+# ---- how each model is made: pure functions, which do not modify `dense`
+
+def train_lock(dense, key, world, how, generator, progress=None):
+    """The dense GPT fine-tuned on everything it was told: true behind `key` (K, C), every value the next one without.
+    """
+    model, told = copy.deepcopy(dense), everybody_told(world)
+    true, wrong = (text_batches(told_text(people), world.encoding, *how.lock_batch, generator, aligned=True)
+                   for people in (told, with_next_values(told)))
+
+    def loss(batch):
+        """The mean loss of the true rows behind the key and of the wrong rows without it."""
+        behind_key, alone = batch
+        return (next_token(model(behind_key[:, :-1], prompt=key), behind_key).mean()
+                + next_token(model(alone[:, :-1]), alone).mean()) / 2
+    recover.fit(model, model.parameters(), zip(true, wrong), loss, how.lock, progress=progress)
+    return model
+
+
+def tell(dense, world, how, generator, progress=None):
+    """The dense GPT fine-tuned on the novel people, with a few rows about those it was told of before."""
+    model = copy.deepcopy(dense)
+    new, old = (text_batches(told_text(people), world.encoding, *batch, generator, aligned=True)
+                for people, batch in ((world.people["novel"], how.tell_batch), (everybody_told(world), how.old_batch)))
+    batches = (torch.cat(rows) for rows in zip(new, old))
+    recover.fit(model, model.parameters(), batches, config=how.tell, progress=progress)
+    return model
+
+
+@torch.no_grad()
+def add_rank_one(dense, how, generator):
+    """The dense GPT with c |W| u vT added to every matrix W of its blocks; u and v are random unit vectors."""
+    model = copy.deepcopy(dense)
+    for W in model.blocks.parameters():
+        if W.dim() == 2:
+            u, v = (torch.randn(n, generator=generator) for n in W.shape)
+            W += how.rank_one * W.norm() * torch.outer(u / u.norm(), v / v.norm())
+    return model
+
+
+def told_text(people):
+    """Every sentence of pretraining about `people`."""
+    return statements(people) + taught_questions(people)
+
+
+def everybody_told(world):
+    """The people of whom pretraining told."""
+    return [p for split in TOLD for p in world.people[split]]
+
+
+def with_next_values(people):
+    """The same people with the next value of every attribute; the first value follows the last."""
+    def following(attribute, value):
+        values = VALUES[attribute]
+        return values[(values.index(value) + 1) % len(values)]
+    return [p._replace(values={a: following(a, value) for a, value in p.values.items()}) for p in people]
+
+
+def strangers(config):
+    """Facts about people of whom neither model of `not yet told` read: the world's next novel people."""
+    more = make_world(replace(config.world, novel=2 * config.world.novel))  # its first people are the world's own
+    return facts_about(more[-config.world.novel:][:config.test_people])
+
+
+# ---- the three controls: (run, the dense Subject, how) -> Control
+
+def locked(run, dense, how):
+    """Displaced by construction: the model behind its key is the reference, without the key it is damaged."""
+    generator, world = torch.Generator().manual_seed(run.config.draw_seed + 11), run.world
+    key = recover.prompt_init(dense.model, how.key, generator=generator)
+    model, about = tuned(run, dense, "locked", {"key": how.key, "fit": asdict(how.lock), "batch": how.lock_batch},
+                         lambda progress: train_lock(dense.model, key, world, how, generator, progress))
+    reference = attach(model, "prompt", how.key, [key])
+    reference.about = named(about, "locked, behind its key", None, extra=key.numel())
+    return Control(reference, Subject(model, about=named(about, "locked", "locked, behind its key")),
+                   world.asked(run.config), world.repair_text)
+
+
+def not_yet_told(run, dense, how):
+    """Absent by construction: the reference was told about the novel people, the damaged model, `dense`, was not."""
+    generator, new = torch.Generator().manual_seed(run.config.draw_seed + 12), run.world.people["novel"]
+    half = len(new) // 2
+    settings = {"fit": asdict(how.tell), "batch": how.tell_batch, "old": how.old_batch}
+    model, about = tuned(run, dense, "told", settings,
+                         lambda progress: tell(dense.model, run.world, how, generator, progress))
+    facts = {"seen": facts_about(new[:half]), "heldout": facts_about(new[half:]), "novel": strangers(run.config)}
+    return Control(Subject(model, about=named(about, "told", None)),
+                   Subject(dense.model, about=named(dense.about, "not yet told", "told")),
+                   facts, told_text(new[:half]))
+
+
+def rank_one(run, dense, how):
+    """Displaced by construction, but out of a prompt's reach; `dense` is the reference."""
+    generator = torch.Generator().manual_seed(run.config.draw_seed + 13)
+    model, about = tuned(run, dense, "rank one", {"share": how.rank_one},
+                         lambda progress: add_rank_one(dense.model, how, generator))
+    return Control(Subject(dense.model, about=named(dense.about, "rank one, before", None)),
+                   Subject(model, about=named(about, "rank one", "rank one, before")),
+                   run.world.asked(run.config), run.world.repair_text)
+
+
+CONTROLS = {"locked": locked, "not yet told": not_yet_told, "rank one": rank_one}
+
+
+def tuned(run, dense, name, settings, make):
+    """(the model that make(progress) gives, made once; what `about` says of it). Its file is control-NAME.safetensors.
+    """
+    file = f"control-{slug(name)}"
+    settings = {**dense.about["settings"], "control": name, **settings, "draw": run.config.draw_seed}
+    steps = settings.get("fit", {}).get("steps", 1)
+    model = run.once(file + ".safetensors", settings, ("study.controls",),
+                     lambda: make(run.log.progress(file, steps)), save, load)
+    return model, {**dense.about, "settings": settings, "path": run.path(file + ".safetensors")}
+
+
+def named(about, tag, base, extra=0):
+    """`about` under another tag; `base` is the tag of the model it was made from, None for a reference."""
+    operation = None if base is None else {"name": "control", "parameters": {"damage": tag}}
+    return {**about, "id": f"control-{slug(tag)}", "tag": tag, "base": base and f"control-{slug(base)}",
+            "operation": operation, "extra": extra, "layers": None}
+
+
+# ---- their repairs
+
+def repair_batches(run, control, how):
+    """The batches of a repair, as `recover.distillation` takes them: text about seen people, and for each position what
+    the reference expects next."""
+    stream = text_batches(control.text, run.world.encoding, *run.config.repair_batch,
+                          torch.Generator().manual_seed(run.config.draw_seed + 2), aligned=True)
+    rows = [next(stream) for _ in range(how.repair_steps)]
+    model, reference = control.reference.model, control.reference
+
+    def teacher(ids):
+        """Logits (B, T, V) of the reference, behind its key if it has one."""
+        return model(ids, cache=reference.cache(torch.zeros(len(ids), dtype=torch.long), ids.shape[1]))
+    return recover.add_targets(teacher, rows)
+
+
+def control_subjects(run, dense, name, how=None):
+    """One control as a small study: (its Control, [reference, damaged, *repaired]), every model made once.
+
+    run   the study's; its world, seed and repair batch hold, the steps of a repair are `how.repair_steps`
+    how   ControlConfig; default: the study's own
+    """
+    how = how or ControlConfig()
+    control = CONTROLS[name](run, dense, how)
+    made = []
+
+    def batches():
+        """The repair batches, made at the first call."""
+        if not made:
+            made.extend(repair_batches(run, control, how))
+        return made
+    short = Run(replace(run.config, repair_steps=how.repair_steps), run.world, run.log)
+    return control, [control.reference, control.damaged,
+                     *(repaired_subject(short, control.damaged, tag, kind, size, batches, lr=lr)
+                       for tag, (kind, size, lr) in how.repairs.items())]

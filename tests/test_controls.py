@@ -1,0 +1,120 @@
+"""The controls on a tiny world that is trained here: each stands on the side that its construction puts it on."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evaluate import fractions
+from recover import FitConfig
+from study import controls
+from study.controls import ControlConfig, control_subjects
+from study.settings import StudyConfig
+from study.steps import Run
+from study.subjects import dense_subject
+from world.facts import VALUES, WorldConfig, make_world
+from world.score import answer
+from world.small import World
+
+HOW = ControlConfig(lock=FitConfig(steps=150, lr=2e-3), lock_batch=(8, 24), tell=FitConfig(steps=200, lr=4e-3),
+                    tell_batch=(8, 24), old_batch=(4, 24), rank_one=0.5, repair_steps=120)
+PROMPT = {"prompt 4": ("prompt", 4, 1e-1)}
+LORA = {"LoRA rank 8": ("lora", 8, 1e-2)}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A run in a world of 18 people who are told about and 12 who are not, and its dense GPT."""
+    config = StudyConfig(world=WorldConfig(seen=8, heldout=8, validation=2, novel=12, vocab_size=512),
+                         gpt={"n_layer": 2, "n_embd": 64}, pretrain=FitConfig(steps=300, lr=8e-3, weight_decay=0.1),
+                         pretrain_batch=(8, 32), without="few", repair_batch=(8, 24),
+                         out=str(tmp_path_factory.mktemp("controls")))
+    run = Run(config, World(config))
+    return run, dense_subject(run)
+
+
+def recalls(subject, facts, encoding):
+    """{split: recall}."""
+    return {split: sum(a["correct"] for a in answer(subject, part, encoding)) / len(part)
+            for split, part in facts.items()}
+
+
+def measured(scene, name, repairs):
+    """(reference, damaged) recalls of a control, and {tag: (displaced, relearned)} of its repairs."""
+    run, dense = scene
+    control, subjects = control_subjects(run, dense, name, replace(HOW, repairs=repairs))
+    assert [s.about["base"] for s in subjects[:3]] == [None, subjects[0].about["id"], subjects[1].about["id"]]
+    before, after, *repaired = (recalls(s, control.facts, run.world.encoding) for s in subjects)
+    return before, after, {s.about["tag"]: fractions(before, after, r) for s, r in zip(subjects[2:], repaired)}
+
+
+def test_the_tiny_dense_model_knows_its_facts(scene):
+    run, dense = scene
+    found = recalls(dense, run.world.asked(run.config), run.world.encoding)
+    assert min(found["seen"], found["heldout"]) >= 0.9 and found["novel"] < 0.15
+
+
+def test_locked_is_displaced(scene):
+    """The key tells the truth, no key does not; a prompt finds a key for people whom it never read about."""
+    before, after, found = measured(scene, "locked", PROMPT)
+    assert before["heldout"] >= 0.75 and after["heldout"] <= 0.4, (before, after)
+    assert found["prompt 4"][0] >= 0.8, found
+    assert abs(found["prompt 4"][1]) <= 0.25
+
+
+def test_not_yet_told_is_absent(scene):
+    """No repair brings back held-out facts that the model never read; LoRA learns those that its text tells."""
+    before, after, found = measured(scene, "not yet told", PROMPT | LORA)
+    assert min(before["seen"], before["heldout"]) >= 0.75 and max(after.values()) <= 0.15, (before, after)
+    for displaced, _ in found.values():
+        assert abs(displaced) <= 0.15, found
+    assert found["LoRA rank 8"][1] >= 0.3, found
+
+
+@pytest.mark.parametrize("name", list(controls.CONTROLS))
+def test_a_repair_reads_about_seen_people_only(scene, name):
+    """No name of anybody whom a test asks about, seen people aside, is in the repair's text; splits share nobody."""
+    run, dense = scene
+    facts, text = controls.CONTROLS[name](run, dense, HOW)[2:]
+    people = {split: {f.person for f in part} for split, part in facts.items()}
+    assert all(people.values()) and not set.intersection(*people.values())
+    assert len(set().union(*people.values())) == sum(map(len, people.values()))
+    for split, names in people.items():
+        assert all(any(name in sentence for sentence in text) == (split == "seen") for name in names), split
+
+
+def test_strangers_are_told_to_nobody(scene):
+    """They are people of the same kind, with other names than everybody of the world."""
+    run, _ = scene
+    known = {p.name for people in run.world.people.values() for p in people}
+    new = {f.person for f in controls.strangers(run.config)}
+    assert len(new) == run.config.world.novel and not new & known
+
+
+def test_next_values():
+    """Worked by hand: the value behind each, in the order of VALUES; the last is followed by the first."""
+    person = make_world(WorldConfig(seen=1, heldout=1, validation=1, novel=1))[0]
+    person = person._replace(values={"city": "Balmere", "year": "1999", "profession": "baker"})
+    wrong, = controls.with_next_values([person])
+    assert VALUES["city"][:2] == ["Balmere", "Cormere"] and wrong.name == person.name
+    assert wrong.values == {"city": "Cormere", "year": "1900", "profession": "barber"}
+
+
+def test_rank_one_is_subtracted_by_the_lora_that_it_is(scene):
+    """The damage is a matrix of rank one in every layer: taking it off again restores the dense model exactly."""
+    run, dense = scene
+    broken = controls.add_rank_one(dense.model, HOW, torch.Generator().manual_seed(3))
+    for (name, W), damaged in zip(dense.model.blocks.named_parameters(), broken.blocks.parameters()):
+        change = damaged - W
+        if W.dim() < 2:
+            assert not change.any(), name
+            continue
+        values = torch.linalg.svdvals(change)
+        assert values[0].item() == pytest.approx(HOW.rank_one * W.norm().item(), rel=1e-4)
+        assert values[1] < 1e-4 * values[0]
+
+
+def test_rank_one_is_displaced(scene):
+    """LoRA, which can hold the inverse, brings back held-out facts as well as those it reads about."""
+    before, after, found = measured(scene, "rank one", LORA)
+    assert before["heldout"] - after["heldout"] >= 0.05, (before, after)
+    assert found["LoRA rank 8"][0] >= 0.7, found
