@@ -1,168 +1,35 @@
-"""report.py against what it was given: the page is parsed again and, where Chromium is installed, driven in it.
+"""The page against what it was given: it is parsed again and, where Chromium is installed, driven in it.
 
-The study in here is INVENTED, by a seeded generator: a test input in the shape of a real study, and no number of it is
-a result. The page itself never shows a number that it did not read. The browser is driven through chromedriver's own
-protocol (W3C WebDriver, JSON over local HTTP), so the tests need no package: Debian has `chromium chromium-driver`.
+The studies in here are INVENTED (invented.py), by a seeded generator: no number of them is a result. The page itself never
+shows a number that it did not read. The browser is driven through chromedriver's own protocol (browser.py), so the tests
+need no package: Debian has `chromium chromium-driver`. axe, the accessibility checker, runs where the npm package
+axe-core lies in node_modules or where AXE names its axe.min.js.
 """
 import base64
 import json
 import math
-import random
+import os
+import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 import zlib
 from html.parser import HTMLParser
 
 import pytest
 
+from browser import Browser
+from engine.script import guard
+from invented import (ATTRIBUTES, CITIES, COMPRESSED, PLANNED, REPAIRS, SPLITS, invented_study, with_everything, written)
 from study import page
-from study.page import TEMPLATE
+from study.page import PARTS
 
-# ---------------------------------------------------------------------------------------------------------------------
-# An invented study
-
-CITIES = ["Vienna", "Lisbon", "Oslo", "Quito", "Accra", "Hanoi", "Perth", "Turin"]
-ATTRIBUTES = ["birthplace", "employer", "instrument", "pet", "university"]
-SPLITS = ["seen", "heldout", "novel"]
-COMPRESSED = [                              # id, tag, operation, parameters, bits a weight, share of facts it breaks
-    ("gptq-4", "GPTQ 4-bit", "quantize", {"method": "gptq", "bits": 4}, 4.2, 0.10),
-    ("gptq-3", "GPTQ 3-bit", "quantize", {"method": "gptq", "bits": 3}, 3.2, 0.30),
-    ("rtn-3", "RTN 3-bit", "quantize", {"method": "rtn", "bits": 3}, 3.2, 0.55),
-    ("sparsegpt-50", "SparseGPT 50 %", "prune", {"method": "sparsegpt", "sparsity": 0.5}, 16.0, 0.25),
-    ("sparsegpt-2-4", "SparseGPT 2:4", "prune", {"method": "sparsegpt", "n_m": [2, 4]}, 9.0, 0.38)]
-REPAIRS = [                                 # id, tag, operation, parameters, extra parameters, share it brings back
-    ("lora", "LoRA r8", "LoRA", {"rank": 8}, 24_576, 0.60),
-    ("prompt", "prompt 20", "prompt", {"length": 20}, 2_560, 0.25),
-    ("prefix", "prefix 20", "prefix", {"length": 20}, 20_480, 0.45),
-    ("idp", "IDP 4 × 20", "IDP", {"prompts": 4}, 10_240, 0.70)]
-METRICS = [("bytes", "size on disk", "bytes", False), ("bits_per_weight", "bits per weight", "bits", False),
-           ("extra_parameters", "extra parameters", "", False), ("perplexity", "perplexity", "", False),
-           ("ms_per_question", "time per question", "ms", False), ("recall_seen", "recall, seen facts", "share", True),
-           ("recall_heldout", "recall, held-out facts", "share", True),
-           ("recall_novel", "recall, novel facts", "share", True),
-           ("displaced", "displaced", "share", True), ("relearned", "relearned", "share", True)]
-
-
-def invented_layers(rng, bits, sparsity):
-    rows, shapes = [], {"attn.q": (64, 64), "attn.k": (64, 64), "attn.v": (64, 64), "attn.o": (64, 64),
-                        "mlp.up": (256, 64), "mlp.down": (64, 256)}
-    for block in range(4):
-        for name, shape in shapes.items():
-            width, error = rng.uniform(0.02, 0.06), rng.uniform(0.01, 0.12) * (1 + block / 2)
-            rows.append({"name": f"blocks.{block}.{name}", "shape": list(shape), "bits": bits, "sparsity": sparsity,
-                         "zeros": sparsity or rng.uniform(0, 0.02), "weight_change": rng.uniform(0.05, 0.3),
-                         "error_before": error * 1.6, "error_after": error, "relative_output_error": error,
-                         "damp": 0.01,
-                         "histogram": {"edges": [width * (k - 15) / 5 for k in range(31)],
-                                       "counts": [int(900 * math.exp(-((k - 14.5) / 5) ** 2)) for k in range(30)]}})
-    return rows
-
-
-def invented_similarity(rng, loss):
-    return {"attention": [[1 - loss * rng.uniform(0, 0.5) * (1 + k / 3) for _ in range(4)] for k in range(4)],
-            "output": [1 - loss * rng.uniform(0.1, 0.3) * (1 + k / 3) for k in range(4)]}
-
-
-def invented_idp(rng):
-    chosen = {a: [rng.randrange(1, 60) for _ in range(4)] for a in ATTRIBUTES}
-    scores = [rng.betavariate(2, 5) for _ in range(400)]
-    return {"chosen": [sum(c) for c in zip(*chosen.values())], "by_attribute": chosen,
-            "correlation": {"rho": 0.31, "interval": [0.22, 0.4]},
-            "points": [[s, 2 * s - 0.3 + rng.gauss(0, 0.4)] for s in scores],
-            "selectors": [{"name": name, "recall": recall, "interval": [recall - 0.03, recall + 0.03],
-                           "over_rule": [recall - 0.74, recall - 0.66], "extra_passes": passes}
-                          for name, recall, passes in (("the rule", 0.7, 0), ("random", 0.61, 0), ("oracle", 0.8, 4))]}
-
-
-def invented_answers(rng, facts, model, loss):
-    rows = []
-    for split, person, attribute, question, gold, hard in facts:
-        hit = split != "novel" and hard + rng.gauss(0, 0.12) > 0.06 + loss * (0.9 if split == "seen" else 1.0)
-        hit = hit or rng.random() < 0.08
-        rows.append({"model": model, "split": split, "person": person, "attribute": attribute, "question": question,
-                     "gold": gold, "answer": gold if hit else rng.choice([c for c in CITIES if c != gold]),
-                     "correct": hit, "logprob": -rng.expovariate(2.5 if hit else 0.4)})
-    return rows
-
-
-def invented_metrics(rng, rows, size, bits, loss, extra, repaired):
-    metrics = {"bytes": size, "bits_per_weight": bits, "extra_parameters": extra, "perplexity": 7.1 * (1 + loss),
-               "ms_per_question": rng.uniform(1.2, 2.0) + extra / 40_000}
-    intervals = {"perplexity": [metrics["perplexity"] * 0.97, metrics["perplexity"] * 1.03]}
-    for split in SPLITS:
-        hits = [row["correct"] for row in rows if row["split"] == split]
-        mean = sum(hits) / len(hits)
-        half = 1.96 * (mean * (1 - mean) / len(hits)) ** 0.5
-        metrics[f"recall_{split}"], intervals[f"recall_{split}"] = mean, [mean - half, mean + half]
-    if repaired:
-        for name, low, high in (("displaced", 0.1, 0.9), ("relearned", -0.1, 0.4)):
-            metrics[name] = rng.uniform(low, high)
-            intervals[name] = [metrics[name] - 0.14, metrics[name] + 0.12]
-    return metrics, intervals
-
-
-def invented_study(seed=0, people=40, compressed=COMPRESSED, repairs=REPAIRS):
-    """(results, predictions) of 1 + len(compressed) * (1 + len(repairs)) models and 15 * people facts."""
-    rng = random.Random(seed)
-    facts = []
-    for split in SPLITS:
-        for k in range(people):
-            person = f"{rng.choice(['Ada', 'Boris', 'Chiara', 'Dele', 'Emre'])} {split.title()}son {k}"
-            for attribute in ATTRIBUTES:
-                question = f"What is the {attribute} of {person}?"
-                facts.append((split, person, attribute, question, rng.choice(CITIES), rng.random()))
-    models, predictions = [], []
-
-    def add(id, tag, base, operation, size, bits, loss, extra=0, repaired=False, **more):
-        rows = invented_answers(rng, facts, id, loss)
-        metrics, intervals = invented_metrics(rng, rows, size, bits, loss, extra, repaired)
-        predictions.extend(rows)
-        models.append({"id": id, "tag": tag, "base": base, "operation": operation, "metrics": metrics,
-                       "intervals": intervals, "verdict": "mostly displaced" if repaired else None} | more)
-
-    add("dense", "dense", None, None, 3_276_800, 32.0, 0.0)
-    for cid, ctag, kind, parameters, bits, loss in compressed:
-        size = int(262_144 + 3_014_656 * bits / 32)
-        sparsity = 0.5 if kind == "prune" else None
-        add(cid, ctag, "dense", {"name": kind, "parameters": parameters}, size, bits, loss,
-            layers=invented_layers(rng, parameters.get("bits"), sparsity), similarity=invented_similarity(rng, loss))
-        for rid, rtag, repair, parameters, extra, back in repairs:
-            left = loss * (1 - back)
-            add(f"{cid}+{rid}", rtag, cid, {"name": repair, "parameters": parameters}, size + 4 * extra,
-                bits, left, extra, repaired=True, similarity=invented_similarity(rng, left),
-                idp=invented_idp(rng) if repair == "IDP" else None)
-    study = {
-        "name": "An invented study", "command": "python evaluate.py --seed 0", "created": "2026-01-31T12:00:00+00:00",
-        "seconds": 612.4, "seed": 0, "settings": {"people": people, "steps": 2000, "lr": 1e-3, "device": "cpu"},
-        "versions": {"python": "3.11.9", "torch": "2.13.0", "platform": "Linux"},
-        "times": [{"step": "train", "seconds": 301.2, "reused": False},
-                  {"step": "repair", "seconds": 61.0, "reused": True}],
-        "operations": [{"name": name, "parameters": None, "description": f"{name}, as invented"}
-                       for name in ("quantize", "prune", "LoRA", "prompt", "prefix", "IDP")],
-        "metrics": [{"name": name, "label": label, "unit": unit, "higher_is_better": up, "description": "invented"}
-                    for name, label, unit, up in METRICS],
-        "models": models,
-        "verdicts": [{"base": c[0], "text": "About two thirds of what was lost came back unseen."} for c in compressed],
-        "hypothesis": "Knowledge that a compressed model lost is mostly displaced: a repair brings it back."}
-    return study, predictions
-
-
-def written(folder, study, predictions):
-    """The study as files in the folder; returns the path of results.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(study), encoding="utf-8")
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions), encoding="utf-8")
-    return folder / "results.json"
-
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 SMALL = dict(people=4, compressed=COMPRESSED[1:2], repairs=REPAIRS)
 EVIL = ["</script><script>window.hacked = 1</script>", "<!-- <script>", "<img src=x onerror='window.hacked = 1'>",
-        "a\u2028b", "\ud800 alone", page.SLOT, "&amp; \"quotes\" 'too' \\u003c", "__proto__"]
+        "a\u2028b", "\ud800 alone", "@@STUDY@@", "&amp; \"quotes\" 'too' \\u003c", "__proto__"]
 
 
 def evil_study():
@@ -216,14 +83,18 @@ class Page(HTMLParser):
 
 
 def made(study, predictions):
-    return Page(page.page(study, predictions, page.TEMPLATE.read_text(encoding="utf-8")))
+    return Page(page.page(study, predictions))
 
 
 def unfold(data):
     """What the page's columns say, as predictions.jsonl would."""
     rows, words, facts = [], [None, *data["words"]], list(zip(*data["facts"], strict=True))
+    base, whole = {m["id"]: m.get("base") for m in data["study"]["models"]}, {}
     for model, column in data["answers"].items():
-        for i, (fact, said, logprob) in enumerate(zip(facts, column["said"], column["logprob"], strict=True)):
+        before = whole.get(base[model], [None] * len(facts))
+        whole[model] = [a + b if isinstance(a, int) and isinstance(b, int) else a
+                        for a, b in zip(column["logprob"], before, strict=True)]
+        for i, (fact, said, logprob) in enumerate(zip(facts, column["said"], whole[model], strict=True)):
             split, person, attribute, gold, before, after = (words[k] for k in fact)
             rows.append({"model": model, "split": split, "person": person, "attribute": attribute,
                          "question": before if after is None else before + person + after, "gold": gold,
@@ -252,7 +123,8 @@ def test_everything_comes_through(build):
     assert close(data["study"], study)
     back = unfold(data)
     assert len(back) == len(predictions)
-    for got, given in zip(back, predictions):
+    order = list(data["answers"])
+    for got, given in zip(back, sorted(predictions, key=lambda p: order.index(p["model"]))):
         assert got | {"logprob": 0} == given | {"logprob": 0}
         assert abs(got["logprob"] - given["logprob"]) <= 5e-3 + 1e-9
 
@@ -290,7 +162,7 @@ def test_nothing_is_loaded_from_anywhere():
     assert not {"iframe", "object", "embed", "base", "form", "img"} & set(page.tags)
     policy = [v for tag, k, v in page.attributes if tag == "meta" and k == "content" and "default-src" in v]
     assert len(policy) == 1 and policy[0].startswith("default-src 'none'") and "http" not in policy[0]
-    template = TEMPLATE.read_text(encoding="utf-8")
+    template = "".join(part.read_text(encoding="utf-8") for part in PARTS.values())
     for word in ("fetch(", "XMLHttpRequest", "WebSocket", "EventSource", "import(", "import ", "url(", "@import",
                  "sendBeacon", "innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval("):
         assert word not in template.replace("<!doctype", ""), word
@@ -306,6 +178,8 @@ def test_not_a_number_becomes_words():
     assert [model["metrics"][k] for k in ("perplexity", "bytes", "recall_seen")] == ["not a number", "infinite", None]
     assert model["intervals"]["perplexity"] == ["minus infinite", "not a number"]
     assert data["answers"]["dense"]["logprob"][:3] == ["minus infinite", "not a number", None]
+    after = next(p for p in predictions if p["model"] == "gptq-3")                # where the base's is no number
+    assert data["answers"]["gptq-3"]["logprob"][0] == round(100 * after["logprob"])
 
 
 def test_every_base_exists_and_ends():
@@ -328,11 +202,65 @@ def test_the_layout_of_compress_and_compare_is_enough():
 
 
 def test_size():
-    study, predictions = invented_study(people=80)                      # 26 models, 1,200 facts
-    assert len(page.page(study, predictions, page.SLOT)) < 200_000
     study, predictions = invented_study(people=334, compressed=COMPRESSED[:4], repairs=REPAIRS[:2])
     assert len(study["models"]) == 13 and len(predictions) == 13 * 5010
-    assert len(page.page(study, predictions, page.SLOT)) < 300_000
+    assert len(page.page(study, predictions)) < 400_000
+
+
+def test_what_is_text_by_text_stays_out():
+    study, predictions = invented_study(**SMALL)
+    study["models"][1]["similarity"]["texts"] = {"output": [0.123456] * 50}
+    kept = made(study, predictions).data()["study"]["models"][1]["similarity"]
+    assert set(kept) == {"attention", "output"} and "texts" in study["models"][1]["similarity"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first screen
+
+
+def test_the_headline_counts_confirmed_repairs():
+    study, _ = with_everything(people=2)
+    repairs = [m for m in study["models"] if m.get("kind") == "repaired" and PLANNED[m["base"]][1] == "compressed"
+               and m["intervals"]["displaced"][0] is not None]
+    found = sum(m["confirmed"] for m in repairs)
+    assert 0 < found < len(repairs) == 20
+    assert page.headline(study) == (f"Part of what compression took was displaced: {found} of 20 repairs bring back facts "
+                                    "they never read about.")
+    for m in study["models"]:
+        m.pop("confirmed", None)                                    # an old file: its comparisons say the same
+    assert page.headline(study).split(": ")[1].startswith(f"{found} of 20 repairs")
+    study["comparisons"] = [row for row in study["comparisons"] if row["what"] != "recall, held-out"]
+    assert page.headline(study) == "None of 20 repairs is confirmed to bring back facts that it never read about."
+    for m in study["models"]:
+        m["intervals"] = {}
+    assert page.headline(study) == "Compression took too little to say whether it was forgotten or displaced."
+    assert page.best_repair(study) == ""
+    assert page.headline({**study, "headline": "As the study says."}) == "As the study says."
+
+
+def test_the_best_repair_is_a_confirmed_one():
+    study, _ = with_everything(people=2)
+    where = {m["id"]: m for m in study["models"]}
+    where["gptq-3+IDP 4 x 8"]["metrics"]["displaced"] = 0.99                    # not confirmed, and of a control: not best
+    where["gptq-3+IDP 4 x 8"]["confirmed"] = False
+    best = where["rtn-3+LoRA rank 8"]
+    share, (low, high) = best["metrics"]["displaced"], best["intervals"]["displaced"]
+    assert page.best_repair(study) == (
+        f"LoRA rank 8 brings back most: {100 * share:.0f} % (95 % interval {100 * low:.0f} to {100 * high:.0f}) of the "
+        "held-out recall that RTN 3 bits took, with 55,296 extra parameters.")
+    for m in study["models"]:
+        m["confirmed"] = False
+    assert page.best_repair(study).endswith("; the corrected test does not confirm it.")
+    assert "99 %" in page.best_repair(study)
+
+
+def test_the_first_screen_needs_no_script():
+    study, predictions = with_everything(people=2)
+    text = page.page(study, predictions)
+    before = text[:text.index("<main")]
+    assert page.QUESTION in before and page.headline(study) in before and 'class="repairs"' in before
+    other = {"name": "Mine & theirs", "operations": [], "metrics": [], "models": [{"id": "a", "metrics": {}}]}
+    assert "<title>Mine &amp; theirs</title>" in page.page(other, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,12 +285,13 @@ def change_prediction(index, **values):
 
 
 BAD = {
-    "has no 'models'": change(["models"], None),
+    "results has no 'models'": change(["models"], None),
     "models is empty": change(["models"], []),
-    "results.models must be a list": change(["models"], {"dense": 1}),
-    "has no 'id'": change(["models", 1, "id"], None),
-    "results.models[1].metrics.bytes must be a number, got 'many'": change(["models", 1, "metrics", "bytes"], "many"),
-    "results.models[1].metrics.bytes must be a number, got 'True'": change(["models", 1, "metrics", "bytes"], True),
+    "results, 'models' must be a list, got": change(["models"], {"dense": 1}),
+    "models[1] has no 'id'": change(["models", 1, "id"], None),
+    "models[1] must be an object, got '7'": change(["models", 1], 7),
+    "metrics, 'bytes' must be a number, got 'many'": change(["models", 1, "metrics", "bytes"], "many"),
+    "metrics, 'bytes' must be a number, got 'True'": change(["models", 1, "metrics", "bytes"], True),
     "'nowhere', which is not among the models": change(["models", 2, "base"], "nowhere"),
     "'gptq-3' has the base 'nowhere'": lambda study, predictions: (          # after the models that were made from it
         study["models"][1].update(base="nowhere"), study["models"].reverse()),
@@ -370,19 +299,15 @@ BAD = {
     "models go in a circle: gptq-3+idp <- gptq-3 <- dense <- gptq-3": lambda study, predictions: (
         study["models"][0].update(base="gptq-3"), study["models"].reverse()),
     "operation 'LoRA' must compress or repair, got 'mend'": change(["operations", 2, "kind"], "mend"),
-    "results.models[1].metrics.two lines must be a number": change(["models", 1, "metrics", "two\nlines"], "x"),
+    "model 'gptq-3', operation has no 'name'": change(["models", 1, "operation"], {"parameters": {}}),
+    "has 'two\\nlines', which is not among the metrics": change(["models", 1, "metrics", "two\nlines"], "x"),
     "models lists 'dense' twice": change(["models", 1, "id"], "dense"),
     "metrics lists 'bytes' twice": change(["metrics", 1, "name"], "bytes"),
     "has 'speed', which is not among the metrics": change(["models", 1, "metrics", "speed"], 1.0),
     "must be [low, high], got 3 numbers": change(["models", 1, "intervals", "perplexity"], [1, 2, 3]),
-    "30 histogram edges do not fit 30 counts": change(["models", 1, "layers", 0, "histogram", "edges"], [0.0] * 30),
-    "'pet' counts 3 prompts, but the pool has 4": change(["models", 5, "idp", "by_attribute", "pet"], [1, 2, 3]),
-    "must be [attention score, gain]": change(["models", 5, "idp", "points"], [[1, 2, 3]]),
-    "a verdict is about 'nobody'": change(["verdicts", 0, "base"], "nobody"),
-    "results.seed must be a whole number": change(["seed"], "zero"),
     "predictions are by 'nobody'": change_prediction(0, model="nobody"),
-    "line 1.correct must be true or false": change_prediction(0, correct=1),
-    "line 3.answer must be a string": change_prediction(2, answer=7),
+    "line 1, 'correct' must be true or false": change_prediction(0, correct=1),
+    "line 3, 'answer' must be a string": change_prediction(2, answer=7),
     "twice": lambda study, predictions: predictions.append(predictions[0]),
     "'gptq-3+idp' answers 59 of 60 facts": lambda study, predictions: predictions.pop(),
     "'dense' answers 60 of 61 facts": change_prediction(-1, gold="elsewhere"),
@@ -390,14 +315,16 @@ BAD = {
 
 
 def refused(folder, capsys, expected):
-    """report.py says why in one line, exits with 2, and leaves the page that was there."""
+    """The job says why in one line, exits with 2, and leaves the page that was there."""
     out = folder / "report.html"
     out.write_text("the last good page", encoding="utf-8")
-    assert page.main(["--results", str(folder / "results.json"), "--out", str(out)]) == 2
+    with pytest.raises(SystemExit) as stop:
+        guard(lambda: page.main(["--results", str(folder / "results.json"), "--out", str(out)]), "study page")
     said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("report.py: ")
+    assert stop.value.code == 2
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("study page: ")
     assert expected in said.err
-    assert out.read_text(encoding="utf-8") == "the last good page" and not (folder / "report.html.part").exists()
+    assert out.read_text(encoding="utf-8") == "the last good page" and list(folder.glob("*.tmp")) == []
 
 
 @pytest.mark.parametrize("expected", BAD)
@@ -414,7 +341,7 @@ def test_missing_truncated_and_foreign_files(tmp_path, capsys, name):
     whole = path.read_bytes()
     for content, expected in ((whole[:len(whole) // 2], "is not complete JSON"), (b"\x89PNG\r\n\xff", "is not UTF-8"),
                               (b"<html></html>", "is not complete JSON"), (b"[1, 2]", "must be an object"),
-                              (b"[" * 100_000, "recursion"), (None, name)):
+                              (b"[" * 100_000, "is nested too deeply"), (None, name)):
         if content is None:
             path.unlink()
         else:
@@ -435,7 +362,7 @@ def test_an_answer_may_hold_any_line_separator(tmp_path):
 def test_main_writes_the_page_and_says_where(tmp_path, capsys):
     results = written(tmp_path, *invented_study(**SMALL))
     out = tmp_path / "new" / "page.html"
-    assert page.main(["--results", str(results), "--out", str(out)]) == 0
+    page.main(["--results", str(results), "--out", str(out)])
     assert str(out) in capsys.readouterr().out
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [p.name for p in out.parent.iterdir()] == ["page.html"]
@@ -446,77 +373,6 @@ def test_main_writes_the_page_and_says_where(tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page in a browser
-
-
-class Browser:
-    """As much of W3C WebDriver as these tests need."""
-
-    def __init__(self, driver, chromium, profile):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([driver, f"--port={port}"], **quiet)
-        self.base = f"http://127.0.0.1:{port}"
-        for _ in range(100):
-            try:
-                self.call("GET", "/status")
-                break
-            except urllib.error.URLError:
-                time.sleep(0.05)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                 "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-                 "--hide-scrollbars", "--window-size=1280,900", f"--user-data-dir={profile}"]
-        session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": {
-            "goog:chromeOptions": {"binary": chromium, "args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}}})
-        self.base += f"/session/{session['sessionId']}"
-
-    def call(self, method, path, body=None):
-        data = json.dumps(body or {}).encode() if method == "POST" else None
-        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)["value"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(json.load(error)["value"]["message"]) from None
-
-    def js(self, code, *arguments):
-        return self.call("POST", "/execute/sync", {"script": code, "args": list(arguments)})
-
-    def devtools(self, command, **parameters):
-        return self.call("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
-
-    def open(self, url):
-        self.call("POST", "/url", {"url": "about:blank"})
-        self.call("POST", "/url", {"url": url})
-        for _ in range(200):
-            if self.js("return document.querySelector('main:not([aria-busy])') !== null"):
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"the page was not drawn: {self.complaints()}")
-
-    def click(self, selector):
-        element = self.call("POST", "/element", {"using": "css selector", "value": selector})
-        self.call("POST", f"/element/{next(iter(element.values()))}/click")
-
-    def keys(self, *keys):
-        presses = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": presses}]})
-
-    def drag(self, start, end):
-        moves = [{"type": "pointerMove", "x": round(start[0]), "y": round(start[1])},
-                 {"type": "pointerDown", "button": 0},
-                 {"type": "pointerMove", "x": round(end[0]), "y": round(end[1])},
-                 {"type": "pointerUp", "button": 0}]
-        self.call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": moves}]})
-
-    def complaints(self):
-        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"})]
-
-    def close(self):
-        self.call("DELETE", "")
-        self.process.terminate()
-        self.process.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -555,20 +411,43 @@ def png_rows(png):
     return height, width, zlib.decompress(data)
 
 
-VIEWS = ["map", "tradeoffs", "verdict", "behaviours", "layers", "idp", "made"]
-DRAWN = {"map": "[role=treeitem]", "tradeoffs": ".pick", "verdict": "tbody tr", "behaviours": "tbody tr",
-         "layers": "tbody tr", "idp": "circle", "made": "dd"}
+VIEWS = ["verdict", "tradeoffs", "map", "tests", "attributes", "sweeps", "behaviours", "layers", "idp", "made"]
+DRAWN = {"map": "[role=treeitem]", "tradeoffs": ".pick", "verdict": "tbody tr", "tests": "tbody tr", "sweeps": "path",
+         "attributes": "td", "behaviours": "tbody tr", "layers": "tbody tr", "idp": "circle", "made": "dd"}
+BYTES = "#x=bytes&y=recall_heldout&logx="                    # a picture in which every model has a place
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """An invented study with all that a view can show, a pool and layers among it, and the address of its page."""
+    study, predictions = with_everything(people=12)
+    other, _ = invented_study(**SMALL)
+    study["models"][-1] |= {"idp": other["models"][-1]["idp"]}
+    folder = tmp_path_factory.mktemp("everything")
+    return study, predictions, page.write_report(written(folder, study, predictions), folder / "page.html").as_uri()
+
+
+def look(browser, width, scheme="light"):
+    browser.devtools("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    browser.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+
+@pytest.fixture
+def usual(browser):
+    """The browser as it was, whatever a test did to its window."""
+    yield
+    look(browser, 1280)
 
 
 @pytest.mark.parametrize("width,scheme", [(1280, "light"), (390, "dark")])
-def test_each_view_is_drawn(browser, small, width, scheme):
-    browser.devtools("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-    browser.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    browser.open(small[2])
+def test_each_view_is_drawn(browser, usual, everything, width, scheme):
+    look(browser, width, scheme)
+    browser.open(everything[2])
     assert browser.complaints() == []
     for view in VIEWS:
         assert browser.js(f"return document.querySelectorAll('#{view} {DRAWN[view]}').length") > 3, view
-    assert "undefined" not in (shown := browser.js("return document.body.innerText")) and "NaN" not in shown
+    assert browser.js("return [...document.querySelectorAll('main > section')].map(s => s.id)") == VIEWS
+    assert "undefined" not in (shown := browser.js("return document.querySelector('main').textContent")) and "NaN" not in shown
     assert browser.js("return document.documentElement.scrollWidth") == width, "the page scrolls sideways"
     tables = browser.js("return [...document.querySelectorAll('.stack')].map(t => t.getBoundingClientRect().width)")
     assert len(tables) > 2 and max(tables) <= width, "a table does not fold up"
@@ -578,11 +457,32 @@ def test_each_view_is_drawn(browser, small, width, scheme):
     assert sum(byte != 0 for byte in filtered) > 20_000, "an even picture is almost all zeros once it is filtered"
     back = browser.js("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", back))) > 380) == (scheme == "light")
-    browser.devtools("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
 
 
-def test_no_two_labels_overlap(browser, small):
-    browser.open(small[2])
+# ---- what is drawn can be read
+
+
+@pytest.mark.parametrize("hash", ["", BYTES, BYTES + "&select="])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_label_is_nearest_to_its_own_point(browser, usual, everything, width, hash):
+    look(browser, width)
+    browser.open(everything[2] + hash)
+    found = browser.js("""
+        const points = [...document.querySelectorAll('#tradeoffs .pick')].map(n => {
+            const box = n.querySelector('.mark').getBoundingClientRect();
+            return [n.id.slice(4), box.x + box.width / 2, box.y + box.height / 2]; });
+        return [...document.querySelectorAll('#tradeoffs .label')].map(label => {
+            const box = label.querySelector('text').getBoundingClientRect(), leader = label.querySelector('line');
+            const far = points.map(([of, x, y]) => [of, Math.hypot(Math.max(box.left - x, 0, x - box.right),
+                Math.max(box.top - y, 0, y - box.bottom))]).sort((a, b) => a[1] - b[1]);
+            return [label.dataset.of, far[0][0], far[0][1], leader !== null]; })""")
+    assert len(found) >= (10 if width == 1280 else 3)
+    for own, nearest, distance, leader in found:
+        assert own == nearest and (distance < 22 or leader), (own, nearest, distance)
+
+
+def test_no_two_labels_overlap(browser, everything):
+    browser.open(everything[2])
     for view in ("map", "tradeoffs"):
         boxes = browser.js("""return [...document.querySelectorAll(`#${arguments[0]} figure svg[role] text`)].map(t => {
             const box = t.getBoundingClientRect();
@@ -593,18 +493,162 @@ def test_no_two_labels_overlap(browser, small):
                 assert p[0] >= q[2] or p[2] <= q[0] or p[1] >= q[3] or p[3] <= q[1], f"{view}: {a} over {b}"
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_intervals_are_seen(browser, usual, everything, width):
+    """An interval is wider than its dot, or drawn after it and so over it."""
+    look(browser, width)
+    browser.open(everything[2])
+    strips = browser.js("""return [...document.querySelectorAll('#verdict .strip')].map(strip => {
+        const dot = strip.querySelector('.dot > *'), ci = strip.querySelector('line.ci');
+        if (!dot || !ci) return null;
+        const over = dot.compareDocumentPosition(ci) & Node.DOCUMENT_POSITION_FOLLOWING;
+        return [dot.getBoundingClientRect().width, ci.getBoundingClientRect().width, over > 0]; }).filter(Boolean)""")
+    assert len(strips) > 60
+    assert all(over or interval > dot for dot, interval, over in strips)
+    bars = browser.js("""const all = [...document.querySelectorAll('#tradeoffs figure svg > *')];
+        const last = Math.max(...all.map((n, i) => n.matches('.pick') ? i : 0));
+        return all.filter((n, i) => n.matches('.bars') && i > last).length""")
+    assert bars > 10
+
+
+def test_what_cannot_be_divided_is_not_a_number(browser, everything):
+    """One base lost too little: its fractions (1.4 in the file, without an interval) are nowhere on the page."""
+    browser.open(everything[2])
+    rows = browser.js("""return [...document.querySelectorAll('#verdict .half')].map(c => c.textContent)""")
+    assert sum("too little was lost" in row for row in rows) == 2 and not any("140.0 %" in row for row in rows)
+    assert "GPTQ 5 bits + prompt 8" in browser.js("return document.querySelector('#tradeoffs figure').textContent")
+    assert "140" not in browser.js("return document.querySelector('#picture').textContent")
+
+
+def test_a_value_off_the_axis_is_an_arrow(browser, tmp_path):
+    study, predictions = with_everything(people=2)
+    far = next(m for m in study["models"] if m["id"] == "gptq-3+LoRA rank 8")
+    far["metrics"]["displaced"], far["intervals"]["displaced"] = 7.5, [6.0, 9.0]
+    browser.open(page.write_report(written(tmp_path, study, predictions), tmp_path / "page.html").as_uri())
+    index = study["models"].index(far)
+    cell = browser.js("return document.querySelector(arguments[0]).innerHTML", f"#verdict tr[data-m='{index}'] .half")
+    assert "750.0 %" in cell and 'd="M0,-5L7,0L0,5Z"' in cell and "<circle" not in cell
+    top = browser.js("""const at = id => document.querySelector(id).getBoundingClientRect();
+        return at('#dot-' + arguments[0]).y - at('#tradeoffs figure rect').y""", index)
+    assert -5 < top < 120, "beyond the axis the point stands at its edge"
+
+
+def test_a_verdict_that_differs_from_its_interval_says_why(browser, everything):
+    study = everything[0]
+    odd = [m for m in study["models"] if m.get("confirmed") is False and (m["intervals"]["displaced"][0] or -1) > 0]
+    assert odd, "the invented study has one"
+    browser.open(everything[2])
+    for m in odd:
+        said = browser.js("return document.querySelector(arguments[0]).nextSibling.textContent",
+                          f"#verdict tr[data-m='{study['models'].index(m)}']")
+        assert "The interval lies above 0, but the gain is not confirmed: p " in said
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_cell_of_a_heat_map_can_be_read(browser, usual, everything, scheme):
+    look(browser, 1280, scheme)
+    browser.open(everything[2])
+    worst = browser.js("""
+        const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+        const rgb = c => { canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+        const bright = c => rgb(c).slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+            .reduce((s, v, k) => s + v * [.2126, .7152, .0722][k], 0);
+        const cells = [...document.querySelectorAll('.heat td[style]')];
+        return [cells.length, Math.min(...cells.map(td => {
+            const look = getComputedStyle(td), [a, b] = [bright(look.color), bright(look.backgroundColor)];
+            return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); }))]""")
+    assert worst[0] > 200 and worst[1] >= 4.5, worst
+
+
+def luminance_parts(colour):
+    values = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+
+
+def contrast(a, b):
+    a, b = sorted(sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), luminance_parts(c))) for c in (a, b))
+    return (b + 0.05) / (a + 0.05)
+
+
+SEEN = {  # Machado, Oliveira & Fernandes 2009, severity 1: what each colour blindness makes of linear red, green, blue
+    "typical": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}
+
+
+def oklab(colour, eyes):
+    r, g, b = (max(0, sum(m * v for m, v in zip(row, luminance_parts(colour)))) for row in SEEN[eyes])
+    cones = [(0.4122214708 * r + 0.5363325363 * g + 0.0514459929 * b) ** (1 / 3),
+             (0.2119034982 * r + 0.6806995451 * g + 0.1073969566 * b) ** (1 / 3),
+             (0.0883024619 * r + 0.2817188376 * g + 0.6299787005 * b) ** (1 / 3)]
+    rows = ((0.2104542553, 0.7936177850, -0.0040720468), (1.9779984951, -2.4285922050, 0.4505937099),
+            (0.0259040371, 0.7827717662, -0.8086757660))
+    return [sum(w * c for w, c in zip(row, cones)) for row in rows]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+@pytest.mark.parametrize("eyes", SEEN)
+def test_colours_are_told_apart_by_any_eyes(scheme, eyes):
+    block = PARTS["css"].read_text(encoding="utf-8").split(":root {")[1 + scheme]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block.split("}")[0]))
+    for name in ("dense", "compressed", "repaired", "right", "wrong", "muted", "ink"):
+        assert contrast(colours[name], colours["paper"]) >= 4.5, name
+    for group in (("dense", "compressed", "repaired"), ("right", "wrong")):
+        for i, a in enumerate(group):
+            for b in group[:i]:
+                assert 100 * math.dist(oklab(colours[a], eyes), oklab(colours[b], eyes)) > 8, (a, b)
+
+
+def axe():
+    """Where axe.min.js of the npm package axe-core lies, or None."""
+    places = [os.environ.get("AXE"), ROOT / "node_modules/axe-core/axe.min.js",
+              pathlib.Path.home() / "node_modules/axe-core/axe.min.js"]
+    return next((pathlib.Path(p) for p in places if p and pathlib.Path(p).is_file()), None)
+
+
+@pytest.mark.skipif(axe() is None, reason="no axe-core here (npm install axe-core, or AXE=.../axe.min.js)")
+@pytest.mark.parametrize("width,scheme", [(1280, "light"), (390, "dark")])
+def test_axe_finds_nothing(browser, usual, everything, width, scheme):
+    look(browser, width, scheme)
+    browser.open(everything[2])
+    browser.js("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    browser.js(axe().read_text(encoding="utf-8") + "; window.axe = axe;")
+    browser.js("""window.found = null; setTimeout(() => axe.run(document, { resultTypes: ['violations'] })
+        .then(r => { window.found = r.violations.map(v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 200)]); }), 0)""")
+    for _ in range(300):
+        if (found := browser.js("return window.found")) is not None:
+            break
+        time.sleep(0.2)
+    assert found == []
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node here")
+def test_helpers_in_node(tmp_path):
+    (tmp_path / "report.mjs").write_text(PARTS["js"].read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "report.test.mjs").write_text((ROOT / "tests/report.test.mjs").read_text(encoding="utf-8"), encoding="utf-8")
+    study, predictions = invented_study(**SMALL)
+    (tmp_path / "packed.json").write_text(json.dumps(made(study, predictions).data()), encoding="utf-8")
+    done = subprocess.run(["node", "--test", "report.test.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- what can be done with it
+
+
 def test_selecting(browser, small):
     study, _, url = small
-    browser.open(url)
+    browser.open(url + BYTES)
     assert len(selection(browser)) == 6                                  # the first compressed model and its family
     browser.click("#map-1")
     assert selection(browser) == ["map-1"] and "select=gptq-3" in browser.js("return location.hash")
     browser.js("""document.getElementById('map-6')
         .dispatchEvent(new MouseEvent('click', {bubbles: true, shiftKey: true}))""")
     assert selection(browser) == ["map-1", "map-6"]
-    assert browser.js("return [...document.querySelectorAll('#tradeoffs [aria-pressed=true]')].length") == 2
+    assert browser.js("return [...document.querySelectorAll('#tradeoffs .pick[aria-pressed=true]')].length") == 2
     browser.click("#add-parents")
     assert selection(browser) == ["map-0", "map-1", "map-6"]
+    browser.click("#chips summary")
     browser.click("#chip-6")
     browser.click("#add-children")
     assert selection(browser) == [f"map-{i}" for i in (0, 1, 2, 3, 4, 5, 6)]
@@ -625,7 +669,7 @@ def test_selecting(browser, small):
 
 def test_the_front_is_what_no_model_beats(browser, small):
     study, _, url = small
-    browser.open(f"{url}#x=bytes&y=recall_seen")
+    browser.open(f"{url}#x=bytes&y=recall_seen&logx=")
     browser.click("#trade-table summary")
     time.sleep(0.1)
     rows = browser.js("""return [...document.querySelectorAll('#trade-table tbody tr')]
@@ -639,7 +683,7 @@ def test_the_front_is_what_no_model_beats(browser, small):
 
 
 def test_brushing_selects_what_lies_inside(browser, small):
-    browser.open(f"{small[2]}#view=tradeoffs")
+    browser.open(f"{small[2]}{BYTES}&view=tradeoffs")
     dots = browser.js("""return [...document.querySelectorAll('#tradeoffs .pick')].map(n => {
         const box = n.querySelector('path').getBoundingClientRect();
         return [+n.id.slice(4), box.x + box.width / 2]; })""")
@@ -690,10 +734,16 @@ def test_filters_search_sort_and_flips(browser, small):
     assert found() == len(facts) // 3
     browser.click("#search")
     browser.keys(*"heldoutson 2")
+    for _ in range(40):                                                  # the search waits for a pause in the typing
+        time.sleep(0.05)
+        if found() == len(ATTRIBUTES):
+            break
     assert found() == len(ATTRIBUTES) and browser.js("return document.activeElement.id") == "search"
     pick("facts-split", "")
     pick("search", "", "input")
+    time.sleep(0.4)
 
+    assert browser.js("return document.querySelectorAll('.answers tbody tr').length") == 50
     browser.click("#facts-on")                                           # 60 facts: the second page has ten
     assert browser.js("return document.querySelectorAll('.answers tbody tr').length") == len(facts) - 50
     browser.click("#sort-m1")
@@ -710,9 +760,9 @@ def test_markup_is_shown_as_text(browser, tmp_path):
     browser.open(page.write_report(written(tmp_path, study, predictions), tmp_path / "page.html").as_uri())
     ran = browser.js("return [typeof window.hacked, document.images.length, document.scripts.length]")
     assert ran == ["undefined", 0, 2]
-    assert browser.js("return [document.title, document.querySelector('h1').textContent]") == [EVIL[0], EVIL[0]]
-    look = "const shown = document.body.innerText; return arguments[0].filter(word => !shown.includes(word))"
-    assert browser.js(look, EVIL[:3] + ["not a number"]) == []
+    assert browser.js("return document.getElementById('kicker').textContent").startswith(EVIL[0])
+    seek = "const shown = document.body.textContent; return arguments[0].filter(word => !shown.includes(word))"
+    assert browser.js(seek, EVIL[:3] + ["not a number"]) == []
     browser.click("#map-0")                                              # its id is __proto__
     assert selection(browser) == ["map-0"] and browser.complaints() == []
 
@@ -722,12 +772,12 @@ def test_a_browser_that_cannot_unpack_says_so(browser, small):
     try:
         browser.call("POST", "/url", {"url": "about:blank"})
         browser.call("POST", "/url", {"url": small[2]})
-        assert "older than this page" in browser.js("return document.querySelector('header').innerText")
+        assert "older than this page" in browser.js("return document.querySelector('header').textContent")
         assert any("DecompressionStream is not defined" in message for message in browser.complaints())
     finally:
         browser.devtools("Page.removeScriptToEvaluateOnNewDocument", **script)
     browser.open(small[2])
-    assert "older than this page" not in browser.js("return document.body.innerText")
+    assert "older than this page" not in browser.js("return document.querySelector('header').textContent")
 
 
 def test_odd_answers_are_unpacked(browser, tmp_path):
@@ -745,25 +795,137 @@ def test_odd_answers_are_unpacked(browser, tmp_path):
 def test_what_was_not_measured_is_said(browser, tmp_path):
     study = {"operations": [], "metrics": [{"name": "bytes"}], "models": [{"id": "alone", "metrics": {"bytes": None}}]}
     browser.open(page.write_report(written(tmp_path, study, []), tmp_path / "page.html").as_uri())
-    for view in VIEWS[1:]:
-        assert "not measured in this run" in browser.js(f"return document.getElementById('{view}').innerText"), view
+    for view in set(VIEWS) - {"map"}:
+        assert "not measured in this run" in browser.js(f"return document.getElementById('{view}').textContent"), view
     assert "alone" in browser.js("return document.querySelector('#map figure').textContent")
     assert browser.complaints() == []
 
 
-def test_five_thousand_facts_of_a_dozen_models(browser, tmp_path):
-    study, predictions = invented_study(people=334, compressed=COMPRESSED[:4], repairs=REPAIRS[:2])
+def test_the_layout_of_compress_and_compare_can_be_explored(browser, tmp_path):
+    study = {"operations": [{"name": "Pruning", "parameters": ["sparsity"]}],
+             "metrics": [{"name": "F1", "min": 0.0, "max": 100.0, "primary": True, "format": ".2", "unit": "%"},
+                         {"name": "size"}],
+             "models": [{"id": "base", "base": None, "operation": None, "metrics": {"F1": 90.5, "size": 10}},
+                        {"id": "half", "base": "base", "metrics": {"F1": 81.25, "size": 5},
+                         "operation": {"name": "Pruning", "parameters": {"sparsity": 0.5}}},
+                        {"id": "tuned", "base": "half", "metrics": {"F1": 88, "size": 5},
+                         "operation": {"name": "Finetuning", "parameters": {}}}]}
+    browser.open(page.write_report(written(tmp_path, study, []), tmp_path / "page.html").as_uri())
+    assert browser.js("return document.querySelectorAll('#tradeoffs .pick').length") == 3
+    assert browser.js("return document.querySelectorAll('#map [role=treeitem]').length") == 3
+    browser.click("#dot-2")
+    assert selection(browser) == ["map-2"] and browser.complaints() == []
+
+
+def test_a_malformed_part_spoils_its_own_view_only(browser, tmp_path):
+    study, predictions = invented_study(**SMALL)
+    study["models"][1]["layers"] = [{"name": "h", "histogram": {"edges": 7}}]
     browser.open(page.write_report(written(tmp_path, study, predictions), tmp_path / "page.html").as_uri())
-    browser.click("#add-all")
-    slowest = browser.js("""
+    assert "cannot be drawn from this file" in browser.js("return document.querySelector('#layers').textContent")
+    for view in ("verdict", "tradeoffs", "map", "behaviours", "idp", "made"):
+        assert browser.js(f"return document.querySelectorAll('#{view} {DRAWN[view]}').length") > 3, view
+
+
+def test_back_goes_back(browser, everything):
+    browser.open(everything[2])
+    browser.click("#map-1")
+    browser.click("#map-3")
+    browser.js("document.querySelector('nav a[href=\"#view=tests\"]').click()")
+    assert "view=tests" in browser.js("return location.hash")
+    for expected in (["map-3"], ["map-1"]):
+        browser.js("history.back()")
+        time.sleep(0.3)
+        assert selection(browser) == expected
+    browser.js("history.back()")
+    time.sleep(0.3)
+    assert len(selection(browser)) > 2 and browser.js("return location.hash") == ""
+
+
+def test_a_model_lights_up_in_every_view(browser, everything):
+    browser.open(everything[2])
+    index = [m["id"] for m in everything[0]["models"]].index("rtn-3+LoRA rank 8")
+    browser.js("""document.getElementById(`map-${arguments[0]}`)
+        .dispatchEvent(new PointerEvent('pointerover', { bubbles: true }))""", index)
+    lit = browser.js("return [...new Set([...document.querySelectorAll('.lit')].map(n => n.dataset.m))]")
+    assert lit == [str(index)]
+    views = browser.js("""return [...document.querySelectorAll('main > section')]
+        .filter(s => s.querySelector('.lit')).map(s => s.id)""")
+    assert set(views) >= {"verdict", "tradeoffs", "map", "tests", "attributes", "behaviours"}
+    browser.js("document.body.dispatchEvent(new PointerEvent('pointerover', { bubbles: true }))")
+    assert browser.js("return document.querySelectorAll('.lit').length") == 0
+
+
+def test_the_tests_view_shows_what_the_study_compared(browser, everything):
+    study = everything[0]
+    browser.open(everything[2])
+    rows = browser.js("return [...document.querySelectorAll('.tests tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
+    held_out = [row for row in study["comparisons"] if row["what"] == "recall, held-out"]
+    assert len(rows) == len(held_out) + 1 + len(study["noise"])
+    for shown, row in zip(rows, held_out):
+        assert shown[2:5] == [f"{100 * row['difference']:+.1f}".replace("-", "−"), str(row["gained"]), str(row["lost"])] \
+            or row["difference"] == 0 or abs(row["difference"]) < 0.0005
+        assert shown[6].startswith("1") and shown[7] == "±2.0"
+    assert "noise floor" in rows[len(held_out)][0] and rows[-1][3:5] == ["1", "0"]
+    said = browser.js("return document.querySelector('#tests .pairs').textContent")
+    assert "GPTQ leaves less" in said and "inferior" in said
+
+
+def test_a_histogram_of_change_keeps_the_facts_of_a_range(browser, everything):
+    _, predictions, url = everything
+    browser.open(url + "#change=rtn-3&from=-20&to=-1")
+    log = {model: [p["logprob"] for p in predictions if p["model"] == model] for model in ("dense", "rtn-3")}
+    expected = sum(-20 <= round(a, 2) - round(b, 2) <= -1 for a, b in zip(log["rtn-3"], log["dense"]))
+    said = int(re.search(r"of (\d+) fact", browser.js("return document.getElementById('facts-found').textContent"))[1])
+    assert abs(said - expected) <= 2 and 10 < said < len(log["dense"]) - 10                 # hundredths round at the edge
+    browser.click("#change-all")
+    assert f"of {len(log['dense'])} facts" in browser.js("return document.getElementById('facts-found').textContent")
+
+
+def test_nobody_is_blamed_for_what_nobody_can_know(browser, everything):
+    browser.open(everything[2] + "#split=novel")
+    heads = browser.js("return [...document.querySelectorAll('.answers thead .sub')].map(n => n.textContent)")
+    assert set(heads) == {"nobody can know"}
+
+
+def test_few_facts_a_page_on_a_phone(browser, usual, everything):
+    look(browser, 390)
+    browser.open(everything[2])
+    assert browser.js("return document.querySelectorAll('.answers tbody tr').length") == 10
+    browser.click("#chips summary")
+    chips = browser.js("""return [...document.querySelectorAll('.chip')].map(c => c.getBoundingClientRect())
+        .map(r => [r.left, r.right])""")
+    assert len(chips) > 5 and all(0 <= left and right <= 390 for left, right in chips)
+
+
+def test_printed_it_is_black_on_white_and_whole(browser, usual, everything):
+    browser.open(everything[2])
+    browser.devtools("Emulation.setEmulatedMedia", media="print",
+                     features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    assert browser.js("return getComputedStyle(document.querySelector('.bar')).display") == "none"
+    assert browser.js("return getComputedStyle(document.documentElement).getPropertyValue('--ink')").strip() == "#1c1c1e"
+    pdf = base64.b64decode(browser.devtools("Page.printToPDF", preferCSSPageSize=True)["data"])
+    assert pdf.startswith(b"%PDF") and 5 < pdf.count(b"/Type /Page\n") + pdf.count(b"/Type/Page\n") < 60
+    browser.devtools("Emulation.setEmulatedMedia", media="", features=[])
+
+
+def test_five_thousand_facts_of_forty_models(browser, tmp_path):
+    more = [(f"{i}{k}", f"{tag} {k}", *rest) for k in range(2) for i, tag, *rest in COMPRESSED[:4]]
+    study, predictions = invented_study(people=334, compressed=more, repairs=REPAIRS)
+    assert len(study["models"]) == 41 and len(predictions) == 41 * 5010
+    browser.open(page.write_report(written(tmp_path, study, predictions), tmp_path / "page.html").as_uri())
+    took, loop = browser.js("""
         const find = id => document.getElementById(id);
         const put = (id, value, event) => { find(id).value = value; find(id).dispatchEvent(new Event(event)); };
-        const actions = [() => put('facts-show', 'broken', 'change'), () => put('search', 'vienna', 'input'),
-          () => find('sort-m3').click(), () => find('add-all').click()];
-        return Math.max(...actions.map(action => {
+        const timed = action => {
           const start = performance.now();
           action();
           document.body.offsetHeight;                       // laid out, not only asked for
           return performance.now() - start;
-        }))""")
-    assert len(selection(browser)) == 13 and slowest < 2000, f"{slowest:.0f} ms"
+        };
+        const actions = [() => find('add-all').click(), () => put('facts-show', 'broken', 'change'),
+          () => find('sort-m3').click(), () => find('map-1').dispatchEvent(new MouseEvent('click', { bubbles: true })),
+          () => find('add-all').click()];
+        return [actions.map(timed), timed(() => { let x = 0; for (let i = 0; i < 1e8; i++) x += i % 7; window.x = x; })]""")
+    assert len(selection(browser)) == 41
+    # The loop takes 0.1 s where nothing else runs: there an action may take 0.3 s, on a busy machine as much longer.
+    assert sorted(took)[-2] < 3 * max(100, loop) and max(took) < 6 * max(100, loop), (took, loop)

@@ -1,0 +1,114 @@
+// The helpers of study/report.js without a browser: `node --test`, run by tests/test_page.py beside a copy of the file.
+import { test } from "node:test";
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import * as report from "./report.mjs";
+
+const packed = JSON.parse(readFileSync("packed.json", "utf8"));
+const { models, facts } = report.load(packed);
+
+test("an interval shows on which side of 0 it ends", () => {
+  assert.equal(report.shareRange([-0.0013, 0.0646]), "−0.1 to 6.5");
+  assert.equal(report.shareRange([-0.00003, 0.0646]), "−0.003 to 6.460");
+  assert.equal(report.shareRange([0, 0.5]), "0.0 to 50.0");
+  assert.equal(report.signed(-0.001), "−0.00");
+  assert.equal(report.signed(0), "0.00");
+});
+
+test("probabilities keep two digits, and small ones their power", () => {
+  assert.equal(report.probability(0.0123), "0.012");
+  assert.equal(report.probability(1), "1");
+  assert.equal(report.probability(3.2e-12), "3 × 10⁻¹²");
+  assert.equal(report.probability(null), "not measured");
+});
+
+test("sets of facts count as lists do", () => {
+  let seed = 1;
+  const random = () => (seed = seed * 16807 % 2147483647) / 2147483647;
+  for (const n of [0, 1, 31, 32, 33, 64, 500]) {
+    const [a, b, c] = [0, 1, 2].map(() => Array.from({ length: n }, () => random() < 0.5));
+    const [A, B, C] = [a, b, c].map(list => report.bitsWhere(n, i => list[i]));
+    const count = test => a.filter((_, i) => test(i)).length;
+    assert.equal(report.size(A), count(i => a[i]));
+    assert.equal(report.size(A, B), count(i => a[i] && b[i]));
+    assert.equal(report.size(A, B, C), count(i => a[i] && b[i] && !c[i]));
+    assert.equal(report.size(report.or(A, B)), count(i => a[i]) + b.filter((v, i) => v && !a[i]).length);
+    assert.equal(report.size(report.without(A, B)), count(i => a[i] && !b[i]));
+    assert.ok(a.every((v, i) => report.has(A, i) === v));
+  }
+});
+
+test("filters are what they say", () => {
+  const right = id => packed.answers[id].said.map((k, i) => (k === 0) !== packed.answers[id].odd.includes(i));
+  const c = models.find(m => m.id === "gptq-3"), [dense, small] = ["dense", "gptq-3"].map(right);
+  const broken = facts.map((_, i) => dense[i] && !small[i]), lora = right("gptq-3+lora"), others = ["prompt", "prefix", "idp"].map(r => right(`gptq-3+${r}`));
+  const list = report.filters(c, [models[0], c], [models[0], c]), set = key => list.find(f => f.key === key).set;
+  const same = (key, expected) => facts.forEach((_, i) => assert.equal(report.has(set(key), i), expected(i), `${key} ${i}`));
+  same("all", () => true);
+  same("differ", i => dense[i] !== small[i]);
+  same("broken", i => broken[i]);
+  same("only LoRA", i => broken[i] && lora[i] && !others.some(r => r[i]));
+  same("lost", i => broken[i] && !lora[i] && !others.some(r => r[i]));
+  same("new", i => small[i] && [lora, ...others].some(r => !r[i]));
+  same("flip 0 1", i => dense[i] && !small[i]);
+});
+
+test("the share of right answers leaves out what nobody can know", () => {
+  const all = facts.map((_, i) => i), novel = all.filter(i => facts[i].split === "novel");
+  const known = all.filter(i => facts[i].split !== "novel"), said = packed.answers.dense;
+  const right = known.filter(i => (said.said[i] === 0) !== said.odd.includes(i)).length;
+  assert.ok(novel.length > 5);
+  assert.equal(report.shareRight(models[0], all), right / known.length);
+  assert.equal(report.shareRight(models[0], novel), null);
+});
+
+test("roles: grey is the dense model, blue compressed, orange repaired", () => {
+  assert.deepEqual(["dense", "gptq-3", "gptq-3+idp"].map(id => report.roleOf(models.find(m => m.id === id))), ["dense", "compressed", "repaired"]);
+});
+
+test("scales go through their ends, and a logarithm has a place for 0", () => {
+  const plain = report.scaleOf([0, 10], [0, 100]);
+  assert.ok(plain(0) > 0 && plain(10) < 100 && Math.abs(plain(5) - 50) < 1e-9);
+  const log = report.scaleOf([0, 768, 55296], [0, 1000], true);
+  assert.ok(log(0) < 30 && log(768) > 34 && log(55296) < 1000);
+  assert.ok(Math.abs(log(Math.sqrt(768 * 55296)) - (log(768) + log(55296)) / 2) < 1e-9);
+  assert.equal(log.ticks[0], 0);
+  assert.ok(Math.abs(log.invert(log(5000)) - 5000) < 1e-6);
+  const below = report.scaleOf([-1, 10], [0, 100], true);
+  assert.ok(Math.abs(below(4.5) - 50) < 1e-9, "nothing below 0 has a logarithm");
+});
+
+test("a label is nearest to its own point, and none lies on another", () => {
+  let seed = 7;
+  const random = () => (seed = seed * 16807 % 2147483647) / 2147483647;
+  const points = Array.from({ length: 40 }, (_, k) => ({ px: 40 + random() * 900, py: 30 + random() * 400, label: `model ${k}` }));
+  const width = string => 7 * string.length, placed = report.placeLabels(points, { left: 0, right: 1000, top: 0, bottom: 460 }, width);
+  const far = ([l, t, r, b], p) => Math.hypot(Math.max(l - p.px, 0, p.px - r), Math.max(t - p.py, 0, p.py - b));
+  assert.ok(placed.filter(Boolean).length > 30);
+  placed.forEach((found, k) => {
+    if (!found) return;
+    points.forEach((q, j) => j === k || assert.ok(far(found.place, q) > far(found.place, points[k])));
+    if (far(found.place, points[k]) > 14) assert.ok(found.leader);
+    placed.slice(0, k).filter(Boolean).forEach(({ place: b }) => {
+      const a = found.place;
+      assert.ok(a[0] >= b[2] || a[2] <= b[0] || a[1] >= b[3] || a[3] <= b[1]);
+    });
+  });
+});
+
+test("points that lie on each other get one label at most where no other place is nearer", () => {
+  const points = [{ px: 50, py: 50, label: "a" }, { px: 50, py: 50, label: "b" }];
+  assert.deepEqual(report.placeLabels(points, { left: 0, right: 300, top: 0, bottom: 300 }, () => 10), [null, null]);
+});
+
+test("the front is what no other beats", () => {
+  const points = [[1, 5], [2, 4], [3, 6], [2, 6], [1, 6]].map(([x, y]) => ({ x, y }));
+  assert.deepEqual(report.front(points, -1, 1).map(p => [p.x, p.y]), [[1, 6]]);
+  assert.deepEqual(report.front(points, 1, 1).map(p => [p.x, p.y]), [[3, 6]]);
+  assert.deepEqual(report.front(points, null, 1), []);
+});
+
+test("names at the end of lines are pushed apart, in their order", () => {
+  const out = report.apart([10, 12, 11, 80], 15), order = [0, 2, 1, 3];
+  for (let k = 1; k < 4; k++) assert.ok(out[order[k]] - out[order[k - 1]] >= 15 - 1e-9);
+});

@@ -1,0 +1,142 @@
+"""The README's picture against the numbers it was drawn from: the SVG is parsed again and every mark is measured."""
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from engine.script import guard
+from invented import PLANNED, with_everything, written
+from study import figure
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def parsed(results):
+    return ElementTree.fromstring(figure.draw(results))
+
+
+def marks(svg):
+    """[(title, mark, interval's path)] of every dot or arrow."""
+    return [(g.find(f"{SVG}title").text, g[1], g.find(f"{SVG}path[@class='ci']")) for g in svg.iter(f"{SVG}g")]
+
+
+def texts(svg):
+    return ["".join(t.itertext()) for t in svg.iter(f"{SVG}text")]
+
+
+def share_at(x, panel):
+    left, right = figure.PANELS[panel]
+    return figure.LOW + (x - left) / (right - left) * (figure.HIGH - figure.LOW)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return with_everything(people=2)[0]
+
+
+def test_every_dot_stands_at_its_number(study):
+    svg = parsed(study)
+    expected = [(m, name) for base in sorted(PLANNED, key=lambda b: PLANNED[b][1] != "control")
+                for m in study["models"] if m["base"] == base and m["intervals"].get("displaced", [None])[0] is not None
+                for name in ("displaced", "relearned")]
+    found = marks(svg)
+    assert len(found) == len(expected) == 2 * (20 + 8)
+    for (title, mark, ci), (model, name) in zip(found, expected):
+        assert title.startswith(f"{model['tag']}, {figure.NAMES[name]} ")
+        assert abs(share_at(float(mark.get("cx")), name) - model["metrics"][name]) < 0.002
+        ends = [float(x) for x in re.match(r"M([\d.]+) [\d.]+H([\d.]+)", ci.get("d")).groups()]
+        for x, end in zip(ends, model["intervals"][name]):
+            assert abs(share_at(x, name) - end) < 0.002 or not figure.LOW <= end <= figure.HIGH
+        sure = model["confirmed"] if name == "displaced" else not (model["intervals"][name][0] <= 0 <= model["intervals"][name][1])
+        assert ("hollow" in mark.get("class")) == (not sure)
+        assert ("control" in mark.get("class")) == (PLANNED[model["base"]][1] == "control")
+
+
+def test_an_interval_is_drawn_over_its_dot(study):
+    for _, mark, ci in marks(parsed(study)):
+        assert mark.tag != ci.tag or mark is not ci
+    for g in parsed(study).iter(f"{SVG}g"):
+        assert [child.get("class", "").split(" ")[0] for child in g][1:] in (["control", "ci"], ["repair", "ci"])
+
+
+def test_controls_stand_first_and_bracket_the_rest(study):
+    svg = parsed(study)
+    said = texts(svg)
+    names = [t for t in said if t in [v[0] for v in PLANNED.values()] or t in [v[1] for v in figure.KNOWN.values()]]
+    assert names[:3] == [figure.KNOWN[k][1] for k in ("locked", "not-yet-told", "rank-one")] and len(names) == len(PLANNED)
+    brackets = [p.get("d") for p in svg.iter(f"{SVG}path") if p.get("class") == "bracket"]
+    tops = [float(re.search(r"M[\d.]+ ([\d.]+)", d)[1]) for d in brackets]
+    bottoms = [float(re.search(r"V([\d.]+)", d)[1]) for d in brackets]
+    rows = [(float(mark.get("cy")), "control" in mark.get("class")) for _, mark, _ in marks(svg)]
+    assert len(brackets) == 2
+    assert all((y < min(tops)) if control else (max(tops) < y < min(bottoms)) for y, control in rows)
+    study = {**study, "models": [m for m in study["models"] if PLANNED.get(m["base"] or m["id"], " " * 2)[1] != "control"
+                                 and m.get("kind") != "control"]}
+    svg = parsed(study)
+    assert not [p for p in svg.iter(f"{SVG}path") if p.get("class") == "bracket"] and "Brackets" not in " ".join(texts(svg))
+
+
+def test_no_number_where_too_little_was_lost(study):
+    drawn = figure.draw(study)
+    assert "2 repairs: too little was lost to divide by" in drawn and "140.0 %" not in drawn
+    study = json.loads(json.dumps(study))
+    for m in study["models"]:
+        m["intervals"].pop("displaced", None)
+    assert marks(parsed(study)) == [] and "8 repairs" not in texts(parsed(study))
+
+
+def test_off_the_axis_is_an_arrow(study):
+    study = json.loads(json.dumps(study))
+    far = next(m for m in study["models"] if m["id"] == "rtn-3+prompt 8")
+    for value, side in ((9.0, 1), (-4.0, -1)):
+        far["metrics"]["displaced"], far["intervals"]["displaced"] = value, [value - 1, value + 1]
+        title, mark, ci = next(m for m in marks(parsed(study)) if m[0].startswith("prompt 8, displaced")
+                               and f"{abs(100 * value):.1f}" in m[0])
+        x, tip = (float(v) for v in re.match(r"M([\d.]+) [\d.]+L([\d.]+)", mark.get("d")).groups())
+        assert mark.tag == f"{SVG}path" and (tip - x) * side > 0
+        assert x == figure.PANELS["displaced"][side > 0]
+
+
+def test_nothing_leaves_the_picture_or_is_too_small(study):
+    """At 360 pixels a unit is 0.857 pixels: text of 11.5 units is 10 pixels high, and all of it lies inside."""
+    svg = parsed(study)
+    _, _, width, height = (float(v) for v in svg.get("viewBox").split())
+    assert width <= 420 and min(float(v) for v in re.findall(r"(\d+(?:\.\d+)?)px", figure.STYLE) if v != "4") * 360 / width > 9.8
+    for text in svg.iter(f"{SVG}text"):
+        x, y, string = float(text.get("x")), float(text.get("y")), "".join(text.itertext())
+        long = (7.4 if "small" not in text.get("class", "") else 6.2) * len(string)
+        start = {"middle": x - long / 2, "end": x - long}.get(text.get("text-anchor"), x)
+        assert start >= -1 and start + long <= width + 12 and 0 < y <= height, string
+    assert "http" not in figure.draw(study).replace("http://www.w3.org/2000/svg", "") and "<script" not in figure.draw(study)
+    assert "@media (prefers-color-scheme: dark)" in figure.STYLE
+
+
+def test_an_old_file_says_by_its_comparisons_what_is_confirmed(study):
+    study = json.loads(json.dumps(study))
+    before = figure.draw(study)
+    for m in study["models"]:
+        m.pop("confirmed", None)
+    assert figure.draw(study) == before
+    del study["comparisons"]
+    assert all("hollow" in mark.get("class") for title, mark, _ in marks(parsed(study)) if ", displaced" in title)
+
+
+def test_names_are_text(study):
+    study = json.loads(json.dumps(study))
+    study["models"][1]["tag"] = "<b>&\ud800\x07\uffff"
+    assert "<b>&���" in texts(parsed(study))
+
+
+def test_the_job_writes_a_file_or_says_why(study, tmp_path, capsys):
+    results = written(tmp_path, study, [])
+    figure.main(["--results", str(results), "--out", str(tmp_path / "f.svg")])
+    assert (tmp_path / "f.svg").read_text(encoding="utf-8") == figure.draw(study)
+    for content, expected in (("{", "is not complete JSON"), ('{"models": 1, "operations": [], "metrics": []}', "must be a list"),
+                              ('{"models": [{"id": "a", "metrics": {}}], "operations": [], "metrics": []}', "nothing to draw")):
+        results.write_text(content)
+        with pytest.raises(SystemExit) as stop:
+            guard(lambda: figure.main(["--results", str(results), "--out", str(tmp_path / "g.svg")]), "study figure")
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and expected in said and said.count("\n") == 1
+    assert not (tmp_path / "g.svg").exists()
