@@ -360,7 +360,7 @@ def main():
         lesson()
     else:
         from checkpoints.compression import compress_files
-        compress_files(sys.argv[1:])
+        compress_files(sys.argv[1:], compress)
 
 
 if __name__ == "__main__":

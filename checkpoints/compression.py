@@ -11,26 +11,39 @@ from dataclasses import fields
 
 import torch
 
-from checkpoints.native import load, save
-from checkpoints.vocabulary import load_ranks, make_encoding
-from checkpoints.weights import load_pretrained
-from compress import compress
-from engine.layers import HEADER, layer_line, summary
+from checkpoints.native import save
+from checkpoints.weights import read_model
 from engine.settings import METHODS, CompressConfig
 from kernels import PackedLinear
 
 LENGTH = 128  # tokens a row, where the context has room
 
 
-def open_checkpoint(path):
-    """(GPT, encoding or None) of any checkpoint that we can read; see the top of this file."""
-    if os.path.isdir(path) or not path.endswith(".safetensors"):
-        return load_pretrained(path, dtype=None)
-    model, ranks = load(path), os.path.join(os.path.dirname(path), "tokens.tiktoken")
-    return model, make_encoding(load_ranks(ranks)) if os.path.exists(ranks) else None
+HEADER = (f"{'layer':24s} {'shape':>12s} {'bits':>4s} {'zeros':>6s} {'damp':>8s} "
+          f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>4s}")
 
 
-def options():
+def layer_line(row):
+    """A report row as a line under HEADER."""
+    shape = "x".join(map(str, row["shape"]))
+    return (f"{row['name']:24s} {shape:>12s} {row['bits']:4d} {row['zeros']:6.3f} {row['damp']:8.2g} "
+            f"{row['error_before']:12.4g} {row['error_after']:9.3g} {row['relative_output_error']:9.4f} "
+            f"{row['seconds']:4.1f}")
+
+
+def summary(report):
+    """The line below the table."""
+    retried = sum(row["retries"] > 0 for row in report)
+    return (f"calibrated on {report[0]['tokens']:,} tokens; "
+            f"{retried} of {len(report)} layers needed more damping than asked for")
+
+
+def print_layers(report):
+    """The report rows as a table."""
+    print("\n".join([HEADER, *map(layer_line, report), summary(report)]))
+
+
+def option_parser():
     """Every field of CompressConfig as an option, with its default; and what to read and write."""
     parser = argparse.ArgumentParser(prog="compress.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Compress a checkpoint, calibrated on a text, and write it packed. "
@@ -92,9 +105,9 @@ def parameters(model):
                                       for m in packed)
 
 
-def compress_files(arguments):
-    """`python compress.py` with arguments. Raises ValueError or OSError for input that does not fit."""
-    args = options().parse_args(arguments)
+def compress_files(arguments, compress):
+    """`python compress.py` with arguments; `compress` is its function. Raises ValueError or OSError for bad input."""
+    args = option_parser().parse_args(arguments)
     given = {field.name: getattr(args, field.name) for field in fields(CompressConfig)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if not args.source or not args.text:
@@ -112,7 +125,7 @@ def compress_files(arguments):
         raise ValueError(f"--out {out}: not a file in a folder that exists")
     with open(args.text, "rb"):
         pass  # missing: say so before the checkpoint is read
-    model, encoding = open_checkpoint(args.source)
+    model, encoding = read_model(args.source, dtype=None)
     if encoding is None:
         raise ValueError(f"{args.source}: no tokenizer beside it (tokens.tiktoken, or tokenizer.json in a folder)")
     dtype, before = model.wte.weight.dtype, parameters(model)

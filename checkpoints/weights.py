@@ -339,16 +339,17 @@ def load_pretrained(path, dtype=torch.float32, tokenizer=True):
     return build(path, config, stored, family, dtype), encoding
 
 
-def read_model(path, tokenizer=True):
+def read_model(path, tokenizer=True, dtype=torch.float32):
     """(GPT, encoding or None) of any checkpoint there is: one of this study, a Hugging Face folder, a .gguf file.
 
     The vocabulary of a checkpoint of this study is the file tokens.tiktoken beside it; without that file it is None.
     tokenizer  False: leave the vocabulary alone
+    dtype      as in `load_pretrained`; a checkpoint of this study keeps its own
     Raises ValueError, naming the file, for a damaged or unsupported checkpoint; OSError for a missing file.
     """
     path = os.fspath(path)
     if os.path.isdir(path) or path.endswith(".gguf"):
-        return load_pretrained(path, tokenizer=tokenizer)
+        return load_pretrained(path, dtype, tokenizer)
     model, beside = load(path), os.path.join(os.path.dirname(path), "tokens.tiktoken")
     if not tokenizer or not os.path.exists(beside):
         return model, None

@@ -110,27 +110,3 @@ def report_row(W, new, plain, H, swept, factored, config):
             "relative_output_error": (after / size)**0.5 if size else 0.0,
             "weight_change": float(D.norm() / W.norm().clamp(min=1e-30)),
             "histogram": histogram((new - W) / max(rms, 1e-30))}
-
-
-HEADER = (f"{'layer':24s} {'shape':>12s} {'bits':>4s} {'zeros':>6s} {'damp':>8s} "
-          f"{'error before':>12s} {'after':>9s} {'of output':>9s} {'s':>4s}")
-
-
-def layer_line(row):
-    """A report row as a line under HEADER."""
-    shape = "x".join(map(str, row["shape"]))
-    return (f"{row['name']:24s} {shape:>12s} {row['bits']:4d} {row['zeros']:6.3f} {row['damp']:8.2g} "
-            f"{row['error_before']:12.4g} {row['error_after']:9.3g} {row['relative_output_error']:9.4f} "
-            f"{row['seconds']:4.1f}")
-
-
-def summary(report):
-    """The line below the table."""
-    retried = sum(row["retries"] > 0 for row in report)
-    return (f"calibrated on {report[0]['tokens']:,} tokens; "
-            f"{retried} of {len(report)} layers needed more damping than asked for")
-
-
-def print_layers(report):
-    """The report rows as a table."""
-    print("\n".join([HEADER, *map(layer_line, report), summary(report)]))

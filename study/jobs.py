@@ -3,7 +3,7 @@ Single steps of the study as scripts: train the dense GPT, compress it, repair w
 """
 import os
 
-from engine.layers import print_layers
+from checkpoints.compression import print_layers
 from study.settings import COMPRESSIONS, options, sized
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
