@@ -196,6 +196,14 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+def draw(p, generator=None):
+    """(B, 1) token ids drawn from probabilities p (B, V) by one uniform number a row, from a generator on the CPU: the same
+    seed draws the same tokens on any device."""
+    below = p.double().cumsum(-1) if p.device.type != "mps" else p.cumsum(-1)  # (B, V)
+    u = torch.rand(len(p), 1, generator=generator, dtype=torch.float64).to(below.device, below.dtype)
+    return torch.searchsorted(below, u * below[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
+
+
 def make_norm(config):
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -363,7 +371,7 @@ class GPT(nn.Module):
             for i in range(max_new_tokens):
                 logits = self.head(x)[:, -1]  # (B, V)
                 if temperature > 0:
-                    new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+                    new = draw((logits / temperature).softmax(-1), generator)  # (B, 1)
                 else:
                     new = logits.argmax(-1, keepdim=True)  # (B, 1)
                 if stop is not None:
