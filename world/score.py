@@ -88,7 +88,17 @@ def answer(subject, facts, encoding):
     if not facts or facts[0].options is None:
         return say(subject, facts, encoding)
     return [{"answer": fact.options[row["picked"]].strip(), "correct": row["picked"] == fact.gold,
-             "logprob": row["logprobs"][fact.gold], **row} for fact, row in zip(facts, choose(subject, facts, encoding))]
+             "logprob": row["logprobs"][fact.gold], "knowledge": knowledge(row["logprobs"], fact.gold), **row}
+            for fact, row in zip(facts, choose(subject, facts, encoding))]
+
+
+def knowledge(logprobs, gold):
+    """log p(right option) - logsumexp(options), in nats: at most 0, and -log n where n options are equally likely.
+
+    What changes every option alike, as a repaired format does, leaves it alone.
+    """
+    highest = max(logprobs)
+    return logprobs[gold] - highest - math.log(sum(math.exp(p - highest) for p in logprobs))
 
 
 def fitting(sizes, batch_size, room):
