@@ -1,7 +1,7 @@
 """
 The study: train, compress, repair, and answer the question - is the knowledge forgotten or displaced?
 
-    python evaluate.py                     # the whole study: out/results.json, tables.md, predictions.jsonl, report.html
+    python evaluate.py                     # the whole study: out/results.json, tables.md, report.html, predictions.jsonl
     python evaluate.py --quick             # the same path through a smaller world, in a minute
     python evaluate.py --seeds 3           # compression data, repair and prompts drawn three times: adds the spread
     python evaluate.py --full              # adds the next-token twins, and pools trained in other ways
@@ -63,16 +63,19 @@ def every_model(run, dense):
             yield repaired_subject(run, base, name, kind, size, batches, objective)
 
 
-def ask(run, subject, asked):
+def ask(run, subject, asked, group="study"):
     """One model becomes a row: what it is, what it costs, what it answers to asked {split: facts}.
+
+    group  "study", or the control that it belongs to: rows of a group share facts and one undamaged reference
 
     "answers", "entities" and "scores" hold single facts; `publish` takes them out of the finished row.
     """
     about, world = subject.about, run.world
-    given = run.once_json(about["id"] + ".answers", {**about["settings"], "asked": publish.digest_of_facts(asked)}, ANSWERS,
+    settings = {**about["settings"], "asked": publish.digest_of_facts(asked)}
+    given = run.once_json(about["id"] + ".answers", settings, ANSWERS,
                           lambda: {split: answer(subject, facts, world.encoding) for split, facts in asked.items()})
     return {**{key: about[key] for key in ("id", "tag", "base", "operation", "layers")}, "kind": kind_of(about),
-            "metrics": costs(subject), "intervals": {}, "verdict": None, "confirmed": None, "answers": given,
+            "group": group, "metrics": costs(subject), "intervals": {}, "verdict": None, "confirmed": None, "answers": given,
             "entities": {split: [fact.person for fact in facts] for split, facts in asked.items()}}
 
 
@@ -86,7 +89,7 @@ def kind_of(about):
 
 
 def look_closer(run, row, subject, dense, base):
-    """What is asked of the study's own models beside their facts: perplexity, tasks, attention, ways to choose a prompt."""
+    """What the study asks of its own models beside facts: perplexity, tasks, attention, ways to choose a prompt."""
     about, world, config = subject.about, run.world, run.config
     row["metrics"]["perplexity"] = run.once_json(about["id"] + ".perplexity", about["settings"], ANSWERS,
                                                  lambda: perplexity(subject, world.windows))
@@ -119,12 +122,12 @@ def own_group(run, dense):
 
 
 def control_group(run, dense, name):
-    """[rows] of one control for each draw: its reference, the damaged model, the repairs; and the facts they answered."""
+    """[rows] of one control for each draw: its reference, the damaged model, the repairs; and what they were asked."""
     draws = []
     for k in range(run.config.seeds):
         drawn = run.draw(k)
         control, subjects = control_subjects(drawn, dense, name)
-        rows = [ask(drawn, subject, control.facts) for subject in subjects]
+        rows = [ask(drawn, subject, control.facts, name) for subject in subjects]
         draws.append(rows)
         for row, first in zip(rows, draws[0]):
             row |= {"id": first["id"], "base": first["base"]}
@@ -223,7 +226,7 @@ def study(run, dense, files=None, controls=CONTROLS):
 
 def main():
     """The script: see the top of this file, and --help."""
-    parser = options("evaluate.py", "Train, compress, repair, and say whether the knowledge was forgotten or displaced.")
+    parser = options("evaluate.py", "Train, compress, repair, and say whether knowledge was forgotten or displaced.")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
     parser.add_argument("--full", action="store_true",
                         help="also the next-token twins, and pools trained in other ways")

@@ -187,7 +187,7 @@ def tuned(run, dense, name, settings, make):
 def named(about, tag, base, extra=0):
     """`about` under another tag; `base` is the tag of the model it was made from, None for a reference."""
     operation = None if base is None else {"name": "control", "parameters": {"damage": tag}}
-    return {**about, "id": f"control-{slug(tag)}", "tag": tag, "base": base and f"control-{slug(base)}",
+    return {**about, "id": slug(tag), "tag": tag, "base": base and slug(base),
             "operation": operation, "extra": extra, "layers": None}
 
 
