@@ -1,8 +1,8 @@
 """
 How often the intervals of study/statistics.py hold the truth, by simulation: 93 to 97 % is what 95 % should come to.
-With two seeds they are longer than that, never shorter.
+With two or three seeds some are longer than that, none is shorter.
 
-    python -m pytest -m slow tests/test_coverage.py          # about 40 s on a free core
+    python -m pytest -m slow tests/test_coverage.py          # about a minute on a free core
 
 The world here knows its truth. Fact f of person p is right for model m in seed k where
 
@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from study.statistics import (Estimate, compare, interval, mcnemar, pooled_test, recall_interval, resampled, share_of,
-                              t_interval)
+from study.statistics import (Estimate, compare, interval, mcnemar, pooled_test, recall_interval, resampled,
+                              share_interval, share_of, t_interval)
 
 pytestmark = pytest.mark.slow
 PEOPLE, FACTS, RESAMPLES, WORLDS = 500, 5, 1000, 1000
@@ -30,8 +30,7 @@ Z = NormalDist()
 @pytest.fixture(scope="module")
 def counts():
     """(RESAMPLES, PEOPLE) how often each person is drawn."""
-    generator = torch.Generator().manual_seed(0)
-    return PEOPLE * resampled(torch.eye(PEOPLE), RESAMPLES, generator).numpy()
+    return PEOPLE * resampled(torch.eye(PEOPLE), RESAMPLES, torch.Generator().manual_seed(0)).float().numpy()
 
 
 def shifts(rng, models, K, spread):
@@ -53,11 +52,13 @@ def right_answers(rng, recalls, moved, spread):
     return (left + noise < threshold[:, :, None, None].astype(np.float32)).sum(-1).transpose(2, 0, 1)
 
 
-def estimates(right, counts):
-    """An Estimate of each model's recall."""
-    people, models, K = right.shape
-    samples = counts @ right.mean(2) / people / FACTS
-    return [Estimate(right[:, m].mean() / FACTS, samples[:, m], right[:, m].mean(0) / FACTS) for m in range(models)]
+def estimates(worlds, counts):
+    """Of each world's right answers (PEOPLE, models, K), an Estimate of each model's recall."""
+    samples = counts @ np.concatenate([right.mean(2) for right in worlds], 1, dtype=np.float32) / PEOPLE / FACTS
+    for i, right in enumerate(worlds):
+        models = right.shape[1]
+        yield [Estimate(right[:, m].mean() / FACTS, samples[:, i * models + m].astype(float),
+                        right[:, m].mean(0) / FACTS) for m in range(models)]
 
 
 def held(intervals, truth):
@@ -73,20 +74,19 @@ def simulate(recalls, K, spread, counts, seed=0):
     lost = dense - compressed
     truth = {"recall": compressed, "loss": lost, "displaced": (a - compressed) / lost, "relearned": 0.0,
              "two repairs": (a - b) / lost}
-    for _ in range(WORLDS):
-        moved = shifts(rng, 4, K, spread)
-        right = right_answers(rng, recalls, moved, spread)
-        D, C, A, B = estimates(right, counts)
-        seen = estimates(right_answers(rng, recalls, moved, spread), counts)
-        displaced, other = share_of(A - C, D - C), share_of(B - C, D - C)
-        on_seen = share_of(seen[2] - seen[1], seen[0] - seen[1])
-        nothing = [None, None]
-        for what, bounds in (
-                ("recall", recall_interval(right[:, 1].mean(1), np.full(PEOPLE, FACTS), C.samples, C.seeds)),
-                ("loss", (D - C).interval()), ("displaced", displaced.interval() if displaced else nothing),
-                ("relearned", (on_seen - displaced).interval() if displaced and on_seen else nothing),
-                ("two repairs", compare(displaced, other)[0])):
-            out.setdefault(what, []).append(bounds)
+    for _ in range(WORLDS // 50):
+        moved = [shifts(rng, 4, K, spread) for _ in range(50)]
+        heldout, seen = ([right_answers(rng, recalls, m, spread) for m in moved] for _ in range(2))
+        for right, (D, C, A, B), on_seen in zip(heldout, estimates(heldout, counts), estimates(seen, counts)):
+            displaced, other = share_of(A - C, D - C), share_of(B - C, D - C)
+            back = share_of(on_seen[2] - on_seen[1], on_seen[0] - on_seen[1])
+            both = displaced and back
+            for what, bounds in (
+                    ("recall", recall_interval(right[:, 1].mean(1), np.full(PEOPLE, FACTS), C.samples, C.seeds)),
+                    ("loss", (D - C).interval()), ("displaced", share_interval(A - C, D - C)),
+                    ("relearned", (back - displaced).interval() if both else [None, None]),
+                    ("two repairs", compare(displaced, other)[0])):
+                out.setdefault(what, []).append(bounds)
     return {what: held(out[what], truth[what]) for what in out}
 
 
@@ -94,7 +94,7 @@ def outside(found, low, high):
     return {what: share for what, share in found.items() if not low <= share <= high}
 
 
-@pytest.mark.parametrize("recalls", [(0.99, 0.85, 0.89, 0.87), (0.995, 0.60, 0.70, 0.65), (0.90, 0.84, 0.87, 0.86)])
+@pytest.mark.parametrize("recalls", [(0.99, 0.85, 0.89, 0.87), (0.90, 0.84, 0.87, 0.86)])
 def test_one_seed(recalls, counts):
     assert outside(simulate(recalls, 1, 0.0, counts), 0.93, 0.97) == {}
 
@@ -104,21 +104,18 @@ def test_a_loss_of_one_and_a_half_points(counts):
     assert outside(simulate((0.997, 0.982, 0.99, 0.986), 1, 0.0, counts), 0.93, 0.97) == {}
 
 
-@pytest.mark.parametrize("spread", [0.15, 0.25])
-def test_three_seeds(spread, counts):
-    """At recall 0.85 the seeds' standard deviation is 3.5 and 5.8 points."""
-    assert outside(simulate((0.99, 0.85, 0.89, 0.87), 3, spread, counts), 0.93, 0.975) == {}
+@pytest.mark.parametrize("spread, most", [(0.03, 0.99), (0.15, 0.97)])
+def test_three_seeds(spread, most, counts):
+    """At recall 0.85 the seeds' standard deviation is 0.7 and 3.5 points. Where seeds hardly differ, what single
+    answers differ by from seed to seed counts twice, and the intervals are long."""
+    found = simulate((0.99, 0.85, 0.89, 0.87), 3, spread, counts)
+    assert 0.93 <= found.pop("relearned") <= 0.99  # a difference of two splits, whose seeds move together
+    assert outside(found, 0.93, most) == {}
 
 
-def test_three_seeds_that_hardly_differ(counts):
-    """By 0.7 points: what single answers differ by from seed to seed then counts twice, and the interval is long."""
-    assert outside(simulate((0.99, 0.85, 0.89, 0.87), 3, 0.03, counts), 0.95, 0.99) == {}
-
-
-@pytest.mark.parametrize("spread", [0.03, 0.15])
-def test_two_seeds_are_never_short(spread, counts):
+def test_two_seeds_are_never_short(counts):
     """t is 12.7: a second seed says little of a third."""
-    assert outside(simulate((0.99, 0.85, 0.89, 0.87), 2, spread, counts), 0.93, 0.998) == {}
+    assert outside(simulate((0.99, 0.85, 0.89, 0.87), 2, 0.15, counts), 0.93, 0.998) == {}
 
 
 def test_what_a_bootstrap_over_seeds_would_do():
@@ -130,18 +127,18 @@ def test_what_a_bootstrap_over_seeds_would_do():
     assert 0.93 <= held(t, 0) <= 0.97 and held(bootstrap, 0) < 0.85
 
 
-@pytest.mark.parametrize("wrong", [1, 3, 6, 15])
+@pytest.mark.parametrize("wrong", [1, 4])
 def test_near_the_edge(wrong, counts):
     """So many wrong answers of 2,500, on average: the exact bounds hold the truth at least as often as they say (they
     must: no interval is right for every share of so few answers); the bootstrap does not."""
     recall, rng, ours, bootstrap = 1 - wrong / PEOPLE / FACTS, np.random.default_rng(wrong), [], []
-    for _ in range(400):
+    for _ in range(200):
         right = right_answers(rng, (recall,), np.zeros((1, 1)), 0)[:, 0, 0]
         samples = counts @ right / PEOPLE / FACTS
         ours.append(recall_interval(right, np.full(PEOPLE, FACTS), samples))
         bootstrap.append(interval(samples))
     assert held(ours, recall) >= 0.935
-    assert held(bootstrap, recall) < 0.93 or wrong > 3
+    assert held(bootstrap, recall) < 0.93
 
 
 @pytest.mark.parametrize("K", [1, 3])
