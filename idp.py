@@ -1,39 +1,46 @@
 """
-Inference-time dynamic prompting (IDP): a pool of soft prompts, and for each input the one it attends to most.
+Inference-time dynamic prompting (IDP): a pool of soft prompts, and for each input the one that it
+attends to most.
 
-Hoang et al. 2023, arXiv 2310.00867, section 4: "the prompt with the maximal mean attention wins". Exactly, here:
+Hoang et al. 2023, arXiv 2310.00867, section 4. Exactly, here:
 
-    In the first layer the input's queries attend to the keys of every prompt and, causally, to the input itself;
-    prompts do not see one another. A prompt's score is the mean attention probability it receives, over heads, over
-    the input's real tokens and over the prompt's own tokens (a mean, so that length buys no votes). The highest score
-    wins, the lowest index on a tie.
+    In the first layer the input's queries attend to the keys of every prompt and, causally, to the
+    input itself; prompts do not see one another. A prompt's score is the mean attention probability
+    it receives, over heads, over the input's real tokens and over the prompt's own tokens (a mean,
+    so that length buys no votes). The highest score wins, the lowest index on a tie.
 
-Layer, number of prompts and lengths are our choices. The choice is made once, on the question, never on the answer;
-from there on the result is exactly that of the chosen prompt alone.
+Layer, number of prompts and lengths are our choices. The choice is made once, on the question,
+never on the answer; from there on the result is exactly that of the chosen prompt alone.
 
-Why it costs nothing: a soft prompt does not depend on the input, so its keys and values in every layer are constants.
-`prefill` computes them once; answering copies the winner's into the cache and runs the text tokens only. The queries
-and keys of the text that the choice needs are those of the first layer, which `start` hands on to it.
+Why it costs almost nothing: a soft prompt does not depend on the input, so its keys and values in
+every layer are constants. `prefill` computes them once; answering copies the winner's into the
+cache and runs the text tokens only. The queries and keys that the choice needs are those of the
+text in the first layer: `choose` computes them once and hands them on to the model.
 
-Prompts of unequal length are aligned at their end. With Pmax the longest, prompt i stands at positions Pmax - P_i ..
-Pmax - 1 and the text starts at Pmax: text and prompt are as far apart as with that prompt alone.
+Prompts of unequal length are aligned at their end. With Pmax the longest, prompt i stands at
+positions Pmax - P_i .. Pmax - 1 and the text starts at Pmax, as far from it as with that prompt
+alone.
 
 What it leaves out: prompts per layer, more than one winner, a choice made again during the answer.
 
-    python idp.py --base "GPTQ 3 bits" --prompts 4 --length 8 --way competitive
+    python idp.py                          # a pool of four, what three texts attend to, in a second
 """
+import argparse
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import take
-from recover import inputs, objective
+from engine.script import guard
+from model import GPT, GPTConfig
+from recover import inputs
 
 
 class PromptPool(nn.Module):
     """M soft prompts, `PromptPool([(P_1, C), (P_2, C), ...])`; lengths may differ.
 
-    probe  (M, C), the weights of a selector trained with them (`selected`); without it, the paper's rule chooses
+    probe  (M, C), the weights of a selector trained with the prompts (`selected`), or None: then
+           the paper's rule chooses
     """
 
     def __init__(self, prompts, probe=None):
@@ -51,84 +58,37 @@ class PromptPool(nn.Module):
         return max(len(p) for p in self.prompts)
 
 
-def prefill(model, pool):
-    """The pool's keys and values in every layer: a Cache of M rows and Pmax slots. Constants, once the pool is trained.
+# ---- the rule
 
-    Gradients reach the prompts when they are wanted: then nothing here is a constant, and it runs once a training step.
+def mean_attention(q, k, keys, empty, lengths=None):
+    """(B, M): the mean attention probability that each text pays to each prompt.
+
+    q (B, nh, T, hs) and k (B, nkv, T, hs) of the texts, keys (M, nkv, P, hs) of the prompts
+    empty    (M,) leading slots of each prompt that hold nothing: it is shorter than the longest
+    lengths  (B,) real tokens of each text; default all T
     """
-    rows = [prefill_one(model, prompt, pool.longest) for prompt in pool.prompts]
-    pooled = model.new_cache(len(pool), 0)
-    pooled.k = [torch.cat([row.k[i] for row in rows]) for i in range(len(model.blocks))]  # each (M, nkv, Pmax, hs)
-    pooled.v = [torch.cat([row.v[i] for row in rows]) for i in range(len(model.blocks))]
-    pooled.length, pooled.first = torch.cat([row.length for row in rows]), torch.cat([row.first for row in rows])
-    pooled.slots = pooled.used = pool.longest
-    if not torch.is_grad_enabled():
-        pooled.stacked, L = torch.stack(pooled.k + pooled.v), len(pooled.k)  # (2 L, M, nkv, Pmax, hs)
-        pooled.k, pooled.v = list(pooled.stacked[:L]), list(pooled.stacked[L:])  # the same memory
-    pooled.flat = [k.transpose(0, 1).flatten(1, 2)[None] for k in pooled.k]  # each (1, nkv, M * Pmax, hs): to choose by
-    own = torch.eye(len(pool)).to(pooled.k[0]) / (pool.longest - pooled.first)[:, None]
-    own = own.repeat_interleave(pool.longest, dim=0)  # (M * Pmax, M): row m * Pmax + j has 1 / P_m in column m
-    wider = max(0, model.config.head_size - len(pool))  # as wide as a head: the fast kernel
-    pooled.owner = F.pad(own, (0, wider, 0, pooled.context))  # the text belongs to no prompt
-    empty = torch.arange(pool.longest, device=own.device) < pooled.first[:, None]  # (M, Pmax)
-    pooled.hidden = empty.flatten().to(own.dtype).masked_fill(empty.flatten(), -torch.inf)  # (M * Pmax,)
-    pooled.masks = {}
-    return pooled
-
-
-def prefill_one(model, prompt, slots):
-    """A Cache of one row with the prompt (P, C) at the end of its `slots`; those before it are never attended to."""
-    cache, start = model.new_cache(1, slots), slots - len(prompt)
-    cache.length, cache.first, cache.used = cache.length + start, cache.first + start, start
-    model.hidden(torch.empty(1, 0, dtype=torch.long, device=prompt.device), prompt, cache)
-    return cache
-
-
-def attention_scores(model, filled, ids, lengths=None, layer=0):
-    """(B, M): the mean attention that each row of ids (B, T) pays to each prompt of `filled`, in the first layer.
-
-    layer  another layer to look at; the text then runs through the layers before it without any prompt
-    """
-    return scores(filled, text_qkv(model, filled, ids, layer), lengths, layer)
-
-
-def text_qkv(model, filled, ids, layer=0):
-    """What ids (B, T) are in one layer, behind the longest prompt of `filled`: x (B, T, C), which enters it, q
-    (B, nh, T, hs), k and v (B, nkv, T, hs)."""
-    if filled.slots + ids.shape[1] > filled.context:
-        raise ValueError(f"a prompt of {filled.slots} and {ids.shape[1]} text tokens do not fit the context of "
-                         f"{filled.context}")
-    positions = torch.arange(filled.slots, filled.slots + ids.shape[1], device=ids.device)[None]  # (1, T)
-    x = model.place(model.wte(ids), positions)
-    for block in model.blocks[:layer]:
-        x = block(x, positions)
-    return x, *model.blocks[layer].attn.qkv(model.blocks[layer].norm1(x), positions)
-
-
-def scores(filled, qkv, lengths=None, layer=0):
-    """(B, M): `attention_scores` from what `text_qkv` gave.
-
-    One call of attention over all prompts, side by side, and the text. Its values say which prompt a key belongs to,
-    1 / P_m in column m: what comes out for each query is the mean probability that every prompt gets.
-    """
-    _, q, k, _ = qkv
-    (M, nkv, Pmax, _), (B, nh, T, _) = filled.k[layer].shape, q.shape
-    keys = torch.cat([filled.flat[layer].expand(B, -1, -1, -1), k], dim=2)  # (B, nkv, M * Pmax + T, hs)
-    owner = filled.owner[:M * Pmax + T].expand(B, nkv, -1, -1)  # (B, nkv, M * Pmax + T, at least M)
-    if T not in filled.masks:  # made once for all questions of a length
-        later = torch.full((T, T), -torch.inf, device=q.device, dtype=q.dtype).triu(1)
-        filled.masks[T] = torch.cat([filled.hidden.expand(T, -1), later], dim=1)  # (T, M * Pmax + T), added to scores
-    p = F.scaled_dot_product_attention(q, keys, owner, attn_mask=filled.masks[T], enable_gqa=nkv != nh)
+    (B, nh, T, hs), (M, nkv, P, _) = q.shape, keys.shape
+    # who must not be seen: empty slots of prompts, later tokens of the text
+    hidden = (torch.arange(P, device=q.device) < empty[:, None]).flatten().expand(T, -1)  # (T, M P)
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    hidden = torch.cat([hidden, later], dim=1)  # (T, M P + T)
+    # all prompts side by side, and the text
+    keys = keys.transpose(0, 1).flatten(1, 2).expand(B, -1, -1, -1)  # (B, nkv, M P, hs)
+    keys = torch.cat([keys, k], dim=2).repeat_interleave(nh // nkv, dim=1)  # (B, nh, M P + T, hs)
+    score = (q @ keys.mT) * hs ** -0.5  # (B, nh, T, M P + T)
+    p = score.masked_fill(hidden, -torch.inf).softmax(-1)
+    p = p[..., :M * P].unflatten(-1, (M, P)).sum(-1) / (P - empty)  # (B, nh, T, M)
+    p = p.mean(1)  # (B, T, M)
     if lengths is None:
-        return p[..., :M].mean((1, 2))
-    p = p[..., :M].sum(1)  # (B, T, M)
-    text = torch.arange(T, device=q.device) < lengths[:, None]  # (B, T): real tokens
-    return (p * text[..., None]).sum(1) / (nh * lengths[:, None])
+        return p.mean(1)
+    real = torch.arange(T, device=q.device) < lengths[:, None]  # (B, T)
+    return (p * real[..., None]).sum(1) / lengths[:, None]
 
 
 def highest(scores):
-    """(B,) the index of the highest score in each row of (B, M), the lowest on a tie: prompts that are the same add up
-    in another order, so scores within 1e-5 of the highest tie with it.
+    """(B,) the index of the highest score in each row of (B, M), the lowest index on a tie.
+
+    Scores within 1e-5 of the highest tie with it: those of identical prompts differ by rounding.
     """
     top = scores.amax(-1, keepdim=True)
     return (scores >= top.sub(top.abs(), alpha=1e-5)).byte().argmax(-1)
@@ -136,86 +96,157 @@ def highest(scores):
 
 @torch.no_grad()
 def select(model, pool, ids, lengths=None, filled=None):
-    """(B,) the index of the prompt each row of ids (B, T) attends to most; `lengths` (B,) real tokens a row.
+    """(B,) the index of the prompt that each row of ids (B, T) attends to most.
 
-    filled  the pool's `prefill`, when it is at hand
+    lengths  (B,) real tokens a row; default all T
+    filled   the pool's `prefill`, where it is known already
+    Raises ValueError where the longest prompt and T tokens do not fit the model's context.
     """
     return highest(attention_scores(model, filled or prefill(model, pool), ids, lengths))
 
 
-@torch.no_grad()
-def start(model, filled, ids, lengths=None, room=0):
-    """Choose for each row of ids (B, T) and stand the winner in front: (Cache with `room` slots behind T, first).
+def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
+    """Logits (B, T, V) of ids (B, T), each row under the prompt it selected.
 
-    `model.generate(ids, room, lengths, cache=cache, first=first)` answers from there. `first`, what `text_qkv` gives
-    for the first layer, was needed to choose, and is the same under any prompt: it is not computed again.
+    chosen  (B,) the prompt of each row instead;  others as in `select`
     """
-    first = text_qkv(model, filled, ids)
-    chosen = highest(scores(filled, first, lengths))
-    return take(filled, chosen, ids.shape[1] + room), first
+    filled = filled or prefill(model, pool)
+    chosen = select(model, pool, ids, lengths, filled) if chosen is None else chosen
+    return model(ids, cache=filled.repeat(chosen, ids.shape[1]), lengths=lengths)
+
+
+# ---- the same without computing anything twice
+
+def prefill(model, pool):
+    """The keys and values of the pool's prompts in every layer: a Cache of M rows and Pmax slots.
+
+    They are constants once the pool is trained. While it is trained gradients pass through them.
+    """
+    return fill(model, pool.prompts, pool.longest)
+
+
+def fill(model, prompts, slots):
+    """A Cache with one row a prompt (P_i, C), each at the end of its `slots` slots."""
+    device = prompts[0].device
+    cache = model.new_cache(len(prompts), slots)
+    cache.first = torch.tensor([slots - len(p) for p in prompts], device=device)
+    rows = torch.stack([F.pad(p, (0, 0, slots - len(p), 0)) for p in prompts])  # (M, Pmax, C)
+    model.hidden(torch.empty(len(prompts), 0, dtype=torch.long, device=device), rows, cache)
+    return cache
+
+
+def read_first(model, filled, ids, layer=0):
+    """What ids (B, T) are in the first layer, behind the longest prompt of `filled`.
+
+    Returns x (B, T, C), which enters the layer, and (q, k, v): q (B, nh, T, hs), k and v
+    (B, nkv, T, hs). They are the same under any prompt.
+
+    layer  another layer; the text then runs through the layers before it without any prompt
+    """
+    T, P = ids.shape[1], filled.slots
+    x = model.embed(ids, start=P)  # (B, T, C)
+    positions = torch.arange(P, P + T, device=ids.device)[None]  # (1, T)
+    for block in model.blocks[:layer]:
+        x = block(x, positions)
+    block = model.blocks[layer]
+    return x, block.attn.qkv(block.norm1(x), positions)
+
+
+def attention_scores(model, filled, ids, lengths=None, layer=0):
+    """(B, M): `mean_attention` of ids (B, T) over the prompts of `filled`, in one layer."""
+    _, (q, k, _) = read_first(model, filled, ids, layer)
+    return mean_attention(q, k, filled.kv[layer][0], filled.first, lengths)
+
+
+@torch.no_grad()
+def choose(model, filled, ids, lengths=None):
+    """The prompt (B,) that each row of ids (B, T) selects, and `first`, what `read_first` gives.
+
+    With cache = filled.repeat(chosen, T + new), the model answers by
+    `model.generate(ids, new, lengths, cache=cache, first=first)`: nothing is computed twice.
+    """
+    first = read_first(model, filled, ids)
+    _, (q, k, _) = first
+    return highest(mean_attention(q, k, filled.kv[0][0], filled.first, lengths)), first
 
 
 def probed(model, pool, ids, lengths=None):
-    """(B, M): what the pool's trained probe makes of ids (B, T), in place of attention; the highest is its choice.
+    """(B, M): the scores of the pool's trained probe for ids (B, T), in place of attention.
 
-    It reads what the first layer's queries are made of, averaged over real tokens: one product of (B, C) and (C, M).
+    It reads what the first layer's queries are made of, averaged over real tokens.
     """
     x = model.blocks[0].norm1(model.wte(ids))  # (B, T, C)
-    lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths
-    text = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T): real tokens
-    return (x * text[..., None]).sum(1) / (lengths[:, None] * x.shape[-1]) @ pool.probe.T
+    if lengths is None:
+        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
+    real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T)
+    return (x * real[..., None]).sum(1) / (lengths[:, None] * x.shape[-1]) @ pool.probe.T
 
 
-def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
-    """Logits (B, T, V) of ids (B, T), each row under the prompt it selected (or was given in `chosen`)."""
-    filled = filled or prefill(model, pool)
-    chosen = select(model, pool, ids, lengths, filled) if chosen is None else chosen
-    return model(ids, cache=take(filled, chosen, ids.shape[1]), lengths=lengths)
+# ---- ways to train a pool: each returns what `recover.fit` trains on, batch -> scalar
 
+def under(model, filled, chosen, ids):
+    """Logits (B, T, V) of ids (B, T), row b behind row chosen[b] of `filled`."""
+    return model(ids, cache=filled.repeat(chosen, ids.shape[1]))
 
-# ---- four ways to train a pool: each returns what `recover.fit` trains on, batch -> scalar
 
 def independent(model, pool, losses, m):
-    """Prompt m alone; called for each m on a shard of the data of its own, the pool is M prompts that never met."""
-    def forward(ids):
-        filled = prefill_one(model, pool.prompts[m], pool.longest)
-        return model(ids, cache=take(filled, torch.zeros(len(ids), dtype=torch.long, device=ids.device), ids.shape[1]))
-    return objective(forward, losses)
+    """Prompt m alone. With data of its own for each m, the pool is M prompts that never met."""
+    def loss(batch):
+        ids = inputs(batch)
+        filled = fill(model, pool.prompts[m:m + 1], pool.longest)
+        nobody = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        return losses(under(model, filled, nobody, ids), batch).mean()
+    return loss
+
+
+def side_by_side(model, pool, losses):
+    """All M prompts as in `independent`, at the cost of one: row b of a batch trains prompt b % M.
+
+    The sum of M means, so that each prompt gets the gradient that it would get alone; with
+    FitConfig.clip_each one fit then equals M fits, each on every Mth row.
+    """
+    def loss(batch):
+        ids = inputs(batch)
+        turn = torch.arange(len(ids), device=ids.device) % len(pool)  # (B,)
+        each = losses(under(model, prefill(model, pool), turn, ids), batch).mean(-1)  # (B,)
+        return sum(each[m::len(pool)].mean() for m in range(len(pool)))
+    return loss
 
 
 def joint(model, pool, losses, look=8, balance=0.1):
     """Each row trains the prompt that it selects, by its first `look` tokens, as at inference.
 
-    A prompt that is never selected never learns: `balance` weighs the load term of Switch Transformers (Fedus et al.
-    2021, arXiv 2101.03961, equation 4), M * sum of (share of rows that chose m) * (mean share of the score that m
-    gets).
+    A prompt that is never selected never learns: `balance` weighs the load term of Switch
+    Transformers (Fedus et al. 2021, arXiv 2101.03961, equation 4), M times the sum over prompts of
+    (share of rows that chose m) * (mean share of the score that m gets).
     """
     def loss(batch):
         ids, filled = inputs(batch), prefill(model, pool)
         scores = attention_scores(model, filled, ids[:, :look])  # (B, M)
         chosen = highest(scores)
-        load = torch.bincount(chosen, minlength=len(pool)) / len(ids)
-        share = (scores / scores.sum(-1, keepdim=True)).mean(0)
-        kl = losses(model(ids, cache=take(filled, chosen, ids.shape[1])), batch).mean()
-        return kl + balance * len(pool) * (load * share).sum()
+        load = torch.bincount(chosen, minlength=len(pool)) / len(ids)  # (M,)
+        share = (scores / scores.sum(-1, keepdim=True)).mean(0)  # (M,)
+        repair = losses(under(model, filled, chosen, ids), batch).mean()
+        return repair + balance * len(pool) * (load * share).sum()
     return loss
 
 
 def competitive(model, pool, losses):
-    """Each row trains the prompt under which its loss is lowest: the winner takes the row, and prompts specialise."""
+    """Each row trains the prompt under which its loss is lowest: prompts specialise."""
     def loss(batch):
-        ids, filled = inputs(batch), prefill(model, pool)
+        filled = prefill(model, pool)
         with torch.no_grad():
             each = under_all(model, filled, losses, batch)  # (M, B)
-        return losses(model(ids, cache=take(filled, each.argmin(0), ids.shape[1])), batch).mean()
+        return losses(under(model, filled, each.argmin(0), inputs(batch)), batch).mean()
     return loss
 
 
 def selected(model, pool, losses, look=8):
-    """Prompts and the probe that chooses among them, together: a mixture of experts (Jacobs et al. 1991).
+    """Prompts and the probe that chooses among them: a mixture of experts (Jacobs et al. 1991).
 
-    With g_m the probe's softmax on a row's first `look` tokens and E_m the row's summed loss under prompt m, it lowers
-    -log sum_m g_m exp(-E_m): a prompt learns the rows that it does well on and that the probe can tell.
+    With g_m the probe's softmax on a row's first `look` tokens and E_m the row's summed loss under
+    prompt m, the loss is -log sum_m g_m exp(-E_m): a prompt learns the rows on which it does well
+    and which the probe can tell from the others.
     """
     def loss(batch):
         ids = inputs(batch)
@@ -227,6 +258,35 @@ def selected(model, pool, losses, look=8):
 
 def under_all(model, filled, losses, batch):
     """(M, B): the mean loss of each row of the batch under each prompt."""
-    ids, rows = inputs(batch), torch.zeros(len(inputs(batch)), dtype=torch.long, device=filled.length.device)
-    return torch.stack([losses(model(ids, cache=take(filled, rows + m, ids.shape[1])), batch).mean(-1)
-                        for m in range(len(filled.length))])
+    ids = inputs(batch)
+    row = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    return torch.stack([losses(under(model, filled, row + m, ids), batch).mean(-1)
+                        for m in range(len(filled.first))])
+
+
+def main():
+    """The lesson: three texts choose among four prompts, and the answer is the chosen one's."""
+    parser = argparse.ArgumentParser(description="A pool of prompts, and what three texts choose.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of model, prompts and texts")
+    args = parser.parse_args()
+    generator = torch.Generator().manual_seed(args.seed)
+    model = GPT(GPTConfig()).init_weights(generator).requires_grad_(False)
+    lengths = [4, 8, 8, 12]
+    pool = PromptPool([torch.randn(n, model.config.n_embd, generator=generator) for n in lengths])
+    ids = torch.randint(model.config.vocab_size, (3, 10), generator=generator)  # (B, T)
+    filled = prefill(model, pool)
+    scores = attention_scores(model, filled, ids)
+    chosen = select(model, pool, ids)
+    print(f"prompts of {lengths} tokens; the mean attention of each of three texts to them:\n")
+    for b, row in enumerate(scores.tolist()):
+        print(f"  text {b}:  " + "  ".join(f"{s:.5f}" for s in row) + f"   -> prompt {chosen[b]}")
+    logits = forward(model, pool, ids)
+    away = max((model(ids[b:b + 1], prompt=pool.prompts[m])[0] - logits[b]).abs().max().item()
+               for b, m in enumerate(chosen.tolist()))
+    print(f"\nlogits under the pool and under the chosen prompt alone differ by at most {away:.0e}")
+    print("\nnext: python -m study repair --method idp    # a trained pool: what it restores")
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -13,10 +13,12 @@ What it leaves out: code of our own in C++ or CUDA, integer activations, a fast 
 Sources: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit kernel is fast when it generates one
 token at a time); Mishra et al. 2021 (2:4 sparsity, arXiv 2104.08378).
 """
+import copy
 import math
 import pathlib
 import runpy
 import warnings
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -636,26 +638,37 @@ class _Step(nn.ModuleList):
 
     def forward(self, x, positions=None, mask=None, *past):
         if past:
-            return self[0](x, positions, mask, past)
+            return self[0](x, positions, mask, *past)
         norm, lm_head = self
         return lm_head(norm(x))
 
 
 class Decoder:
-    """How a GPT passes one token of a few rows through a block and through the head; many rows take the ordinary way.
+    """What stands in the place of `GPT.step`: one token of a few rows through compiled blocks and a compiled head.
+
+    While it goes on with one cache the model is taken to stay as it is. Many rows take the ordinary way.
     """
 
-    def __init__(self):
-        self.known = None  # while `generate` runs, and nothing changes: {a module's id: its tensors, its compiled code}
+    def __init__(self, model):
+        self.model, self.cache = model, None
+        self.known = {}  # {a module's id: its tensors, its compiled code}
 
-    def block(self, block, x, positions, mask, past):
-        return self.run((block,), x, positions, mask, *past)
+    def __deepcopy__(self, memo):
+        return Decoder(copy.deepcopy(self.model, memo))
 
-    def head(self, norm, lm_head, x):
-        return self.run((norm, lm_head), x)
+    def __call__(self, ids, cache):
+        """Logits (B, V) behind one more token a row, ids (B, 1)."""
+        if self.cache is None or self.cache() is not cache:
+            self.known, self.cache = {}, weakref.ref(cache)
+        model, positions = self.model, cache.positions(1)
+        mask, x = cache.mask(positions), model.place(model.wte(ids), positions)
+        for block, kv in zip(model.blocks, cache.kv):
+            x = self.run((block,), x, positions, mask, kv)
+        cache.advance(1)
+        return self.run((model.norm, model.lm_head), x)[:, -1]
 
     def run(self, modules, *given):
-        if len(given[0]) > FEW or self.known is None:
+        if len(given[0]) > FEW:
             return self.eager(modules, *given)
         return _or_eager(self.compiled, self.eager, modules, *given)
 
@@ -674,7 +687,7 @@ class Decoder:
             if key not in _ready:
                 def function(*tensors):
                     return torch.func.functional_call(step, dict(zip(held, tensors)), tensors[len(held):])
-                dynamic = {len(held) + i: dim for i, dim in ((2, 3), (3, 2), (4, 2))}  # mask and cache: of any length
+                dynamic = {len(held) + i: dim for i, dim in ((2, 3), (3, 3))}  # mask and cache: of any length
                 _ready[key] = _compiled(function, [*held.values(), *given], dynamic)
             self.known[name] = list(held.values()), _ready[key]
         tensors, code = self.known[name]
@@ -707,7 +720,9 @@ def compile_decode(model, enabled=True):
     much less where a process before left its code on the disk (python kernels.py prints both). The numbers are those of
     the eager path up to the order of additions.
     """
-    model.decoder = Decoder() if enabled else None
+    vars(model).pop("step", None)
+    if enabled:
+        model.step = Decoder(model)
     return model
 
 

@@ -48,13 +48,34 @@ def load(path):
     """
     tensors, metadata = read_safetensors(path)
     try:
-        config = GPTConfig(**json.loads(metadata["config"]))
+        fields = json.loads(metadata["config"])
+        check_config(fields)
+        config = GPTConfig(**fields)
         specs = json.loads(metadata["modules"])
         if not isinstance(specs, dict):
             raise ValueError("modules is not an object")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no usable model configuration in the file ({error})") from None
     return assemble(config, tensors, specs, path)
+
+
+def check_config(fields):
+    """Raise ValueError for what a file may hold and no program writes: GPTConfig fields of the wrong type, or numbers
+    for which there is no memory."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"the configuration is not an object but {fields!r}")
+    for name in ("vocab_size", "context", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden", "position_offset"):
+        value = fields.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value <= 2**24):
+            raise ValueError(f"{name} must be an integer in [0, {2**24}], got {value!r}")
+    for name in ("norm_eps", "rope_theta"):
+        value = fields.get(name, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+    scaling, keys = fields.get("rope_scaling"), ("factor", "low_freq_factor", "high_freq_factor", "original_context")
+    if scaling is not None and not (isinstance(scaling, dict)
+                                    and all(type(scaling.get(k)) in (int, float) and scaling[k] > 0 for k in keys)):
+        raise ValueError(f"rope_scaling must hold positive numbers for {', '.join(keys)}, got {scaling!r}")
 
 
 def assemble(config, tensors, specs=None, path="checkpoint"):

@@ -29,7 +29,7 @@ import torch
 
 import checkpoints.gguf as gguf
 import checkpoints.vocabulary as vocabulary
-from checkpoints.native import load
+from checkpoints.native import check_config, load
 from engine.safetensors import read_safetensors
 from engine.script import read_json
 from model import GPT, GPTConfig, rope_table
@@ -183,6 +183,7 @@ def gguf_scaling(path, config, divisors):
 def checked(path, config):
     """The GPTConfig of these settings; what it refuses names the file."""
     try:
+        check_config(config)
         return GPTConfig(**config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

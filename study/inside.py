@@ -17,15 +17,15 @@ def inside(subject, ids):
     and block outputs (L, B, T, C).
     """
     model, (B, T), ids = subject.model, ids.shape, ids.to(subject.device)
-    cache = subject.cache(subject.pick(ids, torch.full((B,), T, device=ids.device)), T)
-    positions = cache.length[:, None] + torch.arange(T, device=ids.device)  # (B, T)
-    slot = torch.arange(cache.slots, device=ids.device)
-    mask = ((slot <= positions[:, :, None]) & (slot >= cache.first[:, None, None]))[:, None]  # (B, 1, T, S)
+    _, cache, _ = subject.start(ids, torch.full((B,), T, device=ids.device))
+    positions = cache.positions(T)  # (B, T)
+    mask = cache.mask(positions)  # (B, 1, T, S)
     x, attention, outputs = model.place(model.wte(ids), positions), [], []
     for i, block in enumerate(model.blocks):
         q, _, _ = block.attn.qkv(block.norm1(x), positions)  # (B, nh, T, hs)
-        x = block(x, positions, mask, (cache.k[i], cache.v[i]))  # fills the cache with this layer's keys
-        k = cache.k[i].repeat_interleave(q.shape[1] // cache.k[i].shape[1], dim=1)  # (B, nh, S, hs)
+        x = block(x, positions, mask, cache.kv[i])  # fills the cache with this layer's keys
+        k, _ = cache.kv[i]  # (B, nkv, S, hs)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, nh, S, hs)
         score = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
         attention.append(score[..., -T:].softmax(-1))  # text alone: what a loud prompt leaves may be 0.0
         outputs.append(x)

@@ -11,7 +11,6 @@ What it leaves out: a choice made again during the answer.
 import torch
 
 import idp
-from model import take
 from recover import prompt_init
 from study.repairs import make_pool
 from study.statistics import by_person, interval, rank_correlation, resampled
@@ -21,7 +20,7 @@ from world.score import Subject, answer, gold_logprobs, is_right, say, tokenized
 
 def always(m):
     """A `choose` that takes row m for every input."""
-    return lambda ids, lengths: torch.full((len(ids),), m, device=ids.device)
+    return lambda ids, lengths: (torch.full((len(ids),), m, device=ids.device), None)
 
 
 @torch.no_grad()
@@ -114,8 +113,10 @@ def ensemble(model, pool, facts, encoding, each, batch_size=250):
     for i in range(0, len(rows), batch_size):
         part = rows[i:i + batch_size]
         ids, lengths = pad([question for question, _ in part], encoding, model.wte.weight.device)  # (B, T)
-        caches = [take(filled, torch.full((len(part),), m, device=ids.device), ids.shape[1] + longest) for m in range(len(pool))]
-        x = [model.hidden(ids, cache=c, lengths=lengths)[torch.arange(len(part), device=ids.device), lengths - 1][:, None] for c in caches]
+        last = torch.arange(len(part), device=ids.device), lengths - 1
+        caches = [filled.repeat(torch.full((len(part),), m, device=ids.device), ids.shape[1] + longest)
+                  for m in range(len(pool))]
+        x = [model.hidden(ids, cache=c, lengths=lengths)[last][:, None] for c in caches]
         tokens = []
         for _ in range(longest):
             p = torch.stack([model.head(x_m)[:, -1].softmax(-1) for x_m in x]).mean(0)  # (B, V)

@@ -80,8 +80,8 @@ def pool_subject(model, pool):
 
     def choose(ids, lengths):
         if pool.probe is None:
-            return idp.select(model, pool, ids, lengths, filled)
-        return idp.highest(idp.probed(model, pool, ids, lengths))
+            return idp.choose(model, filled, ids, lengths)
+        return idp.highest(idp.probed(model, pool, ids, lengths)), None
     return Subject(model, filled, choose if len(pool) > 1 else None)
 
 

@@ -41,7 +41,7 @@ import recover  # noqa: E402
 from compress import magnitude, rtn  # noqa: E402
 from kernels import PackedLinear, pack  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from study.repairs import unpacked# noqa: E402
+from study.repairs import unpacked  # noqa: E402
 from world.score import Subject  # noqa: E402
 
 
@@ -136,7 +136,8 @@ def turn(way, ids, new):
     model, room, chosen, first = way.subject.model, 1 + new, torch.zeros(len(ids), dtype=torch.long), None
     began = clock()
     if way.filled is not None:
-        cache, first = idp.start(model, way.filled, ids, room=room)
+        chosen, first = idp.choose(model, way.filled, ids)
+        cache = way.filled.repeat(chosen, ids.shape[1] + room)
     else:
         cache = way.subject.cache(chosen, ids.shape[1] + room + (0 if way.prompt is None else len(way.prompt)))
     token = model.generate(ids, 1, prompt=way.prompt, cache=cache, first=first)[:, -1:]  # (1, 1)

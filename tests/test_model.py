@@ -228,7 +228,7 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("bad", [
-    dict(n_layer=0), dict(n_embd=-4), dict(vocab_size=2.5), dict(context="x"), dict(n_embd=30), dict(n_kv_head=3),
+    dict(n_layer=0), dict(n_embd=-4), dict(n_embd=30), dict(n_kv_head=3),
     dict(n_kv_head=-1), dict(position="none"), dict(norm="batch"), dict(activation="tanh"), dict(n_embd=12, n_head=4)])
 def test_a_bad_config_is_refused_with_the_number(bad):
     with pytest.raises(ValueError, match=str(list(bad.values())[0]) if bad != dict(n_embd=12, n_head=4) else "3"):
@@ -268,6 +268,55 @@ def test_cached_is_uncached(name, cuts):
     assert cache.used == 9 and cache.length.tolist() == [9, 9, 9]
 
 
+def test_a_prompt_takes_room_in_the_cache():
+    """A cache of 8 slots behind a prompt of 3 has room for 5 tokens of text, and says so before it overwrites."""
+    model, cache = gpt(), gpt().new_cache(2, 8)
+    model(tokens(2, 4), prompt=torch.zeros(3, 32), cache=cache)
+    assert cache.used == 7 and cache.length.tolist() == [7, 7]
+    with pytest.raises(ValueError, match="7 cached . 0 prompt . 2 text .*8"):
+        model(tokens(2, 2), cache=cache)
+
+
+def test_rewind_frees_what_was_read():
+    """Read, forget the end of each row, read something else: as if only that had been read."""
+    model, ids, other = gpt(), tokens(2, 8), tokens(2, 3, seed=5)
+    cache = model.new_cache(2, 8)
+    model(ids, cache=cache)
+    cache.rewind(torch.tensor([2, 5]))
+    assert cache.used == 5 and cache.length.tolist() == [2, 5]
+    logits = model(other, cache=cache)
+    for b, n in enumerate((2, 5)):
+        close(logits[b], model(torch.cat([ids[b, :n], other[b]])[None])[0, n:], atol=1e-5)
+
+
+def test_repeat_is_rows_of_their_own():
+    """Rows in any order, as often as asked for; what is written behind them reaches neither the source nor a twin."""
+    model, ids = gpt(), tokens(2, 4)
+    cache = model.new_cache(2, 4)
+    model(ids, cache=cache, lengths=torch.tensor([4, 2]))
+    before, more = [kv.clone() for kv in cache.kv], tokens(3, 2, seed=7)
+    logits = model(more, cache=cache.repeat(torch.tensor([1, 0, 1]), 2))
+    for b, row in enumerate((ids[1, :2], ids[0], ids[1, :2])):
+        close(logits[b], model(torch.cat([row, more[b]])[None])[0, -2:], atol=1e-5)
+    assert all(map(torch.equal, cache.kv, before)) and cache.slots == cache.used == 4
+    with pytest.raises(ValueError, match="4 cached and 29 new.*32"):
+        cache.repeat(torch.tensor([0]), 29)
+
+
+def test_every_token_but_the_first_goes_through_step():
+    """The seam for faster code: what replaces `step` gives every further token, and only those."""
+    model, ids, asked = gpt(), tokens(2, 5), []
+
+    class Other(GPT):
+        def step(self, ids, cache):
+            asked.append(ids[:, 0].tolist())
+            return super().step(ids, cache)
+    expected = model.generate(ids, 4)
+    model.__class__ = Other
+    assert torch.equal(model.generate(ids, 4), expected)
+    assert asked == expected[:, 5:8].T.tolist()
+
+
 @family
 def test_a_padded_batch_is_its_rows_alone(name):
     """P5: rows of 3, 7 and 5 tokens padded on the right, behind a prompt; then two more tokens each."""
@@ -293,8 +342,8 @@ def test_masked_slots_do_not_exist(name):
     model, ids = gpt(name), tokens(1, 5)
     prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
     cache = model.new_cache(1, 12)
-    for t in cache.k + cache.v:
-        t.fill_(7.0)
+    for kv in cache.kv:
+        kv.fill_(7.0)
     cache.length, cache.first, cache.used = torch.tensor([4]), torch.tensor([4]), 4
     vectors = torch.cat([prompt, model.wte(ids[0])])
     close(model(ids, prompt=prompt, cache=cache)[0], naive(model, vectors, range(4, 12))[0][3:])
@@ -625,7 +674,8 @@ def pruned(bitmap, values=torch.ones(1600)):
     (dict(config={"rope_scaling": {"factor": 2}}), "rope_scaling"),
     (dict(config={"rope_theta": "x"}), "rope_theta"), (dict(config={"norm_eps": "x"}), "norm_eps"),
     (dict(config={"position": "learned", "position_offset": -50}), "position_offset"),
-    (dict(config={"context": 10 ** 15}), "context"),
+    (dict(config={"context": 10 ** 15}), "context"), (dict(config={"context": "x"}), "context"),
+    (dict(config={"vocab_size": 2.5}), "vocab_size"), (dict(config={"n_layer": True}), "n_layer"),
 ])
 def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path, changes, names):
     path = tmp_path / "damaged"

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 from world.facts import VALUES, pad
-from model import take
 
 CONTEXT = 16  # text tokens at the head of each window that perplexity only reads: what a pool chooses its prompt on
 
@@ -34,7 +33,8 @@ class Subject:
     """Something that answers questions.
 
     filled  a Cache of M rows that stand in front of the input, or None: nothing does
-    choose  (ids, lengths) -> (B,) row of `filled` for each input; None: row 0
+    choose  (ids, lengths) -> (B,) row of `filled` for each input, and what that computed of the first layer for
+            `GPT.hidden`, or None (`idp.choose`); without it row 0
     """
     model: Any
     filled: Any = None
@@ -56,13 +56,22 @@ class Subject:
         config = getattr(self.model, "config", None)
         return math.inf if config is None else config.context - (self.filled.slots if self.filled else 0)
 
+    def start(self, ids, lengths, room=0):
+        """Stand in front of each input ids (B, T) of `lengths` (B,) tokens what it chooses.
+
+        Returns the chosen rows of `filled` (B,), a Cache with T + room free slots behind them, and what the choice
+        already computed of the first layer, for `GPT.hidden`, or None.
+        """
+        chosen, first = self.choose(ids, lengths) if self.choose else (ids.new_zeros(len(ids)), None)
+        return chosen, self.cache(chosen, ids.shape[1] + room), first
+
     def pick(self, ids, lengths):
         """(B,) the row of `filled` that stands in front of each input ids (B, T) of `lengths` (B,) tokens."""
-        return self.choose(ids, lengths) if self.choose else torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        return self.choose(ids, lengths)[0] if self.choose else ids.new_zeros(len(ids))
 
     def cache(self, chosen, room):
         """A Cache with what was chosen (B,) in front, and `room` free slots behind it."""
-        return self.model.new_cache(len(chosen), room) if self.filled is None else take(self.filled, chosen, room)
+        return self.model.new_cache(len(chosen), room) if self.filled is None else self.filled.repeat(chosen, room)
 
 
 def tokenized(facts, encoding):
@@ -141,11 +150,10 @@ def say(subject, facts, encoding, batch_size=250):
     for start, end in fitting(sizes, batch_size, room):
         part, longest = rows[start:end], max(rooms[start:end])
         ids, lengths = pad([question for question, _ in part], encoding, subject.device)  # (B, T), (B,)
-        chosen = subject.pick(ids, lengths)
-        cache = subject.cache(chosen, ids.shape[1] + longest)
-        length, used = cache.length, cache.used
-        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token)
-        cache.length, cache.used = length + lengths - 1, used + ids.shape[1] - 1  # back to the question's last token
+        chosen, cache, first = subject.start(ids, lengths, longest)
+        last = cache.length + lengths - 1  # (B,) where the question's last token stands
+        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token, first=first)
+        cache.rewind(last)
         after, _ = pad([question[-1:] + gold for question, gold in part], encoding, subject.device)  # (B, 1 + answer)
         whole = F.log_softmax(subject.model(after[:, :-1], cache=cache).float(), dim=-1).cpu()  # (B, answer, V)
         log_p = check_numbers(subject, whole.gather(-1, after[:, 1:, None].cpu())[..., 0])  # (B, answer)
@@ -257,11 +265,10 @@ def choose(subject, items, encoding, batch_size=None, start=None):
 def choose_batch(subject, items, cuts, encoding):
     """`choose` of a few items whose `cut_options` are at hand."""
     ids, lengths = pad([question for question, _ in cuts], encoding, subject.device)  # (B, T), (B,)
-    chosen = subject.pick(ids, lengths)
-    cache = subject.cache(chosen, ids.shape[1])
-    x = subject.model.hidden(ids, cache=cache, lengths=lengths)  # (B, T, C)
+    chosen, cache, first = subject.start(ids, lengths)
+    x = subject.model.hidden(ids, cache=cache, lengths=lengths, first=first)  # (B, T, C)
     at = torch.arange(len(cuts), device=ids.device)
-    first = log_softmax(subject.model, x[at, lengths - 1][:, None])[:, 0]  # (B, V): behind each question
+    behind = log_softmax(subject.model, x[at, lengths - 1][:, None])[:, 0]  # (B, V): behind each question
     owner = [b for b, (_, options) in enumerate(cuts) for _ in options]  # whose option each is
     rows = [tokens for _, options in cuts for tokens in options]
     sums = [0.0] * len(rows)
@@ -269,9 +276,9 @@ def choose_batch(subject, items, cuts, encoding):
         of = [r for r, tokens in enumerate(rows) if len(tokens) == n]
         mine = torch.tensor([owner[r] for r in of]).to(ids.device)  # (R,)
         after = torch.tensor([rows[r] for r in of]).to(ids.device)  # (R, n)
-        log_p = first[mine].gather(-1, after[:, :1])  # (R, 1): of each option's first token
+        log_p = behind[mine].gather(-1, after[:, :1])  # (R, 1): of each option's first token
         if n > 1:
-            x = subject.model.hidden(after[:, :-1], cache=take(cache, mine, n - 1))  # (R, n - 1, C)
+            x = subject.model.hidden(after[:, :-1], cache=cache.repeat(mine, n - 1))  # (R, n - 1, C)
             log_p = torch.cat([log_p, log_softmax(subject.model, x).gather(-1, after[:, 1:, None])[..., 0]], dim=1)
         for r, total in zip(of, check_numbers(subject, log_p.sum(1)).tolist()):
             sums[r] = total
