@@ -33,7 +33,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import kernels  # noqa: E402  the path comes first
 import model as gpt  # noqa: E402
-from compress import Quantized, magnitude, rtn  # noqa: E402
+from checkpoints import save  # noqa: E402
+from engine.decode import compile_decode  # noqa: E402
+from compress import magnitude, rtn  # noqa: E402
+from engine.grids import Quantized  # noqa: E402
 
 SQUARE, WIDE, SMALL = (4096, 4096, 128), (11008, 4096, 128), (768, 3072, 64)  # outputs, inputs, group size
 CALLS = 8  # in a turn
@@ -194,7 +197,7 @@ ROWS = ("dense eager", "dense", "8 bits", "4 bits", "3 bits", "2 bits", "2:4")
 def variant(name, row, s):
     """The model of a row of the table, its weights random; packed blocks get a head at 8 bits, if it is a large one."""
     model = gpt.GPT(MODELS[name]).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
-    kernels.compile_decode(model, row != "dense eager" and not s.no_compile)
+    compile_decode(model, row != "dense eager" and not s.no_compile)
     if row.startswith("dense"):
         return model
     for part in [part for block in model.blocks for part in (block.attn, block.mlp)]:
@@ -227,7 +230,7 @@ def sizes(model):
     """Bytes in memory, each tensor once, and bytes of the checkpoint."""
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     with tempfile.TemporaryDirectory() as folder:
-        gpt.save(model, os.path.join(folder, "model"))
+        save(model, os.path.join(folder, "model"))
         return sum(held.values()), os.path.getsize(os.path.join(folder, "model"))
 
 

@@ -13,8 +13,11 @@ import kernels
 import model
 import recover
 from checkpoints import load, save
+from engine import compiling, packing
+from engine.decode import compile_decode
 from engine.grids import Quantized
-from kernels import LANES, Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, to_words, unpack
+from engine.packing import LANES, to_words
+from kernels import Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, unpack
 
 SHAPES = [(1, 1), (5, 7), (16, 128), (33, 100), (40, 384)]
 
@@ -174,7 +177,7 @@ def test_fused_sparse_loop_equals_the_product(n_m):
 
 def test_tiles_cut_no_group():
     for span, groups in ((128, 86), (4096, 1), (64, 9), (4096, 2), (8, 1), (3008, 1), (32, 37)):
-        T = kernels.n_tiles(span, groups, 8)
+        T = packing.n_tiles(span, groups, 8)
         tile = span * groups // T
         assert span * groups % T == 0 and tile % (span if groups > 1 else 8) == 0
         assert tile <= max(2048, span) or span * groups == 32 * 37
@@ -183,11 +186,11 @@ def test_tiles_cut_no_group():
 def test_compiled_equals_eager_without_recompiling():
     """K1 and K2: one graph for a single row, one for a few, one to dequantize; other numbers of rows reuse them."""
     p = pack(quantized(40, 20, 4, 8, act_order=True))
-    kernels._ready.clear()
+    compiling.ready.clear()
     for M in (1, 2, 3, 4, 5, 17, 128):
         x = torch.randn(M, 20, generator=torch.Generator().manual_seed(M))
         assert relative_error(matmul(x, p), x, p.dequantize()) < 1e-6
-    assert len(kernels._ready) == 3
+    assert len(compiling.ready) == 3
     y = matmul(x[:1].bfloat16(), p)
     assert y.dtype == torch.bfloat16 and relative_error(y, x[:1], p.dequantize()) < 2e-2
     assert kernels.compile_failure() is None
@@ -196,12 +199,12 @@ def test_compiled_equals_eager_without_recompiling():
 def test_compiled_code_is_kept_on_the_disk_and_fits():
     """What a process compiled the next one finds; rows of a longer weight lie apart in memory, and are not mixed up."""
     p = pack(quantized(40, 4200, 4, 600))
-    rows = kernels._rows(p, 0, 2)
+    rows = p.rows(0, 2)
     whole = rows._replace(**{name: t.contiguous() for name in Packed.TENSORS if (t := getattr(rows, name)) is not None})
     assert whole.words.shape == rows.words.shape and whole.words.stride() != rows.words.stride()
     x = torch.randn(1, 4200, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
-        kernels._ready.clear()
+        compiling.ready.clear()
         torch._dynamo.utils.counters.clear()
         for part in (whole, rows):
             assert relative_error(matmul(x, part), x, p.dequantize()[:32]) < 1e-6
@@ -282,7 +285,7 @@ def test_layer_holds_packed_tensors_only():
 
 @pytest.mark.parametrize("enabled", (False, True))
 def test_gradient_reaches_the_input_and_keeps_no_float_weight(enabled, monkeypatch):
-    monkeypatch.setattr(kernels._State, "enabled", enabled)  # while gradients are recorded the eager twin computes
+    monkeypatch.setattr(compiling._State, "enabled", enabled)  # while gradients are recorded the eager twin computes
     for p in layers():
         layer = PackedLinear(p, torch.ones(24))
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4), requires_grad=True)
@@ -313,7 +316,7 @@ def test_spec_refuses():
     for bad in (7, {**spec, "bits": None, "buffers": {"words": 3}}, *({**spec, "buffers": b} for b in unknown)):
         with pytest.raises(ValueError, match="not the specification"):
             from_spec(bad)
-    for bad in ({}, {**spec, "layout": kernels.LAYOUT - 1}):
+    for bad in ({}, {**spec, "layout": packing.LAYOUT - 1}):
         with pytest.raises(ValueError, match="compress the model again"):
             from_spec(bad)
 
@@ -349,26 +352,26 @@ def test_compiled_decode_writes_the_same_tokens(monkeypatch):
     calls = [(ids[:1], 6, None), (ids[:1], 9, None), (ids[1:2, :3], 4, prompt), (ids[2:3], 11, None), (ids, 3, None),
              (ids[3:5], 7, None)]
     expected = [gpt.generate(i, n, prompt=p) for i, n, p in calls]
-    kernels._ready.clear()
+    compiling.ready.clear()
     fused, traced = kernels._fused, []
     monkeypatch.setattr(kernels, "_fused", lambda x, packed: traced.append(packed.shape) or fused(x, packed))
-    kernels.compile_decode(gpt)
+    compile_decode(gpt)
     for (i, n, p), want in zip(calls, expected):
         assert torch.equal(gpt.generate(i, n, prompt=p), want)
-    assert len(kernels._ready) == 4  # the head and the block, for one row and for two
-    assert traced == [(16, 16), (16, 32), (32, 16), (16, 16), (32, 16)]  # 2:4 takes the fused loop for one row only
-    other = kernels.compile_decode(small_packed_model())  # another model of this kind: its tensors, the same code
+    assert len(compiling.ready) == 4  # the head and the block, for one row and for two
+    assert traced == [(16, 16), (16, 32), (32, 16), (16, 16), (32, 16)]  # of two rows 2:4 does not take the fused loop
+    other = compile_decode(small_packed_model())  # another model of this kind: its tensors, the same code
     for block in other.blocks:
         block.attn.rope = block.attn.rope.flip(0)
     other.norm.weight.mul_(torch.arange(16.0))
     got = other.generate(ids[2:3], 11)
-    kernels.compile_decode(other, False)
+    compile_decode(other, False)
     assert torch.equal(got, other.generate(ids[2:3], 11)) and not torch.equal(got, expected[3])
-    assert len(kernels._ready) == 4
+    assert len(compiling.ready) == 4
     for linear in (other.blocks[1].attn.v, other.blocks[1].attn.o, other.blocks[1].mlp.up):
         linear.weight.data = linear.weight.mul_(9).T.contiguous().T  # stored in another order
     got = other.generate(ids[2:3], 11)
-    assert torch.equal(kernels.compile_decode(other).generate(ids[2:3], 11), got)
+    assert torch.equal(compile_decode(other).generate(ids[2:3], 11), got)
     seen = [expected[3].tolist()]
     for change in range(3):  # what no guard looks at any more has to be seen all the same
         if change == 0:
@@ -385,7 +388,7 @@ def test_compiled_decode_writes_the_same_tokens(monkeypatch):
         seen.append(want.tolist())
     assert len({str(tokens) for tokens in seen}) > 2
 
-    assert "step" not in vars(kernels.compile_decode(gpt, False))
+    assert "step" not in vars(compile_decode(gpt, False))
 
 
 def test_compiled_decode_of_every_repair():
@@ -410,8 +413,8 @@ def test_compiled_decode_of_every_repair():
 
         expected = answers()
         assert not torch.equal(plain, expected[0])
-        kernels._ready.clear()
-        kernels.compile_decode(gpt)
+        compiling.ready.clear()
+        compile_decode(gpt)
         for got, want in zip(answers(), expected):
             assert torch.equal(got, want)
-    assert len(kernels._ready) == 2  # the head, the block
+    assert len(compiling.ready) == 2  # the head, the block
