@@ -173,8 +173,8 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
     mask        (out, in) bool, False where a weight was pruned before: it stays zero, and counts
                 among the zeros that are asked for
 
-    An input that is zero in all of the data loses its weights first: that costs nothing on the
-    data. Raises ValueError as `gptq` does, and for a group_size that cuts through a pattern of M.
+    An input that is zero in all of the data loses its weights early: on the data that costs nothing,
+    and in the score of Algorithm 1 only what damping adds. Raises ValueError as `gptq` does, and for a group_size that cuts through a pattern of M.
     Source: Algorithm 1 of the paper, "Extension to Semi-Structured Sparsity" and "Joint
     Sparsification & Quantization".
     """
@@ -272,6 +272,8 @@ def compress(model, ids, method, lengths=None, progress=None, **settings):
                               config.group_size, config.symmetric, sparsity=config.sparsity,
                               n_m=config.n_m, targets=config.targets)
     check_ids(model, ids)
+    if config.n_m and config.n_m[1] > 256:
+        raise ValueError("N:M layers are packed with M of at most 256, got {}:{}".format(*config.n_m))
     targets = find_targets(model, config)  # {name: weight}
     frozen = targets.keys() & (targets.keys() if config.keep_zeros else model.pruned)
     model = copy.deepcopy(model, {id(W): W for W in targets.values()})  # those are replaced below

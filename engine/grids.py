@@ -84,6 +84,11 @@ def check_count(value, name):
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+def check_damp(damp):
+    if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not 0 <= damp < float("inf"):
+        raise ValueError(f"damp must be a finite number of at least 0, got {damp!r}")
+
+
 def check_grid(bits, group_size, n_m=None):
     """bits and group_size, where given; a group must hold whole patterns of M."""
     if bits is not None:

@@ -3,7 +3,7 @@ Every setting of `compress`, with its default, and which method has which.
 """
 from dataclasses import dataclass, fields
 
-from engine.grids import check_count, check_grid, check_pattern
+from engine.grids import check_count, check_damp, check_grid, check_pattern
 
 METHODS = {  # and the settings that belong to each, beside group_size and targets
     "rtn": ("bits", "symmetric"),
@@ -45,6 +45,7 @@ class CompressConfig:
             raise ValueError(f"{self.method} needs bits, from 2 to 8")
         check_grid(self.bits, self.group_size, self.n_m)
         check_count(self.block_size, "block_size")
+        check_damp(self.damp)
 
     @property
     def prunes(self):
