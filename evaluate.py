@@ -37,6 +37,7 @@ from study import claims, inside, pools, publish
 from study.comparisons import ANSWERS, add_tasks, comparisons, noise_floor, score_tasks, task_items
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
+from study.repairs import light
 from study.settings import OPERATIONS, POOLS, StudyConfig, options, sized
 from study.shares import add_attributes, add_shares
 from study.steps import Run
@@ -60,7 +61,7 @@ def every_model(run, dense):
             wanted += [(name, *how, "distillation") for name, how in POOLS.items()]
             wanted += [(name, *how, "next_token") for name, how in run.config.repairs.items()]
         for name, kind, size, objective in wanted:
-            yield repaired_subject(run, base, name, kind, size, batches, objective)
+            yield repaired_subject(run, base, name, kind, size, batches, objective, dense=dense)
 
 
 def ask(run, subject, asked, group="study"):
@@ -73,7 +74,8 @@ def ask(run, subject, asked, group="study"):
     about, world = subject.about, run.world
     settings = {**about["settings"], "asked": publish.digest_of_facts(asked)}
     given = run.once_json(about["id"] + ".answers", settings, ANSWERS,
-                          lambda: {split: answer(subject, facts, world.encoding) for split, facts in asked.items()})
+                          lambda: {split: answer(light(subject), facts, world.encoding)
+                                   for split, facts in asked.items()})
     return {**{key: about[key] for key in ("id", "tag", "base", "operation", "layers")}, "kind": kind_of(about),
             "group": group, "metrics": costs(subject), "intervals": {}, "verdict": None, "confirmed": None, "answers": given,
             "entities": {split: [fact.person for fact in facts] for split, facts in asked.items()}}
@@ -92,7 +94,7 @@ def look_closer(run, row, subject, dense, base):
     """What the study asks of its own models beside facts: perplexity, tasks, attention, ways to choose a prompt."""
     about, world, config = subject.about, run.world, run.config
     row["metrics"]["perplexity"] = run.once_json(about["id"] + ".perplexity", about["settings"], ANSWERS,
-                                                 lambda: perplexity(subject, world.windows))
+                                                 lambda: perplexity(light(subject), world.windows))
     row["scores"] = score_tasks(run, subject, row["answers"])
     row["similarity"] = run.once_json(about["id"] + ".inside", {**about["settings"], "texts": len(world.inside)},
                                       ("study.inside", *ANSWERS),

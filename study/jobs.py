@@ -46,10 +46,10 @@ def repair(arguments):
     """python -m study repair: one repair of one compressed model."""
     parser = options("study repair", "Repair a compressed model of the small world; ask it before and after.")
     parser.add_argument("--base", choices=list(COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
-    parser.add_argument("--method", choices=["lora", "prompt", "prefix", "idp"], default="lora", help="how")
+    parser.add_argument("--method", choices=["lora", "prompt", "prefix", "idp", "bias"], default="lora", help="how")
     parser.add_argument("--repair-size", type=int, default=8, help="LoRA's rank, or the tokens of a prompt or prefix")
     parser.add_argument("--prompts", type=int, default=4, help="idp: prompts in the pool")
-    parser.add_argument("--way", choices=["independent", "joint", "competitive", "selected"], default="independent",
+    parser.add_argument("--way", choices=["together", "independent", "joint", "competitive", "selected"], default="together",
                         help="idp: how the pool is trained")
     parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
@@ -58,7 +58,7 @@ def repair(arguments):
     run = Run(config, World(config))
     dense = dense_subject(run)
     base = compressed_subject(run, dense, args.base)
-    size = (args.prompts, args.repair_size, args.way) if args.method == "idp" else args.repair_size
+    size = {"idp": (args.prompts, args.repair_size, args.way), "bias": "o down"}.get(args.method, args.repair_size)
     tag = f"{args.method} {' '.join(map(str, size)) if args.method == 'idp' else size} lr {args.lr:g}"
     repaired = repaired_subject(run, base, tag, args.method, size, repair_batches(run, dense), args.objective, args.lr)
     print_recalls(run, {"dense": dense, args.base: base, "repaired": repaired})

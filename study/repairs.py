@@ -3,6 +3,7 @@ Every repair of the study, trained on a frozen compressed model, and the Subject
 """
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,9 @@ import idp
 import recover
 from kernels import PackedLinear
 from world.score import Subject
+
+POOL_LOSSES = {"together": idp.side_by_side, "joint": idp.joint, "competitive": idp.competitive,
+               "selected": idp.selected}
 
 
 def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=None, bfloat16=False):
@@ -29,6 +33,10 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
         parameters = recover.add_lora(model, *lora_size(size), generator=generator)
         recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
         return parameters
+    if kind == "bias":
+        parameters = recover.add_biases(model, size)
+        recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
+        return parameters
     if kind == "prefix":
         prefix = recover.Prefix(recover.prefix_init(model, recover.prompt_init(model, size, generator=generator)))
         loss = recover.objective(lambda ids: model(ids, cache=prefix.cache(model, *ids.shape)), losses)
@@ -42,7 +50,8 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
             loss = idp.independent(model, pool, losses, m)
             recover.fit(model, [prompt], batches[m::M], loss, fit_config, progress=progress)
     else:
-        loss = {"joint": idp.joint, "competitive": idp.competitive, "selected": idp.selected}[way](model, pool, losses)
+        loss = POOL_LOSSES[way](model, pool, losses)
+        fit_config = replace(fit_config, clip_each=way == "together")  # each prompt learns as it would alone
         recover.fit(model, pool.parameters(), batches, loss, fit_config, progress=progress)
     return [*pool.prompts] + ([pool.probe] if way == "selected" else [])
 
@@ -60,6 +69,13 @@ def attach(model, kind, size, tensors):
         with torch.no_grad():
             for p, trained in zip(recover.add_lora(model, *lora_size(size)), tensors):
                 p.copy_(trained)
+        return Subject(model)
+    if kind in ("bias", "correction"):
+        model = shared_copy(model)
+        with torch.no_grad():
+            for p, trained in zip(recover.add_biases(model, size), tensors):
+                p.copy_(trained)
+        recover.merge_biases(model)
         return Subject(model)
     if kind == "prefix":
         with torch.no_grad():
@@ -83,6 +99,11 @@ def pool_subject(model, pool):
             return idp.choose(model, filled, ids, lengths)
         return idp.highest(idp.probed(model, pool, ids, lengths)), None
     return Subject(model, filled, choose if len(pool) > 1 else None)
+
+
+def light(subject):
+    """The same Subject on weights that are unpacked once: the same numbers, without unpacking at every product."""
+    return replace(subject, model=unpacked(subject.model))
 
 
 def unpacked(model):

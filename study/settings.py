@@ -72,12 +72,14 @@ COMPRESSIONS = {  # tag: (operation, method, settings)
     "magnitude 50 %": ("prune", "magnitude", {"sparsity": 0.5}),
     "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
 }
-REPAIRS = {  # tag: (kind, size: a rank (and layers), a length, or prompts x length and how the pool is trained)
+REPAIRS = {  # tag: (kind, size: a rank (and layers), layers, a length, or prompts x length and how they are trained)
+    "bias correction": ("correction", "o down"),     # closed form, nothing is trained
+    "biases": ("bias", "o down"),                    # as many parameters as a prompt of 8, free at inference
+    "LoRA rank 1 on o": ("lora", (1, "o")),          # as many
     "prompt 8": ("prompt", 8),
-    "prompt 32": ("prompt", 32),
+    "prompt 32": ("prompt", 32),                     # as many as the pool
+    "IDP 4 x 8": ("idp", (4, 8, "together")),
     "prefix 8": ("prefix", 8),
-    "IDP 4 x 8": ("idp", (4, 8, "independent")),
-    "LoRA rank 1": ("lora", 1),
     "LoRA rank 8": ("lora", 8),
 }
 POOLS = {  # the other ways to train a pool: with --full
@@ -86,19 +88,21 @@ POOLS = {  # the other ways to train a pool: with --full
     "IDP 4 x 8 selected": ("idp", (4, 8, "selected")),  # chosen by a probe that was trained with the prompts
 }
 RATES = {  # peak learning rates, the same for every compressed model; a pool's prompts learn as one does
-    "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 3e-2, "LoRA rank 1": 3e-3, "LoRA rank 8": 3e-3,
+    "biases": 1e-2, "LoRA rank 1 on o": 1e-2, "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 3e-2, "LoRA rank 8": 3e-3,
 }
 RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-             "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}  # five each: no method gets more tries than another
+             "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "bias": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}  # five tries for each
 
 OPERATIONS = {
     "quantize": "weights rounded to a few bits", "prune": "weights set to zero",
     "control": "damage whose answer is known by construction",
     "LoRA": "a low-rank update beside each layer",
     "prompt": "trained vectors in front of the text", "prefix": "trained keys and values in front, in every layer",
+    "biases": "a trained constant after o and down", "bias correction": "the same in closed form, nothing is trained",
     "IDP": "a pool of prompts, the input picks the one it attends to most",
 }
-OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP"}
+OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP", "bias": "biases",
+             "correction": "bias correction"}
 
 
 def rate(config, base, tag, kind, size):

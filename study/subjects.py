@@ -10,11 +10,12 @@ import torch
 
 import recover
 from checkpoints import load, save
+from checkpoints.adapters import load_tensors, save_tensors
 from checkpoints.vocabulary import save_ranks
 from compress import compress
 from engine.script import read_json, write_text
-from recover import FitConfig
-from study.repairs import attach, train_repair
+from recover import FitConfig, correct_biases
+from study.repairs import attach, lora_size, train_repair, unpacked
 from study.settings import OPERATION, rate
 from study.steps import slug
 from study.training import train_dense
@@ -74,25 +75,36 @@ def repair_batches(run, dense):
     return batches
 
 
-def repaired_subject(run, base, tag, kind, size, batches, objective="distillation", lr=None):
-    """`base` repaired in one way, on the batches of `repair_batches`."""
-    config = run.config
-    lr = lr or rate(config, base.about["tag"], tag, kind, size)
-    fit_config = FitConfig(steps=config.repair_steps, lr=lr)
-    settings = {**base.about["settings"], "repair": kind, "size": size, "objective": objective,
-                "fit": asdict(fit_config), "repair_batch": config.repair_batch,
+def repaired_subject(run, base, tag, kind, size, batches, objective="distillation", lr=None, dense=None):
+    """`base` repaired in one way, on the batches of `repair_batches`; kept as an adapter (checkpoints/adapters.py).
+
+    dense  the undamaged model, for bias correction, which trains nothing and reads the calibration text
+    """
+    config, trained = run.config, kind != "correction"
+    fit_config = FitConfig(steps=config.repair_steps,
+                           lr=lr or rate(config, base.about["tag"], tag, kind, size)) if trained else None
+    settings = {**base.about["settings"], "repair": kind, "size": size,
+                **({"objective": objective, "fit": asdict(fit_config), "repair_batch": config.repair_batch}
+                   if trained else {}),
                 **({"bfloat16": True} if config.repair_bfloat16 else {})}
     if objective != "distillation":
         tag += ", next token"
     name = f"{base.about['id']}-{slug(tag)}"
+    layout = "bias" if kind == "correction" else kind
+    targets = size.split() if layout == "bias" else lora_size(size)[2] if kind == "lora" else None
 
     def make():
-        tensors = train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config,
-                               config.draw_seed, run.log.progress(name, fit_config.steps), config.repair_bfloat16)
-        return {f"{i:03d}": t for i, t in enumerate(tensors)}
-    tensors = list(run.once_tensors(name, settings, ("study.repairs", "compress", "study.training"), make).values())
+        """The repair's tensors, trained or computed."""
+        if not trained:
+            return correct_biases(unpacked(base.model), dense.model, run.world.calibration(config), size)
+        return train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config,
+                            config.draw_seed, run.log.progress(name, fit_config.steps), config.repair_bfloat16)
+    tensors = run.once(name, settings, ("study.repairs", "compress", "study.training"), make,
+                       lambda tensors, path: save_tensors(path, base.model, layout, tensors, targets,
+                                                          kind == "idp" and size[2] == "selected"),
+                       lambda path: load_tensors(path, base.model, layout))
     subject = attach(base.model, kind, size, tensors)
-    how = {"size": size, "objective": objective, "lr": fit_config.lr, "steps": fit_config.steps}
+    how = {"size": size, **({"objective": objective, "lr": fit_config.lr, "steps": fit_config.steps} if trained else {})}
     subject.about = {"id": name, "tag": tag, "base": base.about["id"], "settings": settings, "path": base.about["path"],
                      "layers": None, "extra": sum(t.numel() for t in tensors), "kind": kind, "tensors": tensors,
                      "operation": {"name": OPERATION[kind], "parameters": how}}
