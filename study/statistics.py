@@ -147,9 +147,10 @@ def seed_interval(bounds, values):
     bounds  [low, high] of the seeds' mean over other people, as `interval` gives it
     values  (K,) what each seed came to; one, or none, leaves the bounds as they are
 
-    Two and three seeds: the longer of the two intervals, over people and by t over seeds, on either side. More: both
+    Two and three seeds: on either side the longer of the two intervals, over people and by t over seeds. More: both
     variances added, with Satterthwaite's (1946) degrees of freedom; with two seeds that rule would hold the truth 87 %
-    of the time. With two seeds t is 12.7 and the interval is long: it holds the truth in 95 to 99 %.
+    of the time. What single answers differ by from seed to seed counts twice, so that two or three seeds that hardly
+    differ give a long interval: it holds the truth in up to 99 %. Two seeds say little: their t is 12.7.
     """
     values = np.asarray(values, dtype=float)
     if None in bounds or len(values) < 2 or (values == values[0]).all():

@@ -319,6 +319,8 @@ def test_random_signs_come_close_to_all_signs():
     assert drawn == flip_test(np.zeros(200), almost, range(200), draws=20_000)[2]  # the same seed, the same digits
     assert drawn != flip_test(np.zeros(200), almost, range(200), draws=20_000, seed=1)[2]
     assert flip_test(np.zeros(60), 1 + 0.1 * rng.random(60), range(60), draws=999)[2] == 1 / 1000  # never 0
+    coins = 0.1 * np.repeat([1, -1], [20, 10])  # many draws are as far out as the data: they count
+    assert flip_test(np.zeros(30), coins, range(30))[2] == pytest.approx(mcnemar(np.zeros(30), coins)[2], abs=0.004)
 
 
 def test_seeds_are_pooled_before_the_flip():
