@@ -219,16 +219,6 @@ def fewer_parameters(results):
     return (holds, "; ".join(said)) if said else missing("no base has both IDP and LoRA")
 
 
-def less_latency(results):
-    """A question takes 60 % less time with IDP than with LoRA beside the weights."""
-    said, holds = [], True
-    for base, pool, lora in pools_and_lora(results):
-        ms, MS = (m["metrics"]["ms_per_question"] for m in (pool, lora))
-        holds &= ms <= 0.4 * MS
-        said.append(f"{base}: {ms:.1f} ms against {MS:.1f}, {percent(1 - ms / MS)} less")
-    return (holds, "; ".join(said)) if said else missing("no base has both IDP and LoRA")
-
-
 def two_regimes(results):
     """Every LoRA brings block outputs nearer to the dense model's than every prompt, prefix and pool does: the
     intervals of the changes do not touch. (Stated after a first look at the means, before there were intervals.)
@@ -256,7 +246,6 @@ FINDINGS = [
     ("the paper: prompts (IDP) recover as much as LoRA", prompts_match_lora),
     ("the paper: longer prompts lower perplexity", longer_prompts_read_better),
     ("the paper: IDP has 21 times fewer parameters than LoRA", fewer_parameters),
-    ("the paper: IDP takes 60 % less time than LoRA", less_latency),
     ("the paper: prompting and re-training work in two different regimes", two_regimes),
 ]
 

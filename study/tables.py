@@ -35,7 +35,7 @@ def share(values, digits=1):
 
 def name_of(model):
     """A model's tag, "+ tag" for a repair."""
-    return ("+ " if model["kind"] == "repaired" else "") + model["tag"]
+    return ("+ " if model.get("kind") == "repaired" else "") + model["tag"]
 
 
 def main_table(results):
