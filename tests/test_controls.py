@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evaluate import fractions
 from recover import FitConfig
 from study import controls
 from study.controls import ControlConfig, control_subjects
@@ -36,6 +35,12 @@ def recalls(subject, facts, encoding):
     """{split: recall}."""
     return {split: sum(a["correct"] for a in answer(subject, part, encoding)) / len(part)
             for split, part in facts.items()}
+
+
+def fractions(before, after, repaired):
+    """(displaced, relearned) of recalls by split."""
+    back = {s: (repaired[s] - after[s]) / (before[s] - after[s]) for s in ("seen", "heldout")}
+    return back["heldout"], back["seen"] - back["heldout"]
 
 
 def measured(scene, name, repairs):
