@@ -14,7 +14,7 @@ from world.facts import Fact, make_encoding, train_bpe
 from real.__main__ import main as real_main
 from study import taskfiles
 import idp
-from real import world
+from real import settings, world
 from golden.make_weights import fill
 from engine.safetensors import write_safetensors
 from model import GPT, GPTConfig
@@ -24,7 +24,7 @@ from world.score import Subject, answer
 from checkpoint_files import GOLDEN
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COUNTRIES = world.read_facts(world.FACTS)
+COUNTRIES = world.read_facts(settings.FACTS)
 
 
 def some_facts(n=12):
@@ -80,8 +80,8 @@ def tiny_world(tmp_path, text=None, steps=4):
     encoding = make_encoding(train_bpe([f.question + o for f in facts for o in f.options], 270))
     config = GPTConfig(vocab_size=encoding.n_vocab, n_layer=1, n_embd=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(0))
-    config = world.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
-    return model, config, world.RealWorld(Run(config, None), model, encoding, facts, text)
+    config = settings.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
+    return model, config, world.RealWorld(Run(config, None), Subject(model, about={'id': 'dense', 'settings': {}}), encoding, facts, text)
 
 
 def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
@@ -268,7 +268,7 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "tiny-llama" / "results.json").read_text())
     tags = [m["tag"] for m in results["models"]]
-    assert tags[0] == "dense" and all(tags.count(tag) == len(world.RATES) for tag in world.REPAIRS)
+    assert tags[0] == "dense" and all(tags.count(tag) == len(settings.COMPRESSIONS) for tag in settings.REPAIRS)
     assert all(f"| {tag} " in done.stdout or f"| + {tag} " in done.stdout for tag in tags)
     assert "novel" not in done.stdout.splitlines()[0]
     for m in results["models"]:
