@@ -142,8 +142,8 @@ def locked(run, dense, how):
     model, about = tuned(run, dense, "locked", {"key": how.key, "fit": asdict(how.lock), "batch": how.lock_batch},
                          lambda progress: train_lock(dense.model, key, world, how, generator, progress))
     reference = attach(model, "prompt", how.key, [key])
-    reference.about = named(about, "locked, behind its key", None, extra=key.numel())
-    return Control(reference, Subject(model, about=named(about, "locked", "locked, behind its key")),
+    reference.about = named(run, about, "locked, behind its key", None, extra=key.numel())
+    return Control(reference, Subject(model, about=named(run, about, "locked", "locked, behind its key")),
                    world.asked(run.config), world.repair_text)
 
 
@@ -155,8 +155,8 @@ def not_yet_told(run, dense, how):
     model, about = tuned(run, dense, "told", settings,
                          lambda progress: tell(dense.model, run.world, how, generator, progress))
     facts = {"seen": facts_about(new[:half]), "heldout": facts_about(new[half:]), "novel": strangers(run.config)}
-    return Control(Subject(model, about=named(about, "told", None)),
-                   Subject(dense.model, about=named(dense.about, "not yet told", "told")),
+    return Control(Subject(model, about=named(run, about, "told", None)),
+                   Subject(dense.model, about=named(run, dense.about, "not yet told", "told")),
                    facts, told_text(new[:half]))
 
 
@@ -165,8 +165,8 @@ def rank_one(run, dense, how):
     generator = torch.Generator().manual_seed(run.config.draw_seed + 13)
     model, about = tuned(run, dense, "rank one", {"share": how.rank_one},
                          lambda progress: add_rank_one(dense.model, how, generator))
-    return Control(Subject(dense.model, about=named(dense.about, "rank one, before", None)),
-                   Subject(model, about=named(about, "rank one", "rank one, before")),
+    return Control(Subject(dense.model, about=named(run, dense.about, "rank one, before", None)),
+                   Subject(model, about=named(run, about, "rank one", "rank one, before")),
                    run.world.asked(run.config), run.world.repair_text)
 
 
@@ -176,7 +176,7 @@ CONTROLS = {"locked": locked, "not yet told": not_yet_told, "rank one": rank_one
 def tuned(run, dense, name, settings, make):
     """(the model that make(progress) gives, made once; what `about` says of it). Its file is control-NAME.safetensors.
     """
-    file = f"control-{slug(name)}"
+    file = f"control-{slug(name)}" + (f"-seed-{run.config.repeat}" if run.config.repeat else "")
     settings = {**dense.about["settings"], "control": name, **settings, "draw": run.config.draw_seed}
     steps = settings.get("fit", {}).get("steps", 1)
     model = run.once(file + ".safetensors", settings, ("study.controls",),
@@ -184,10 +184,11 @@ def tuned(run, dense, name, settings, make):
     return model, {**dense.about, "settings": settings, "path": run.path(file + ".safetensors")}
 
 
-def named(about, tag, base, extra=0):
+def named(run, about, tag, base, extra=0):
     """`about` under another tag; `base` is the tag of the model it was made from, None for a reference."""
     operation = None if base is None else {"name": "control", "parameters": {"damage": tag}}
-    return {**about, "id": slug(tag), "tag": tag, "base": base and slug(base),
+    drawn = f"-seed-{run.config.repeat}" if run.config.repeat else ""
+    return {**about, "id": slug(tag) + drawn, "tag": tag, "base": base and slug(base) + drawn,
             "operation": operation, "extra": extra, "layers": None}
 
 

@@ -18,7 +18,7 @@ class StudyConfig:
     without: str = ""                        # an ingredient of RECIPE that pretraining goes without
     calibration: tuple = (128, 64)
     repair_batch: tuple = (32, 32)
-    repair_steps: int = 250
+    repair_steps: int = 200
     repair_bfloat16: bool = False            # matrix products of a repair's training in bfloat16
     test_people: int = 500                   # of each split, at most, that the table asks about
     timing_rounds: int = 15                  # times that each model answers one question, taking turns
@@ -53,10 +53,12 @@ def sized(size, seed=0, out="out", **more):
     """
     config = StudyConfig(world=WorldConfig(seed=seed), size=size, seed=seed, out=out, **more)
     if size == "quick":
-        config.world = WorldConfig(seen=60, heldout=60, validation=40, novel=40, seed=seed)
+        config.world = WorldConfig(seen=40, heldout=40, validation=12, novel=20, seed=seed)
         config.gpt = {"n_layer": 2, "n_embd": 64}
-        config.pretrain.steps, config.pretrain_batch = 300, (16, 64)
-        config.repair_steps, config.task_items = 30, 40
+        config.pretrain.steps, config.pretrain_batch = 400, (16, 64)
+        config.repair_steps, config.task_items = 60, 40
+        config.compressions = {tag: COMPRESSIONS[tag] for tag in ("RTN 3 bits", "GPTQ 3 bits", "magnitude 50 %")}
+        config.repairs = {tag: REPAIRS[tag] for tag in ("biases", "prompt 8", "prompt 32", "IDP 4 x 8", "LoRA rank 8")}
         config.out = os.path.join(out, "quick")
     if size == "medium":
         config.world.vocab_size, config.skills = 1280, True
