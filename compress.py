@@ -1,6 +1,5 @@
 """
-Every compressor of the study, by hand: a model goes in, a smaller one that answers nearly the same
-comes out.
+The compressors, by hand: a model goes in, a smaller one that answers nearly the same comes out.
 
 Round-to-nearest and GPTQ (Frantar et al. 2023, arXiv 2210.17323); magnitude pruning (Han et al.
 2015, arXiv 1506.02626), Wanda (Sun et al. 2024, arXiv 2306.11695) and SparseGPT (Frantar &
@@ -10,13 +9,12 @@ The one idea. A layer computes X Wᵀ. Replacing W by Q costs, per token,
 
     mean |x (W - Q)ᵀ|² = tr(D H Dᵀ),    D = W - Q,  H = mean of x xᵀ,
 
-so the small matrix H is all there is to know about the data, and each row of W is a problem of its
-own. GPTQ and SparseGPT take the columns in order; each is rounded (or set to zero), and those that
-are still free make up for its error. `gptq_loop` and `sparsegpt_loop` are Algorithm 1 of each
-paper, whole. On a model the same algorithm runs in blocks, seven times as fast: engine/columns.py,
-held to the loops by tests. `search` and `refit`, which are ours, are in engine/refit.py.
+so H is all there is to know about the data, and each row of W is a problem of its own. GPTQ and
+SparseGPT take the columns in order; each is rounded (or set to zero), and those that are still free
+make up for its error: `gptq_loop` and `sparsegpt_loop`, Algorithm 1 of each paper, whole. On a
+model the same runs in blocks, seven times as fast: engine/columns.py, held to the loops by tests.
 
-What it leaves out: embedding and head, which stay as they are; activations stay floating point.
+What it leaves out: embedding, head and activations, which stay floating point.
 
     python compress.py                     # a lesson: one weight, GPTQ against rounding to nearest
     python compress.py --in MODEL --text FILE --method gptq --bits 3 --group-size 64
@@ -34,7 +32,7 @@ import time
 import torch
 import torch.nn as nn
 
-from engine.columns import Swept, factor, sweep
+from engine.columns import Swept, factor, inverse, sweep
 from engine.grids import (Quantized, check_finite, check_grid, check_hessian, check_mask,
                           check_pattern, check_weight, grid, keep_largest, nearest)
 from engine.layers import check_ids, find_targets, output_error, report_row, watched
@@ -98,11 +96,10 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     What the default costs: the reference code fits a group's grid to columns that their block has
     not updated yet. Those are spread less wide, and at 2 and 3 bits with small groups its error is
     up to 34 % below ours. With search=True no error is above the reference's (tests hold that).
-    An input that is zero in all of the data keeps its weights, each rounded to the nearest value of
-    its grid; a grid that `search` narrowed may end short of it. GPTQ is greedy: on a weight of a
-    few rows it can lose to rounding to nearest.
-    Raises ValueError for bad input: NaN or infinity, shapes that do not fit, H not symmetric or not
-    positive semidefinite, settings out of range.
+    An input that is zero in all of the data keeps its weights, rounded; a grid that `search` made
+    narrower may end short of them. On a weight of a few rows GPTQ can lose to rounding to nearest.
+    Raises ValueError for NaN or infinity, shapes and settings that do not fit, an H that is not
+    symmetric or not positive semidefinite.
     """
     W = check_weight(W)
     config = CompressConfig("gptq", bits, group_size, symmetric, act_order, search, refit,
@@ -173,10 +170,9 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
     mask        (out, in) bool, False where a weight was pruned before: it stays zero, and counts
                 among the zeros that are asked for
 
-    An input that is zero in all of the data loses its weights early: on the data that costs nothing,
-    and in the score of Algorithm 1 only what damping adds. Raises ValueError as `gptq` does, and for a group_size that cuts through a pattern of M.
-    Source: Algorithm 1 of the paper, "Extension to Semi-Structured Sparsity" and "Joint
-    Sparsification & Quantization".
+    An input that is zero in all of the data loses its weights early: only damping has them count.
+    Raises ValueError as `gptq` does, and for a group_size that cuts through a pattern of M. Source:
+    Algorithm 1 of the paper, with its extensions to N:M and to joint quantization.
     """
     W = check_weight(W)
     config = CompressConfig("sparsegpt", bits, group_size, refit=refit, sparsity=sparsity, n_m=n_m,
@@ -190,11 +186,8 @@ def sparsegpt(W, H, sparsity=None, n_m=None, bits=None, group_size=None, damp=0.
 # ---- one weight, any method
 
 def compress_weight(W, H, factored, config, keep=None):
-    """W (out, in) by `config` -> Swept.
-
-    factored: H's Factor where the method needs it, which layers that read one input share;
-    keep (out, in) bool: False where a weight was pruned before.
-    """
+    """W (out, in) by `config` -> Swept; factored is H's Factor, where the method needs it, and keep
+    (out, in) bool is False where a weight was pruned before."""
     W, grids = check_weight(W), (config.bits, config.group_size, config.symmetric)
     if config.method in ("gptq", "sparsegpt"):
         if config.search:
@@ -222,8 +215,7 @@ def calibrate(model, ids, lengths=None, rows=32):
     ids (N, T), lengths (N,) real tokens a row: the padding behind them counts nowhere. `rows` rows
     run at a time. Whoever walks changes the block's layers before asking for the next one: block k
     is calibrated on what the compressed blocks before it give. Layers that read one tensor (q, k
-    and v; gate and up) share one H, the same object. In memory beside the model: N T C floats
-    between two blocks, what one block makes of `rows` rows, and one block's H.
+    and v; gate and up) share one H, the same object. In memory: N T C floats, and one block's H.
     """
     check_ids(model, ids)
     ids = ids.to(model.wte.weight.device)
@@ -260,20 +252,15 @@ def compress(model, ids, method, lengths=None, progress=None, **settings):
     CompressConfig; progress, a function, is called with each row when it is made. Quantized and N:M
     layers become kernels.PackedLinear; other pruned ones stay nn.Linear, with exact zeros, and are
     named in `pruned` of the result: their zeros stay when it is compressed again.
-    In a row: error_before is tr(D H Dᵀ) of rounding to nearest, or of magnitude pruning, at the
-    same settings, error_after that of the method; relative_output_error is |X Dᵀ| / |X Wᵀ| and
-    weight_change |D| / |W|; histogram counts the single changes, in units of the root mean square
-    of W; damp and retries: the damping used, and how often it was raised; repeated_rows: how many
-    rows a search swept twice; zeros and sparsity are counted in the result.
+    A row: error_before and error_after, tr(D H Dᵀ) of the simplest method (rounding to nearest, or
+    magnitude) and of this one; relative_output_error, |X Dᵀ| / |X Wᵀ|; weight_change, |D| / |W|;
+    histogram of the single changes, in units of the root mean square of W; the damp that was used,
+    raised `retries` times; repeated_rows, swept twice by a search; zeros, counted in the result.
     Raises ValueError for settings that do not fit, and for NaN, naming the layer.
     """
     config = CompressConfig(method, **settings)
-    simplest = CompressConfig("magnitude" if config.prunes else "rtn", config.bits,
-                              config.group_size, config.symmetric, sparsity=config.sparsity,
-                              n_m=config.n_m, targets=config.targets)
+    simplest = config.simplest()
     check_ids(model, ids)
-    if config.n_m and config.n_m[1] > 256:
-        raise ValueError("N:M layers are packed with M of at most 256, got {}:{}".format(*config.n_m))
     targets = find_targets(model, config)  # {name: weight}
     frozen = targets.keys() & (targets.keys() if config.keep_zeros else model.pruned)
     model = copy.deepcopy(model, {id(W): W for W in targets.values()})  # those are replaced below
@@ -284,6 +271,7 @@ def compress(model, ids, method, lengths=None, progress=None, **settings):
             name, layer = f"blocks.{index}.{child}", block.get_submodule(child)
             if name not in targets:
                 continue
+            # the weight, and the module that holds what has become of it
             began, W = time.perf_counter(), check_weight(layer.weight)
             H = H64.to(W.dtype)
             try:
@@ -297,10 +285,10 @@ def compress(model, ids, method, lengths=None, progress=None, **settings):
             new = replacement(layer, swept, config)
             block.set_submodule(child, new)
             model.pruned |= {name} if isinstance(new, nn.Linear) else set()
-            after, seconds = swept.dequantize(), time.perf_counter() - began
-            plain = after if config == simplest else \
-                compress_weight(W, H, None, simplest).dequantize()
-            row = report_row(W, after, plain, H, swept, factored, config)
+            seconds = time.perf_counter() - began
+            # its row of the report
+            plain = swept if config == simplest else compress_weight(W, H, None, simplest)
+            row = report_row(W, H, swept, plain, factored, config)
             report.append({"name": name, **row, "tokens": tokens, "seconds": seconds})
             if progress:
                 progress(report[-1])
@@ -324,33 +312,25 @@ def replacement(layer, swept, config):
 
 def lesson():
     """One weight under correlated inputs: what each method costs, and that Algorithm 1 knows it."""
-    generator = torch.Generator().manual_seed(0)
-    out, n = 64, 96
-    W = torch.randn(out, n, generator=generator, dtype=torch.float64)
-    mix = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5  # correlated inputs,
-    loud = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1  # some louder than others
-    X = torch.randn(1000, n, generator=generator, dtype=torch.float64) @ mix * loud
+    generator, out, n = torch.Generator().manual_seed(0), 64, 96
+    W, mix, X = (torch.randn(rows, n, generator=generator).double() for rows in (out, n, 1000))
+    X = X @ mix / n**0.5 * torch.linspace(0.1, 1, n)  # inputs are correlated, and not equally loud
     H = X.T @ X / len(X)
     size = output_error(W, H)
-    print(f"one weight W ({out} x {n}), H from {len(X):,} tokens; error: tr(D H Dᵀ) / tr(W H Wᵀ)\n")
-    print("bits    round to nearest      GPTQ")
-    for bits in (2, 3, 4, 8):
-        rounded = output_error(W - rtn(W, bits).dequantize(), H)
-        ours = output_error(W - gptq(W, H, bits).dequantize(), H)
-        print(f"{bits:4d} {rounded / size:18.4%} {ours / size:11.4%}")
-    print("\nhalf of the weights zero")
-    for name, Q in (("magnitude", W * magnitude(W, 0.5)), ("Wanda", W * wanda(W, H, 0.5)),
-                    ("SparseGPT", sparsegpt(W, H, 0.5)[0])):
-        print(f"{name:10s} {output_error(W - Q, H) / size:12.4%}")
+    print(f"a weight W ({out} x {n}), H from {len(X):,} tokens; error: tr(D H Dᵀ) / tr(W H Wᵀ)\n")
+    results = {f"{name}, {bits} bits": method.dequantize() for bits in (2, 3, 4, 8)
+               for name, method in (("nearest", rtn(W, bits)), ("GPTQ", gptq(W, H, bits)))}
+    results |= {"magnitude, half zero": W * magnitude(W, 0.5), "Wanda, half zero": W * wanda(W, H, 0.5),
+                "SparseGPT, half zero": sparsegpt(W, H, 0.5)[0]}
+    for name, Q in results.items():
+        print(f"{name:22s} {output_error(W - Q, H) / size:9.4%}")
     # the loss that Algorithm 1 adds up column by column is the error it makes, under the damped H
     factored = factor(H, n, dtype=W.dtype)
-    swept = sweep(W, factored, bits=3)
-    damped = factored.R @ factored.R.T
-    keep = torch.ones_like(W, dtype=torch.bool)
-    codes, _, _ = gptq_loop(W, factored.U, 3, n, False, keep)
+    swept, damped = sweep(W, factored, bits=3), factored.R @ factored.R.T
+    print(f"\nAlgorithm 1, 3 bits: sum of e² / 2 = {float(swept.loss.sum()):.5f}, "
+          f"tr(D H Dᵀ) / 2 = {output_error(W - swept.dequantize(), damped) / 2:.5f}")
+    codes, _, _ = gptq_loop(W, inverse(factored.R), 3, n, False, torch.ones_like(W).bool())
     different = int((codes != swept.quantized.codes).sum())
-    print(f"\nAlgorithm 1, 3 bits: sum of e² / 2 = {float(swept.loss.sum()):.6f}, "
-          f"tr(D H Dᵀ) / 2 = {output_error(W - swept.dequantize(), damped) / 2:.6f}")
     print(f"gptq_loop and the blocked sweep: {different} of {codes.numel():,} codes differ")
     print("\nnext: python -m study compress (a GPT that knows facts, before and after), or\n"
           "      python compress.py --in MODEL --text FILE --bits 3 (any checkpoint; --help)")

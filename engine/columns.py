@@ -13,13 +13,11 @@ and H⁻¹ is never formed. All that the sweep needs of U is near its diagonal:
     w_b = W_b + D_done R_done,b U_bb     a block as Algorithm 1 has it when all before it are done, W_b the original
 
 The last line: the steps add up to D = E U, so E = D R, and the papers' update w_b = W_b - E U_done,b becomes ours
-because R U = 1 has zeros above its diagonal. (QuIP, Chee et al. 2023, arXiv 2307.13304, proves the related fact that
-GPTQ is rounding with linear feedback from the factors of H.)
+because R U = 1 has zeros above its diagonal.
 
 Lazy batches (GPTQ, "Step 2") are nested twice: an error is applied at once to the few columns around its own, to the
-rest of its block after at most STEP columns, and to all others when it is their turn. What remains takes in² * out
-multiplications and additions for the block updates, in³ / 3 for the factorization, and five torch calls a column;
-`python tests/bench_compress.py` prints all three beside the time.
+rest of its block after at most STEP columns, and to all others when it is their turn. `python tests/bench_compress.py`
+prints the time beside that of the arithmetic which no order of work avoids.
 """
 from typing import NamedTuple
 
@@ -37,11 +35,6 @@ class Factor(NamedTuple):
     order: Tensor | None  # (in,) the columns of W in the order they are swept; None: as they are
     damp: float           # the share of the mean diagonal that was added in the end
     retries: int          # how often it had to be raised
-
-    @property
-    def U(self):
-        """(in, in) upper, UᵀU = (R Rᵀ)⁻¹: the factor of Algorithm 1."""
-        return inverse(self.R)
 
 
 class Swept(NamedTuple):
@@ -101,9 +94,8 @@ def noisy(L, diagonal, least, rounding, added):
     """Whether some pivot L_jj² of the Cholesky factor L of H is at most `least` of its H_jj, or mere rounding error.
 
     A pivot is what the inputs before j cannot explain of input j: v H vᵀ with v = L_jj (L⁻¹)_j. Entries of H that are
-    off by about rounding * sqrt(H_ii H_kk) change that by about rounding * sum(v_i² H_ii). On random H of rank n - 1
-    the last pivot was never above 2 times that (n from 2 to 128). `added` to the diagonal, at least so much is left of
-    every pivot: if it is far above all rounding errors there is nothing to compute.
+    off by about rounding * sqrt(H_ii H_kk) change that by about rounding * sum(v_i² H_ii); on random H of rank n - 1
+    the last pivot was never above 2 times that. No pivot is below what was `added` to the diagonal.
     """
     if bool((L.diagonal().square() <= least * diagonal).any()):
         return True
@@ -115,7 +107,7 @@ def noisy(L, diagonal, least, rounding, added):
 
 
 def inverse(R):
-    """R⁻¹ of an upper triangular R, computed in float64."""
+    """R⁻¹ of an upper triangular R, computed in float64: of a Factor's R the U of Algorithm 1."""
     identity = torch.eye(len(R), dtype=torch.float64, device=R.device)
     return torch.linalg.solve_triangular(R.double(), identity, upper=True).to(R.dtype).contiguous()
 
@@ -129,11 +121,8 @@ def spans(low, high, *steps):
 
 
 def current(W, R, lo, hi, U=None):
-    """Columns lo .. hi - 1 as Algorithm 1 has them once all before lo are done: (columns, out).
-
-    W (in, out) holds W - Q in the rows that are done; U is these columns' block of U.
-    Source: the last of the three lines at the top of this file.
-    """
+    """Columns lo .. hi - 1 as Algorithm 1 has them once all before lo are done: (columns, out). W (in, out) holds W - Q
+    in the rows that are done; U is these columns' block of U. It is the last of the three lines at the top."""
     if lo == 0:
         return W[:hi].clone()
     U = inverse(R[lo:hi, lo:hi]) if U is None else U
@@ -145,8 +134,7 @@ def sweep_few(A, V, d, low, high, keep, n_m):
 
     A is changed in place, and ends as each column stood at its turn. V (columns, columns) is U_jk / U_jj above the
     diagonal. low, high (out,) bound the codes, or are None: no rounding. keep (columns, out) is 0 where a weight must
-    go, or None. For n_m, keep is completed here: N:M is chosen as late as possible, just before its M columns
-    (SparseGPT, "Extension to Semi-Structured Sparsity").
+    go, or None; for n_m it is completed here, just before its M columns.
     """
     Q, E = torch.empty_like(A), torch.empty_like(A[0])
     N, M = n_m or (0, 0)
@@ -171,13 +159,9 @@ def sweep(W, factored, bits=None, group_size=None, symmetric=False, keep=None, s
     """One pass over the columns of W (out, in): round them (bits), zero some (keep, sparsity or n_m), or both ->
     Swept.
 
-    factored  the Factor of H
-    keep      (out, in) bool: the weights that were pruned before are False; they stay zero
-    narrow    a function (columns (n, out), scale (out,), zero (out,), bits, 1 / U_jj² (n, 1)) -> scale, asked once a
-              group for a grid to take instead of the one that spans it: see refit.search
-
-    Works on a transposed copy, so that a column of W is contiguous. A grid, and a mask, is chosen on columns to which
-    every error made before them has been applied, wherever the blocks begin.
+    keep (out, in) bool is False where a weight was pruned before; narrow, a `refit.Narrowed`, is asked for the scale of
+    each grid. Works on a transposed copy, so that a column of W is contiguous. A grid, and a mask, is chosen on columns
+    to which every error made before them has been applied, wherever the blocks begin.
     """
     (out, n), R, order = W.shape, factored.R, factored.order
     size, M = min(group_size or n, n), n_m[1] if n_m else 1

@@ -2,8 +2,7 @@
 Weights on a grid, the checks of every compressor's input, and the choice of the k smallest.
 
 A grid of 2**bits values stands for all the weights that share it: scale * (code - zero). It always has the value 0, so
-that a pruned weight stays zero. What this file leaves out: which code a weight gets (compress.py) and the words that
-codes are packed into (kernels.py).
+that a pruned weight stays zero.
 """
 from typing import NamedTuple
 
@@ -48,8 +47,8 @@ def check_finite(t, name):
 def check_hessian(H, n):
     """H (n, n) in float32 or float64, symmetric, with |H_ij|² <= H_ii H_jj as every mean of x xᵀ has it.
 
-    An input so quiet that its square underflows (H_jj = 0 where H_ij is not) is treated as zero in all of the data: its
-    row and column of the result are zero. Raises ValueError for an H that cannot be a mean of x xᵀ.
+    An input so quiet that its square underflows (H_jj = 0 where H_ij is not) is treated as zero in all of the data.
+    Raises ValueError for an H that cannot be a mean of x xᵀ.
     """
     if tuple(H.shape) != (n, n):
         raise ValueError(f"H must be ({n}, {n}) for a weight of {n} inputs, got {tuple(H.shape)}")
@@ -74,11 +73,6 @@ def check_hessian(H, n):
     return H.masked_fill(dead | dead[:, None], 0.0) if H[dead].any() else H
 
 
-def check_bits(bits):
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
-
-
 def check_count(value, name):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -91,8 +85,8 @@ def check_damp(damp):
 
 def check_grid(bits, group_size, n_m=None):
     """bits and group_size, where given; a group must hold whole patterns of M."""
-    if bits is not None:
-        check_bits(bits)
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
+        raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
     if group_size is not None:
         check_count(group_size, "group_size")
         if n_m and group_size % n_m[1]:
@@ -121,9 +115,8 @@ def check_mask(mask, W):
 def grid(W, bits, symmetric=False):
     """Scale and zero-point of the grid that spans the last dimension of W (..., n), and 0 -> two tensors (...).
 
-    Asymmetric: from min to max. Symmetric: from -|max| to |max| with the zero-point 2**(bits - 1); the step is
-    2 |max| / (2**bits - 1), so that the positive end, half a step beyond the last code, is off by half a step at most.
-    The scale is rounded to float32, the type it is stored in, before it is used.
+    From min to max; symmetric: from -|max| to |max| around the zero-point 2**(bits - 1), whose positive end is half a
+    step beyond the last code. The scale is rounded to float32, the type it is stored in, before it is used.
     """
     top = 2**bits - 1
     low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)

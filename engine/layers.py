@@ -7,12 +7,12 @@ import functools
 import torch
 import torch.nn as nn
 
-from engine.grids import check_weight
+from engine.grids import check_finite
+
 
 @contextlib.contextmanager
 def watched(block, mask, sums):
-    """While open, x xᵀ of each linear layer's inputs where mask (B, T) is true is added to
-    sums[name] (in, in)."""
+    """While open, x xᵀ of each linear layer's inputs where mask (B, T) is true is added to sums[name] (in, in)."""
     seen = [None, None]  # the tensor that came by last, and its sum
 
     def look(name, layer, inputs):
@@ -24,8 +24,7 @@ def watched(block, mask, sums):
             seen[:] = inputs[0], sums[name].add_(X.T @ X)
         sums[name] = seen[1]
 
-    hooks = [layer.register_forward_pre_hook(functools.partial(look, name))
-             for name, layer in linears(block).items()]
+    hooks = [layer.register_forward_pre_hook(functools.partial(look, name)) for name, layer in linears(block).items()]
     try:
         yield
     finally:
@@ -40,11 +39,10 @@ def linears(block):
 
 def check_ids(model, ids):
     if ids.dim() != 2 or 0 in ids.shape or ids.is_floating_point():
-        raise ValueError(f"ids must be whole numbers (N, T), at least 1 x 1, got {ids.dtype} of "
-                         f"shape {tuple(ids.shape)}")
-    low, high, V = int(ids.min()), int(ids.max()), model.config.vocab_size
-    if low < 0 or high >= V:
-        raise ValueError(f"ids must be in [0, {V}), the model's vocabulary, got {low} to {high}")
+        raise ValueError(f"ids must be whole numbers (N, T), at least 1 x 1, got {ids.dtype} of {tuple(ids.shape)}")
+    if int(ids.min()) < 0 or int(ids.max()) >= model.config.vocab_size:
+        raise ValueError(f"ids must be in [0, {model.config.vocab_size}), the model's vocabulary, got {int(ids.min())} "
+                         f"to {int(ids.max())}")
 
 
 def find_targets(model, config):
@@ -52,6 +50,8 @@ def find_targets(model, config):
 
     Raises ValueError for a name that is no linear layer, for a layer that is packed already, for NaN in a weight.
     """
+    if config.n_m and config.n_m[1] > 256:
+        raise ValueError("N:M layers are packed with M of at most 256, got {}:{}".format(*config.n_m))
     if isinstance(config.targets, str):
         raise ValueError(f"targets must be a list of layer names, got the text {config.targets!r}")
     found = {f"blocks.{i}.{name}": layer for i, block in enumerate(model.blocks)
@@ -65,17 +65,15 @@ def find_targets(model, config):
             raise ValueError(f"{target} is compressed already ({named(packed, target)[0]} is packed): start from the "
                              "dense model")
         if not named(found, target):
-            names = sorted({name.split(".", 2)[2] for name in found})
-            raise ValueError(f"no linear layer {target} to compress; there are {', '.join(names) or 'none'}")
+            names = ", ".join(sorted({name.split(".", 2)[2] for name in found}))
+            raise ValueError(f"no linear layer {target} to compress; there are {names or 'none'}")
     if not found:
         raise ValueError(f"no linear layer to compress: {len(packed)} are packed already, start from the dense model")
-    wanted = [name for name in found if config.targets is None or any(named([name], t) for t in config.targets)]
-    for name in wanted:
-        try:
-            check_weight(found[name].weight)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return {name: found[name].weight for name in wanted}
+    wanted = {name: layer.weight for name, layer in found.items()
+              if config.targets is None or any(named([name], target) for target in config.targets)}
+    for name, weight in wanted.items():
+        check_finite(weight, f"the weight of {name}")
+    return wanted
 
 
 # ---- the report
@@ -87,26 +85,24 @@ def output_error(D, H):
 
 def histogram(change, bins=29):
     """{"edges": bins + 1 numbers, "counts": bins whole ones} of the values in `change`: bins of one width, 0 in the
-    middle of the middle one (where all that was not changed stands), out to the largest change on either side.
-
-    The edges are rounded to four digits: they are there to be drawn.
-    """
+    middle of the middle one, out to the largest change on either side. The edges are rounded to four digits."""
     most = float(change.abs().max())
     most = most if most > 0 else 1.0  # nothing changed: any width will do
     counts = torch.histc(change.float(), bins, -most, most).long()
     return {"edges": [float(f"{most * (2 * k / bins - 1):.4g}") for k in range(bins + 1)], "counts": counts.tolist()}
 
 
-def report_row(W, new, plain, H, swept, factored, config):
-    """The row of one weight, see `compress`. W, new, plain (out, in): before, after, and by the simplest method."""
-    D, n, rms = W - new, W.shape[1], float(W.square().mean().sqrt())
+def report_row(W, H, swept, plain, factored, config):
+    """The row of one weight W (out, in), see `compress`; swept is what has become of it, plain by the simplest way."""
+    new, n, rms = swept.dequantize(), W.shape[1], float(W.square().mean().sqrt())
+    D = W - new
     zeros, after, size = float((new == 0).float().mean()), output_error(D, H), output_error(W, H)
     return {"shape": list(W.shape), "method": config.method, "bits": config.bits or 32,
             "group_size": min(config.group_size or n, n),
             "zeros": zeros, "sparsity": zeros if swept.keep is not None else 0.0,
             "damp": factored.damp if factored else 0.0, "retries": factored.retries if factored else 0,
             "repeated_rows": swept.repeated,
-            "error_before": output_error(W - plain, H), "error_after": after,
+            "error_before": output_error(W - plain.dequantize(), H), "error_after": after,
             "relative_output_error": (after / size)**0.5 if size else 0.0,
             "weight_change": float(D.norm() / W.norm().clamp(min=1e-30)),
             "histogram": histogram((new - W) / max(rms, 1e-30))}

@@ -1,25 +1,22 @@
 """
 What this project adds to the published sweeps, each asked for by name: `search` and `refit`. Neither is in the papers.
 
-    search   while GPTQ sweeps: each grid as narrow as makes the loss of its own columns least
-    refit    when GPTQ or SparseGPT is done: scales and codes, or the weights that stay, by least squares
+search: a group's grid is fitted to its columns as all errors before them left them. These are spread wider than the
+original ones, to which the reference code fits it inside of a block, and a wider grid has larger steps: at 2 and 3 bits
+with small groups up to 34 % more error. With `search` the error was below the reference's in every case that
+tests/test_compress.py tries.
 
-Why search: a group's grid is fitted to its columns as all errors before them left them. These are spread wider than the
-original ones, so a grid that spans them all has larger steps than the reference code's, which is fitted to columns that
-its block has not updated yet. At 2 and 3 bits with small groups that costs up to 34 % more error than the reference's;
-with search the error is below the reference's in every case that tests/test_compress.py tries.
-
-Why refit: a sweep settles a column by what it knows then, and only later columns can make up for its error. Once all
-are settled, what is still free is an ordinary least-squares problem under the damped H that the sweep used.
+refit: a sweep settles a column by what it knows then, and only later columns can make up for its error. Once all are
+settled, what is still free is an ordinary least-squares problem under the damped H that the sweep used.
 """
 import math
 
 import torch
 
-from engine.columns import Swept, live_diagonal, spans, sweep
+from engine.columns import live_diagonal, spans, sweep
 from engine.grids import Quantized, check_hessian
 
-SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # what the search multiplies a grid's range with
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # what the search multiplies a grid's range with
 
 
 # ---- search
@@ -27,9 +24,9 @@ SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # what the search multiplies a grid'
 def search(W, factored, bits, group_size=None, symmetric=False, keep=None, block_size=128):
     """GPTQ's sweep of W (out, in) with grids as narrow as costs least -> Swept; arguments as in `columns.sweep`.
 
-    A grid is judged by its columns as they stand when it is chosen, and in a few rows later errors push a weight far
-    beyond it. A row whose loss is above what rounding on the widest grids costs on average is swept again on those, and
-    the better of the two results stays; `repeated` says how many rows that were.
+    In a few rows later errors push a weight far beyond a narrowed grid. A row whose loss is above what rounding on the
+    widest grids costs on average is swept again on those, and the better of the two results stays; `repeated` counts
+    these rows.
     """
     chosen = Narrowed(W)
     swept = sweep(W, factored, bits, group_size, symmetric, keep, block_size=block_size, narrow=chosen)
@@ -38,7 +35,10 @@ def search(W, factored, bits, group_size=None, symmetric=False, keep=None, block
         return swept
     again = sweep(W[rows], factored, bits, group_size, symmetric, None if keep is None else keep[rows],
                   block_size=block_size)
-    return better_rows(swept, again, rows)
+    better = again.loss < swept.loss[rows]
+    codes, scale, zero = (a.index_copy(0, rows[better], b[better]) for a, b in zip(swept.quantized, again.quantized[:3]))
+    loss = swept.loss.index_copy(0, rows[better], again.loss[better])
+    return swept._replace(quantized=Quantized(codes, scale, zero, *swept.quantized[3:]), loss=loss, repeated=len(rows))
 
 
 class Narrowed:
@@ -56,28 +56,17 @@ class Narrowed:
         return best
 
     def expected(self):
-        """(out,) the average loss on the widest grids, of rows that took narrower ones; infinite for the others."""
+        """(out,) the average loss on the widest grids of rows that took narrower ones; infinite for the others."""
         return self.wide_loss.masked_fill(~self.rows, float("inf"))
 
 
 def narrower(A, scale, zero, bits, weight):
-    """The scale (out,) of the grid, among this one and those that SHRINK makes of it, that costs the columns A
-    (columns, out) least: the sum of weight * (a - q)² over the columns; weight is (columns, 1).
-
-    A narrower grid has smaller steps for all, and cuts off a few of the largest. Its zero-point is the same, as both
-    ends move alike.
-    """
-    low, high = -zero, 2**bits - 1 - zero
-
-    def cost(scale):
-        """(out,) for a grid of this scale."""
-        q = torch.div(A, scale).round_().clamp_(low, high).mul_(scale)
-        return q.sub_(A).square_().mul_(weight).sum(0)
-
-    best, least = scale, cost(scale)
+    """Of this scale (out,) and its multiples in SHRINK, the one that costs the columns A (columns, out) least: the sum
+    of weight * (a - q)², weight (columns, 1). The zero-point is the same, as both ends of the grid move alike."""
+    best, least, low, high = scale, torch.full_like(scale, float("inf")), -zero, 2**bits - 1 - zero
     for shrink in SHRINK:
         tried = (shrink * scale).float().clamp(min=torch.finfo(torch.float32).tiny).to(A.dtype)
-        now = cost(tried)
+        now = torch.div(A, tried).round_().clamp_(low, high).mul_(tried).sub_(A).square_().mul_(weight).sum(0)  # (out,)
         better = now < least
         if not better.any():
             break  # the still narrower ones cut off still more
@@ -85,24 +74,14 @@ def narrower(A, scale, zero, bits, weight):
     return best
 
 
-def better_rows(a, b, rows):
-    """Of two quantized sweeps, a over a whole weight and b over its `rows` (indices), each row from the one with the
-    lower loss: rows are separate problems."""
-    pick = b.loss < a.loss[rows]
-    at = rows[pick]
-    parts = [x.index_copy(0, at, y[pick]) for x, y in zip(a.quantized[:3], b.quantized[:3])]
-    return Swept(None, a.keep, Quantized(*parts, *a.quantized[3:]), a.loss.index_copy(0, at, b.loss[pick]), len(rows))
-
-
 # ---- refit
 
 def refit(W, H, swept, damp):
-    """The same mask, or the same grids' zero-points, with all else chosen anew: tr(D H Dᵀ) only falls -> Swept.
+    """The same mask, or the same zero-points, with all else chosen anew: tr(D H Dᵀ) only falls, H damped -> Swept.
 
-    H is damped as in the sweep (damp: `Factor.damp`): undamped, an input a hundred times quieter than the others would
-    let its weights move by several times their size, for a gain in the last digits of the calibration error.
     Of pruned weights, the values that stay: `best_weights`. Of codes: the scales, then the codes one after another,
-    then the scales of these.
+    then the scales of these. damp is the sweep's: undamped, the weights of an input a hundred times quieter than the
+    others would move by several times their size, for a gain in the last digits of the error on this data.
     """
     H = check_hessian(H, W.shape[1]).to(W.dtype, copy=True)
     diagonal, mean = live_diagonal(H)
@@ -113,10 +92,8 @@ def refit(W, H, swept, damp):
     if swept.quantized is None:
         weight = best_weights(W, H, swept.weight.to(W.dtype) / unit, swept.keep.to(W.dtype)) * unit
         return swept._replace(weight=weight.float())
-    quantized = swept.quantized._replace(scale=swept.quantized.scale / unit)
-    quantized = best_scales(W, H, quantized)
-    quantized = best_codes(W, H, quantized, swept.keep)
-    quantized = best_scales(W, H, quantized)
+    quantized = best_scales(W, H, swept.quantized._replace(scale=swept.quantized.scale / unit))
+    quantized = best_scales(W, H, best_codes(W, H, quantized, swept.keep))
     scale = (quantized.scale * unit).clamp(min=torch.finfo(torch.float32).tiny)
     return swept._replace(quantized=quantized._replace(scale=scale))
 
@@ -162,10 +139,8 @@ def best_codes(W, H, quantized, keep=None, block=128):
     """One code after another, the best while all others stand as they are -> Quantized. Where keep (out, in) is False
     the code stays.
 
-    A sweep lets only later columns make up for an error; here each makes up for all others. With G = D H, a weight q_j
-    that may take any value is best at q_j + G_j / H_jj, and the loss grows with the square of the distance from there:
-    the nearest code is the best one. Source: cyclic coordinate descent, QuantEase (Behdin et al. 2023, arXiv
-    2309.01885). A pass costs the products of a sweep.
+    With G = D H, a weight q_j is best at q_j + G_j / H_jj, and the loss grows with the square of the distance from
+    there: the nearest code is the best one. Source: QuantEase (Behdin et al. 2023, arXiv 2309.01885).
     """
     codes, scale, zero, group, bits = quantized
     n, top, diagonal = len(H), 2**bits - 1, H.diagonal().tolist()

@@ -7,8 +7,7 @@ from engine.grids import check_count, check_damp, check_grid, check_pattern
 
 METHODS = {  # and the settings that belong to each, beside group_size and targets
     "rtn": ("bits", "symmetric"),
-    "gptq": ("bits", "symmetric", "act_order", "search", "refit", "damp", "block_size",
-             "keep_zeros"),
+    "gptq": ("bits", "symmetric", "act_order", "search", "refit", "damp", "block_size", "keep_zeros"),
     "magnitude": ("sparsity", "n_m", "bits"),
     "wanda": ("sparsity", "n_m", "bits"),
     "sparsegpt": ("sparsity", "n_m", "bits", "refit", "damp", "block_size", "keep_zeros"),
@@ -34,6 +33,7 @@ class CompressConfig:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        self.prunes = "sparsity" in METHODS[self.method]
         known = (*METHODS[self.method], "group_size", "targets")
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
@@ -47,6 +47,7 @@ class CompressConfig:
         check_count(self.block_size, "block_size")
         check_damp(self.damp)
 
-    @property
-    def prunes(self):
-        return "sparsity" in METHODS[self.method]
+    def simplest(self):
+        """The same with the simplest method instead: what the report compares with."""
+        return CompressConfig("magnitude" if self.prunes else "rtn", self.bits, self.group_size, self.symmetric,
+                              sparsity=self.sparsity, n_m=self.n_m, targets=self.targets)

@@ -15,7 +15,7 @@ from torch import nn
 import compress as compress_module
 from checkpoints import load, save
 from compress import METHODS, calibrate, compress, gptq, gptq_loop, magnitude, rtn, sparsegpt, sparsegpt_loop, wanda
-from engine.columns import factor, sweep
+from engine.columns import factor, inverse, sweep
 from engine.grids import grid
 from engine.layers import histogram
 from engine.refit import Narrowed, best_codes, best_scales, best_weights, narrower, refit, search
@@ -133,7 +133,7 @@ def test_the_plain_loops_and_the_fast_sweep_are_twins(settings, shape):
     size = min(settings.get("group_size") or n, n)
     if "sparsity" in settings or "n_m" in settings:
         weight, kept = sparsegpt(W, H, **settings, mask=keep)
-        plain, plain_kept = sparsegpt_loop(W, f.U, settings.get("sparsity"), settings.get("n_m"),
+        plain, plain_kept = sparsegpt_loop(W, inverse(f.R), settings.get("sparsity"), settings.get("n_m"),
                                            settings.get("block_size", 128), settings.get("bits"), size, every)
         assert torch.equal(kept, plain_kept) and not kept[~every].any()
         assert torch.equal(weight == 0, plain.float() == 0)
@@ -141,7 +141,7 @@ def test_the_plain_loops_and_the_fast_sweep_are_twins(settings, shape):
         return
     Q = gptq(W, H, **settings, act_order=act_order, mask=keep)
     order = torch.arange(n) if f.order is None else f.order
-    codes, scale, zero = gptq_loop(W[:, order], f.U, settings["bits"], size, settings.get("symmetric", False),
+    codes, scale, zero = gptq_loop(W[:, order], inverse(f.R), settings["bits"], size, settings.get("symmetric", False),
                                    every[:, order])
     assert int((codes != Q.codes[:, order]).sum()) == 0
     assert torch.equal(zero.to(torch.uint8), Q.zero)
