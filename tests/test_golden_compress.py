@@ -1,0 +1,100 @@
+"""tests/golden/compress.json, compress_edges.json and calibrate.json against the code of the day; and that they would
+notice a mistake: each of the edits in mutants_compress.json makes one.
+
+    python -m pytest tests/test_golden_compress.py
+    python -m pytest -m slow tests/test_golden_compress.py      # the mistakes, a minute or two
+"""
+import importlib.abc
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+
+from golden import make_compress
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CHANGED = ("compress", "kernels", "engine.grids", "engine.columns", "engine.refit", "engine.layers", "engine.settings",
+           "engine.packing", "engine.decode", "engine.compiling")
+MUTANTS = json.loads((ROOT / "tests" / "golden" / "mutants_compress.json").read_text(encoding="utf-8"))
+
+
+def test_golden():
+    files = make_compress.read()
+    assert {case["call"] for case in files["compress.json"]["cases"]} >= {"rtn", "gptq", "magnitude", "wanda", "sparsegpt"}
+    assert make_compress.differences(make_compress.Code(), files) == []
+
+
+def test_the_files_are_those_that_the_script_writes():
+    """What is given and asked for; the results are compared above, as their last digits differ between machines."""
+    files = make_compress.read()
+    for name, given, cases in (("compress.json", make_compress.problems(), make_compress.CASES),
+                               ("compress_edges.json", make_compress.edges(), make_compress.EDGES)):
+        assert [(c["call"], c["settings"], c["problem"]) for c in files[name]["cases"]] == [tuple(c) for c in cases]
+        for key, problem in given.items():
+            for letter, t in problem.items():
+                stored = torch.tensor(files[name]["problems"][key][letter], dtype=torch.float64)
+                torch.testing.assert_close(stored, t.double(), rtol=1e-12, atol=0)
+
+
+def test_a_difference_is_seen():
+    """The comparison itself: one code, one digit of a scale, a missing key, an exception."""
+    files, code = make_compress.read(), make_compress.Code()
+    case = files["compress.json"]["cases"][3]
+    case["result"]["codes"][0][0] ^= 1
+    files["compress_edges.json"]["cases"][0]["result"]["R"][0][0] *= 1 + 1e-5
+    files["calibrate.json"]["compressed"][0]["report"]["damp"][0] *= 2
+    del files["calibrate.json"]["walk"]["H"]["blocks.0.attn.q"]
+    files["compress.json"]["cases"][0]["settings"]["bits"] = 1
+    found = make_compress.differences(code, files)
+    assert len(found) == 5 and sum("ValueError" in what for what in found) == 1
+
+
+class Mutated(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    """While on sys.meta_path, one file of the project is read with one line changed."""
+
+    def __init__(self, file, old, new):
+        self.file, self.old, self.new = file, old, new
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.file.removesuffix(".py").replace("/", "."):
+            return importlib.util.spec_from_loader(name, self, origin=str(ROOT / self.file))
+
+    def get_filename(self, name):
+        return str(ROOT / self.file)
+
+    def get_data(self, path):
+        text = (ROOT / self.file).read_text(encoding="utf-8")
+        assert text.count(self.old) == 1, f"{self.file}: {self.old!r} is there {text.count(self.old)} times"
+        return text.replace(self.old, self.new).encode()
+
+
+def caught(mutant, files):
+    """Whether the golden files differ from what the code with this edit computes."""
+    kept = {name: sys.modules.pop(name) for name in CHANGED if name in sys.modules}
+    finder = Mutated(mutant["file"], mutant["old"], mutant["new"])
+    sys.meta_path.insert(0, finder)
+    try:
+        return bool(make_compress.differences(make_compress.Code(), files))
+    finally:
+        sys.meta_path.remove(finder)
+        for name in CHANGED:
+            sys.modules.pop(name, None)
+        sys.modules.update(kept)
+
+
+def test_every_edit_has_its_line():
+    for mutant in MUTANTS:
+        assert Mutated(mutant["file"], mutant["old"], mutant["new"]).get_data("")
+    assert len(MUTANTS) >= 70 and len({(m["old"], m["new"]) for m in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.slow
+def test_mistakes_are_caught():
+    """Of each of 90 plausible mistakes, one line each, some number in the golden files must tell."""
+    files = make_compress.read()
+    assert not caught({"file": "engine/grids.py", "old": "class Quantized", "new": "class  Quantized"}, files)
+    survived = [mutant["mistake"] for mutant in MUTANTS if not caught(mutant, files)]
+    assert survived == []
