@@ -316,14 +316,13 @@ def lesson():
     W, mix, X = (torch.randn(rows, n, generator=generator).double() for rows in (out, n, 1000))
     X = X @ mix / n**0.5 * torch.linspace(0.1, 1, n)  # inputs are correlated, and not equally loud
     H = X.T @ X / len(X)
-    size = output_error(W, H)
     print(f"a weight W ({out} x {n}), H from {len(X):,} tokens; error: tr(D H Dᵀ) / tr(W H Wᵀ)\n")
     results = {f"{name}, {bits} bits": method.dequantize() for bits in (2, 3, 4, 8)
                for name, method in (("nearest", rtn(W, bits)), ("GPTQ", gptq(W, H, bits)))}
     results |= {"magnitude, half zero": W * magnitude(W, 0.5), "Wanda, half zero": W * wanda(W, H, 0.5),
                 "SparseGPT, half zero": sparsegpt(W, H, 0.5)[0]}
     for name, Q in results.items():
-        print(f"{name:22s} {output_error(W - Q, H) / size:9.4%}")
+        print(f"{name:22s} {output_error(W - Q, H) / output_error(W, H):9.4%}")
     # the loss that Algorithm 1 adds up column by column is the error it makes, under the damped H
     factored = factor(H, n, dtype=W.dtype)
     swept, damped = sweep(W, factored, bits=3), factored.R @ factored.R.T
@@ -337,12 +336,11 @@ def lesson():
 
 
 def main():
-    """The script: alone a lesson; with arguments a job on files, see the top of this file."""
+    """Alone a lesson; with arguments a job on files, see the top of this file."""
     if len(sys.argv) == 1:
-        lesson()
-    else:
-        from checkpoints.compression import compress_files
-        compress_files(sys.argv[1:], compress)
+        return lesson()
+    from checkpoints.compression import compress_files
+    compress_files(sys.argv[1:], compress)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def spans(low, high, *steps):
 
 
 def current(W, R, lo, hi, U=None):
-    """Columns lo .. hi - 1 as Algorithm 1 has them once all before lo are done: (columns, out). W (in, out) holds W - Q
-    in the rows that are done; U is these columns' block of U. It is the last of the three lines at the top."""
+    """Columns lo .. hi - 1 once all before lo are done, by the last of the three lines at the top: (columns, out). W
+    (in, out) holds W - Q in the rows that are done; U is these columns' block of U."""
     if lo == 0:
         return W[:hi].clone()
     U = inverse(R[lo:hi, lo:hi]) if U is None else U

@@ -28,10 +28,7 @@ class Quantized(NamedTuple):
 # ---- checks: bad input is named with its numbers before any work is done
 
 def check_weight(W):
-    """W (out, in) as float64 if it is float64, else as float32: the precision of all that follows.
-
-    Raises ValueError for anything but a matrix, and for NaN or infinity.
-    """
+    """W (out, in) as float64 if it is float64, else as float32: the precision of all that follows."""
     if W.dim() != 2 or 0 in W.shape:
         raise ValueError(f"W must be a matrix (out, in) of at least 1 x 1, got shape {tuple(W.shape)}")
     W = W.detach().to(torch.float64 if W.dtype == torch.float64 else torch.float32)
@@ -74,18 +71,18 @@ def check_hessian(H, n):
 
 
 def check_count(value, name):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def check_damp(damp):
-    if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not 0 <= damp < float("inf"):
+    if type(damp) not in (int, float) or not 0 <= damp < float("inf"):
         raise ValueError(f"damp must be a finite number of at least 0, got {damp!r}")
 
 
 def check_grid(bits, group_size, n_m=None):
     """bits and group_size, where given; a group must hold whole patterns of M."""
-    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
+    if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
         raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}")
     if group_size is not None:
         check_count(group_size, "group_size")
@@ -97,8 +94,7 @@ def check_pattern(sparsity, n_m):
     """Exactly one of a share of zeros and (N, M)."""
     if (sparsity is None) == (n_m is None):
         raise ValueError(f"give either sparsity or n_m, got sparsity={sparsity!r} and n_m={n_m!r}")
-    if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, (int, float))
-                                 or not 0 <= sparsity <= 1):
+    if sparsity is not None and (type(sparsity) not in (int, float) or not 0 <= sparsity <= 1):
         raise ValueError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
     if n_m is not None and not (isinstance(n_m, (tuple, list)) and len(n_m) == 2 and all(type(i) is int for i in n_m)
                                 and 1 <= n_m[0] <= n_m[1]):

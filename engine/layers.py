@@ -1,6 +1,4 @@
-"""
-The linear layers of a model: found by name, watched while it runs, and one report row for each that was compressed.
-"""
+"""The linear layers of a model: found by name, watched while it runs, and a report row for each after compression."""
 import contextlib
 import functools
 
@@ -46,10 +44,8 @@ def check_ids(model, ids):
 
 
 def find_targets(model, config):
-    """{full name: weight} of the layers that config.targets names, by default every linear layer of the blocks.
-
-    Raises ValueError for a name that is no linear layer, for a layer that is packed already, for NaN in a weight.
-    """
+    """{full name: weight} of the layers that config.targets names, by default every linear layer of the blocks; a name
+    that is none, a layer that is packed already and NaN in a weight raise ValueError."""
     if config.n_m and config.n_m[1] > 256:
         raise ValueError("N:M layers are packed with M of at most 256, got {}:{}".format(*config.n_m))
     if isinstance(config.targets, str):
@@ -62,8 +58,7 @@ def find_targets(model, config):
         return [name for name in names if name == target or name.endswith("." + target)]
     for target in config.targets or ():
         if named(packed, target):
-            raise ValueError(f"{target} is compressed already ({named(packed, target)[0]} is packed): start from the "
-                             "dense model")
+            raise ValueError(f"{target} is compressed already: {named(packed, target)[0]}; start from the dense model")
         if not named(found, target):
             names = ", ".join(sorted({name.split(".", 2)[2] for name in found}))
             raise ValueError(f"no linear layer {target} to compress; there are {names or 'none'}")
@@ -86,8 +81,7 @@ def output_error(D, H):
 def histogram(change, bins=29):
     """{"edges": bins + 1 numbers, "counts": bins whole ones} of the values in `change`: bins of one width, 0 in the
     middle of the middle one, out to the largest change on either side. The edges are rounded to four digits."""
-    most = float(change.abs().max())
-    most = most if most > 0 else 1.0  # nothing changed: any width will do
+    most = float(change.abs().max()) or 1.0  # nothing changed: any width will do
     counts = torch.histc(change.float(), bins, -most, most).long()
     return {"edges": [float(f"{most * (2 * k / bins - 1):.4g}") for k in range(bins + 1)], "counts": counts.tolist()}
 

@@ -1,6 +1,4 @@
-"""
-Every setting of `compress`, with its default, and which method has which.
-"""
+"""Every setting of `compress`, with its default, and which method has which."""
 from dataclasses import dataclass, fields
 
 from engine.grids import check_count, check_damp, check_grid, check_pattern

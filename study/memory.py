@@ -6,7 +6,8 @@ What each step of the study needs in memory, by formula, for a model that need n
 The formulas, with P parameters of which Pb are in the blocks, n an input width, V the vocabulary:
 
     hold       itemsize P                                  the dense model, as teacher and as base
-    compress   Pb (bits + 40 / group) / 8                  packed weights, one scale and one zero-point a group
+    compress   itemsize (P - Pb)                           embedding, head and norms of the new model
+               + Pb (bits + 40 / group) / 8                packed weights, one scale and one zero-point a group
                + 4 N T C                                   the calibration tokens between two blocks
                + 4 R T (8 C + 4 hidden)                    what one block makes of R = 32 rows of them
                + 8 (sum of n² over one block's inputs)     H, in doubles
@@ -16,8 +17,8 @@ The formulas, with P parameters of which Pb are in the blocks, n an input width,
                + 12 B T V                                  logits, their softmax and its gradient
                + 16 (trained parameters)                   weights, gradients, two moments
 
-A layer-by-layer walk never holds the activations of more than one block, and the compressed model shares with the dense
-one whatever did not change. What remains large is H of a wide layer: a layer of 16,384 inputs takes 10 GB.
+A layer-by-layer walk never holds the activations of more than one block. The compressed model has an embedding of its
+own, so that nothing done to it can change the dense one. What is large is H of a wide layer: 16,384 inputs take 10 GB.
 
 What it leaves out: the file cache, and memory that the allocator holds back.
 """
@@ -87,7 +88,7 @@ def plan(config, itemsize=4, bits=3, group=64, calibration=(64, 64), batch=(4, 6
     B, Tr = batch
     steps = {"hold the dense model": itemsize * P}
     steps["compress it, beside the dense model"] = int(
-        Pb * (bits + 40 / group) / 8 + 4 * N * T * C + 4 * min(N, 32) * T * (8 * C + 4 * inputs[-1])
+        itemsize * (P - Pb) + Pb * (bits + 40 / group) / 8 + 4 * N * T * C + 4 * min(N, 32) * T * (8 * C + 4 * inputs[-1])
         + 8 * sum(n * n for n in inputs) + 28 * max(inputs) ** 2)
     for name, trained, P_, r in ((f"a step of a prompt of {prompt}", prompt * C, prompt, 0),
                                  (f"a step of LoRA rank {rank}", lora, 0, rank)):
