@@ -185,8 +185,11 @@ class Code:
         from engine import columns
         from engine.settings import CompressConfig
         from model import GPT, GPTConfig
-        self.compress, self.columns, self.config = compress, columns, CompressConfig
-        self.model = lambda: GPT(GPTConfig(**MODEL)).double()
+        self.compress, self.columns, self.config, self.gpt, self.sizes = compress, columns, CompressConfig, GPT, GPTConfig
+
+    def model(self):
+        """An empty GPT for the weights of calibrate.json, in float64."""
+        return self.gpt(self.sizes(**MODEL)).double()
 
 
 def numbers(t, digits=8):
