@@ -129,7 +129,7 @@ def fill(model, prompts, slots):
     """A Cache with one row a prompt (P_i, C), each at the end of its `slots` slots."""
     device = prompts[0].device
     cache = model.new_cache(len(prompts), slots)
-    cache.first = torch.tensor([slots - len(p) for p in prompts], device=device)
+    cache.first = torch.tensor([slots - len(p) for p in prompts]).to(device)
     rows = torch.stack([F.pad(p, (0, 0, slots - len(p), 0)) for p in prompts])  # (M, Pmax, C)
     model.hidden(torch.empty(len(prompts), 0, dtype=torch.long, device=device), rows, cache)
     return cache

@@ -220,11 +220,14 @@ class MLP(nn.Module):
 
 
 def draw(p, generator=None):
-    """(B, 1) token ids drawn from probabilities p (B, V) by one uniform number a row, from a generator on the CPU: the same
-    seed draws the same tokens on any device."""
+    """(B, 1) token ids drawn from probabilities p (B, V), one uniform number a row.
+
+    `generator` is one of the CPU: the same seed draws the same tokens on any device.
+    """
     below = p.double().cumsum(-1) if p.device.type != "mps" else p.cumsum(-1)  # (B, V)
-    u = torch.rand(len(p), 1, generator=generator, dtype=torch.float64).to(below.device, below.dtype)
-    return torch.searchsorted(below, u * below[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
+    u = torch.rand(len(p), 1, generator=generator, dtype=torch.float64)
+    u = u.to(below.device, below.dtype) * below[:, -1:]  # (B, 1)
+    return torch.searchsorted(below, u, right=True).clamp(max=p.shape[-1] - 1)
 
 
 def make_norm(config):
@@ -265,7 +268,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.pruned = frozenset()  # names of layers that `compress` pruned: their zeros stay
+        self.pruned = frozenset()  # names of the layers that `compress` pruned: their zeros stay
         self.tie()
 
     def tie(self):
@@ -394,8 +397,7 @@ class GPT(nn.Module):
         logits = self.head(x[:, None])[:, -1]  # (B, V)
         for i in range(max_new_tokens):
             if temperature > 0:
-                p = (logits / temperature).softmax(-1)  # (B, V)
-                new = draw(p, generator)  # (B, 1)
+                new = draw((logits / temperature).softmax(-1), generator)  # (B, 1)
             else:
                 new = logits.argmax(-1, keepdim=True)  # (B, 1)
             if stop is not None:

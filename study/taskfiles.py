@@ -188,8 +188,8 @@ def continued(subject, questions, encoding, batch_size=32):
     for start, end in fitting(sizes, batch_size, subject.room()):
         longest = max(n for _, n in sizes[start:end])
         ids, lengths = pad([question for question, _ in cuts[start:end]], encoding, subject.device)
-        cache = subject.cache(subject.pick(ids, lengths), ids.shape[1] + longest)
-        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token).tolist()
+        _, cache, first = subject.start(ids, lengths, longest)
+        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token, first=first).tolist()
         for row, (question, n) in zip(given, sizes[start:end]):
             tokens = row[question:question + n]
             out.append(tokens[:tokens.index(encoding.eot_token)] if encoding.eot_token in tokens else tokens)

@@ -63,7 +63,7 @@ def close(a, b, name=""):
 
 def pool_of(model):
     generator = torch.Generator().manual_seed(4)
-    return idp.PromptPool([recover.prompt_init(model, n, "random", generator=generator) for n in (3, 5)])
+    return idp.PromptPool([recover.prompt_init(model, n, generator) for n in (3, 5)])
 
 
 def same(work):

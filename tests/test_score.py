@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from world.facts import EOT, Fact, VALUES, WorldConfig, facts_about, make_encoding, make_world, statements, taught_questions, text_batches, train_bpe
+import idp
 import recover
 from idp import PromptPool, prefill, select
 from model import Cache, GPT, GPTConfig
@@ -48,7 +49,7 @@ def with_pool(model, prompts):
     """A Subject that is IDP over `prompts`."""
     with torch.no_grad():
         filled = prefill(model, prompts)
-    return Subject(model, filled, lambda ids, lengths: select(model, prompts, ids, lengths, filled))
+    return Subject(model, filled, lambda ids, lengths: idp.choose(model, filled, ids, lengths))
 
 
 # ---- what is read
@@ -62,7 +63,7 @@ class Parrot:
     def new_cache(self, batch, slots):
         return Cache(GPTConfig(n_layer=1), batch, slots)
 
-    def generate(self, ids, new, lengths, cache, stop):
+    def generate(self, ids, new, lengths, cache, stop, first=None):
         out = torch.cat([ids, ids.new_full((len(ids), new), stop)], dim=1)
         for row, n in zip(out, lengths.tolist()):
             question = ENCODING.decode(row[1:n].tolist())
@@ -292,7 +293,7 @@ class Fixed:
     def new_cache(self, batch, slots):
         return Cache(GPTConfig(n_layer=1), batch, slots)
 
-    def hidden(self, ids, cache, lengths=None):
+    def hidden(self, ids, cache, lengths=None, first=None):
         return torch.zeros(*ids.shape, 1)
 
     def head(self, x):
