@@ -2,7 +2,7 @@
 The GGUF file format: one file with a model's settings, its vocabulary and its (mostly quantized) weights.
 
 What it does: reads the header of a GGUF file, version 2 or 3, into a dict of metadata and a list of tensors; and
-turns a tensor's bytes into floats: F32, F16, BF16, and the blocks Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q6_K. It
+turns a tensor's bytes into floats: F32, F16, BF16, and the blocks Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K. It
 knows nothing of models: `weights.py` gives the tensors their places. The same `read` also serves safetensors, whose
 tensors are F32, F16 or BF16.
 
@@ -211,15 +211,29 @@ def q5_1(raw):
     return halves(raw, 0) * (nibbles(raw[:, 8:]) | fifth_bits(raw[:, 4:8])).astype(np.float32) + halves(raw, 2)
 
 
-def q4_k(raw):
-    """256 weights: step, minimum-step (float16); 8 six-bit scales, 8 such minima in 12 bytes; 128 bytes of codes."""
+def k_scales(raw):
+    """Steps and minima of 8 sub-blocks, (blocks, 8) float32 each: two float16 numbers, then 12 bytes of the six-bit
+    integers that they are multiplied by."""
     s = raw[:, 4:16].reshape(-1, 3, 4)  # (blocks, 3, 4)
     # bytes 0-3 and 4-7: scale and minimum of sub-blocks 0-3 in their low six bits; bytes 8-11: the low four bits of
     # scale and minimum of sub-blocks 4-7, whose high two bits are the high two of bytes 0-3 and 4-7
     scale = np.concatenate([s[:, 0] & 63, (s[:, 2] & 15) | (s[:, 0] >> 6 << 4)], axis=1)  # (blocks, 8)
     minimum = np.concatenate([s[:, 1] & 63, (s[:, 2] >> 4) | (s[:, 1] >> 6 << 4)], axis=1)  # (blocks, 8)
+    return halves(raw, 0) * scale, halves(raw, 2) * minimum
+
+
+def q4_k(raw):
+    """256 weights: 16 bytes of steps and minima, 128 bytes of codes."""
+    scale, minimum = k_scales(raw)
     code = nibbles(raw[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)  # each 32 bytes hold two sub-blocks
-    scale, minimum = halves(raw, 0) * scale, halves(raw, 2) * minimum  # (blocks, 8) float32
+    return (scale[:, :, None] * code - minimum[:, :, None]).reshape(-1, 256)  # (blocks, 256)
+
+
+def q5_k(raw):
+    """256 weights: as Q4_K, with 32 bytes between, whose bit i is the fifth bit of the codes of sub-block i."""
+    scale, minimum = k_scales(raw)
+    fifth = raw[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # (blocks, 8, 32)
+    code = nibbles(raw[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4
     return (scale[:, :, None] * code - minimum[:, :, None]).reshape(-1, 256)  # (blocks, 256)
 
 
@@ -234,23 +248,34 @@ def q6_k(raw):
 
 BLOCKS = {"F32": (1, 4, f32), "F16": (1, 2, f16), "BF16": (1, 2, bf16), "Q4_0": (32, 18, q4_0), "Q4_1": (32, 20, q4_1),
           "Q5_0": (32, 22, q5_0), "Q5_1": (32, 24, q5_1), "Q8_0": (32, 34, q8_0), "Q4_K": (256, 144, q4_k),
-          "Q6_K": (256, 210, q6_k)}  # weights a block, bytes a block, decoder
+          "Q5_K": (256, 176, q5_k), "Q6_K": (256, 210, q6_k)}  # weights a block, bytes a block, decoder
 
 
-def read(stored, dtype=torch.float32):
-    """The tensor, in `dtype`. A piece of the file is mapped, decoded and unmapped at a time, so that nothing of the
-    file stays behind in memory. Raises ValueError for NaN and infinite weights."""
+def pieces(stored):
+    """(first weight's number, weights float32 (n,)) of a tensor, piece by piece: a piece of the file is mapped, decoded
+    and unmapped at a time, so that nothing of the file stays behind in memory."""
     weights, width, decode = BLOCKS[stored.kind]
-    out = torch.empty(math.prod(stored.shape), dtype=dtype)
     step = PIECE // weights * width
     for a in range(stored.start, stored.stop, step):
         raw = np.memmap(stored.path, np.uint8, "r", a, (min(step, stored.stop - a),))
         raw = raw.reshape(-1, width)  # (blocks, bytes)
-        with np.errstate(over="ignore", invalid="ignore"):  # hostile steps; what comes of them is refused below
+        with np.errstate(over="ignore", invalid="ignore"):  # hostile steps; what comes of them is refused in `read`
             values = decode(np.asarray(raw)).reshape(-1)  # (blocks * weights,)
-        begin = (a - stored.start) // width * weights
+        yield (a - stored.start) // width * weights, np.require(values, requirements=["ALIGNED", "WRITEABLE"])
+
+
+def read(stored, dtype=torch.float32):
+    """The tensor, in `dtype`. Raises ValueError for NaN and infinite weights."""
+    out = torch.empty(math.prod(stored.shape), dtype=dtype)
+    for begin, values in pieces(stored):
         piece = out[begin:begin + values.size]
-        piece.copy_(torch.from_numpy(np.require(values, requirements=["ALIGNED", "WRITEABLE"])))
+        piece.copy_(torch.from_numpy(values))
         if not piece.isfinite().all():
             raise ValueError(f"{stored.path}: tensor {stored.name} has weights that are not finite numbers in {dtype}")
     return out.view(stored.shape)
+
+
+def same(a, b):
+    """Whether two tensors of a file have one shape and the same values."""
+    readable = a.kind in BLOCKS and b.kind in BLOCKS
+    return readable and a.shape == b.shape and all(np.array_equal(x, y) for (_, x), (_, y) in zip(pieces(a), pieces(b)))

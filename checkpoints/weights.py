@@ -1,19 +1,21 @@
 """
 Real language models into the same small GPT.
 
-What it does: `load_pretrained(path)` reads GPT-2, OPT and Llama checkpoints (Llama: also SmolLM2, TinyLlama, Llama
-3.x), from a Hugging Face folder (config.json and safetensors, whole or in shards) or from one GGUF file (llama),
-tensor by tensor: what is in memory is the model and one tensor more. A family is a table of names: theirs on the
-left, ours on the right. Every tensor's name and shape is checked before the first weight is read. The tokenizer
-comes along as a `tiktoken.Encoding` (vocabulary.py).
+What it does: `load_pretrained(path)` reads GPT-2, OPT, Llama (also SmolLM2, TinyLlama, Llama 3.x), Qwen2, Qwen2.5 and
+Mistral checkpoints, from a Hugging Face folder (config.json and safetensors, whole or in shards) or, the last four,
+from one GGUF file, tensor by tensor: what is in memory is the model and one tensor more. A family is a table of names:
+theirs on the left, ours on the right. Every setting, and every tensor's name and shape, is checked before the first
+weight is read: a setting that this file neither implements nor knows to be harmless is refused. A bias that some layers
+of a family lack (Qwen2 has them for q, k and v alone) is zero here. The tokenizer comes along as a `tiktoken.Encoding`
+(vocabulary.py).
 
 What it leaves out: downloads, pickles (.bin, .pt), sentencepiece vocabularies, writing. Refused with a reason: what
-this GPT cannot compute exactly (sliding windows, other rotary scalings, OPT-350m's post-norm, biases in some layers
-only).
+this GPT cannot compute exactly (windows narrower than the context, other rotary scalings, OPT-350m's post-norm, heads
+wider or narrower than n_embd / n_head).
 
 Two conventions of rotary positions are in use. Hugging Face's files turn the pairs (i, i + hs/2) of a head, as
-`model.rotate` does; Meta's and GGUF's turn neighbours (2i, 2i + 1), so the rows of q and k are stored in that order
-and put back here.
+`model.rotate` does; Meta's, and of GGUF's those of llama, turn neighbours (2i, 2i + 1), so the rows of q and k are
+stored in that order and put back here.
 
 Sources: Radford et al. 2019 (GPT-2), Zhang et al. 2022 (OPT, arXiv 2205.01068), Touvron et al. 2023 (Llama, arXiv
 2302.13971), Llama Team 2024 (rotary scaling, arXiv 2407.21783).
@@ -54,6 +56,8 @@ FAMILIES = {
                      "attn_output": "attn.o", "ffn_norm": "norm2", "ffn_gate": "mlp.gate", "ffn_up": "mlp.up",
                      "ffn_down": "mlp.down"}),
 }
+FAMILIES["qwen2"] = FAMILIES["mistral"] = FAMILIES["llama"]
+ATTENTION, MLP = ("attn.q", "attn.k", "attn.v", "attn.o"), ("mlp.gate", "mlp.up", "mlp.down")
 PREFIXES = ("transformer.", "model.decoder.", "decoder.", "model.")  # Hugging Face's wrappers around the same names
 NO_WEIGHTS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq|"
                         r"rope_freqs\.weight")  # masks and tables in a file: recomputed, or read elsewhere
@@ -61,13 +65,17 @@ LIMIT = 2 ** 18  # the longest context: its rotary table is the one thing whose 
 
 
 class Settings:
-    """The settings of a checkpoint, taken one by one: each has a type, and bounds where it is a number."""
+    """The settings of a checkpoint, taken one by one: each has a type, and bounds where it is a number.
+
+    `finish` then refuses what nobody asked for: a setting that is not known may change what the model computes.
+    """
 
     def __init__(self, path, values):
-        self.path, self.values = path, values
+        self.path, self.values, self.asked = path, values, set()
 
     def get(self, name, kind, default=None, low=1, high=2 ** 24):
         """The setting, or `default`; without a default it must be there. null counts as absent."""
+        self.asked.add(name)
         value = self.values.get(name)
         value = default if value is None else value
         if kind is float and type(value) is int:
@@ -80,19 +88,37 @@ class Settings:
 
     def only(self, name, *supported):
         """Refuse the model unless the setting is absent, null, or one of those this GPT computes."""
+        self.asked.add(name)
         value = self.values.get(name)
-        if value is not None and value not in supported:
+        if value is not None and not any(type(value) in (type(s), int, float) and value == s for s in supported):
             raise ValueError(f"{self.path}: {name}={value!r} is not supported, only {supported[0]!r}"[:300])
+
+    def finish(self, harmless):
+        """Refuse settings that were not asked for, but for those whose names the pattern `harmless` matches."""
+        for name, value in self.values.items():
+            if value is not None and name not in self.asked and not re.fullmatch(harmless, name):
+                raise ValueError(f"{self.path}: {name}={value!r} is not known, and may change what is computed"[:300])
 
 
 # ---- configurations
+
+# settings of a config.json that do not change what a trained model computes: training, generation, names, storage
+HARMLESS = re.compile(
+    r"architectures|torch_dtype|dtype|transformers_version|_name_or_path|use_cache|(bos|eos|pad|unk|sep)_token_id|"
+    r"initializer_range|init_std|.*dropout|.*pdrop|layerdrop|summary_\w+|task_specific_params|gradient_checkpointing|"
+    r"n_ctx|n_special|predict_special_tokens|output_past|output_\w+|pretraining_tp|reorder_and_upcast_attn|prefix|"
+    r"(use_)?return_dict|id2label|label2id|num_labels|problem_type|finetuning_task|tokenizer_class|"
+    r"torchscript|chunk_size_feed_forward|(do_sample|temperature|top_k|top_p|typical_p|repetition_penalty|num_beams|"
+    r"(max|min)_(new_)?(length|tokens)|no_repeat_ngram_size|length_penalty|early_stopping|num_return_sequences)|"
+    r"_?attn_implementation\w*|max_window_layers|is_llama_config|transformers\.js_config|unsloth_\w+|"
+    r"_flash_attn_2_enabled|use_bfloat16|tf_legacy_loss")
+
 
 def gpt2_config(s):
     """GPTConfig fields of a GPT-2 config.json; ValueError, here as below, for what this GPT does not have."""
     s.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     s.only("scale_attn_weights", True)
     s.only("scale_attn_by_inverse_layer_idx", False)
-    s.only("add_cross_attention", False)
     width = s.get("n_embd", int)
     return dict(vocab_size=s.get("vocab_size", int), context=s.get("n_positions", int, high=LIMIT),
                 n_layer=s.get("n_layer", int), n_head=s.get("n_head", int), n_embd=width,
@@ -117,18 +143,61 @@ def opt_config(s):
 
 
 def llama_config(s):
-    """GPTConfig fields of a Llama config.json."""
+    """GPTConfig fields of a Llama config.json, and "zeros": the layers whose bias is not in the file."""
+    attention, mlp = s.get("attention_bias", bool, False), s.get("mlp_bias", bool, False)
+    s.only("rope_interleaved", False)
+    return {**rotary_config(s, s.get("num_attention_heads", int)), "bias": attention or mlp,
+            "zeros": () if attention == mlp else MLP if attention else ATTENTION}
+
+
+def qwen2_config(s):
+    """GPTConfig fields of a Qwen2 or Qwen2.5 config.json: a llama with biases of q, k and v alone."""
+    s.only("use_sliding_window", False)
+    s.only("use_mrope", False)
+    s.asked.add("sliding_window")  # of no effect where it is not used
+    return {**rotary_config(s), "bias": True, "zeros": ("attn.o", *MLP)}
+
+
+def mistral_config(s):
+    """GPTConfig fields of a Mistral config.json: a llama whose window, if it has one, is as wide as the context."""
+    config, window = rotary_config(s), s.values.get("sliding_window", 4096)  # the family's default where it is absent
+    s.asked.add("sliding_window")
+    if window is not None and not (type(window) is int and window >= config["context"]):
+        raise ValueError(f"{s.path}: sliding_window={window!r} is not supported below max_position_embeddings="
+                         f"{config['context']}"[:300])
+    return {**config, "zeros": ()}
+
+
+def rotary_config(s, kv_heads=None):
+    """What Llama, Qwen2 and Mistral have in common; kv_heads: how many there are where the file does not say."""
     heads, width = s.get("num_attention_heads", int), s.get("hidden_size", int)
-    bias = s.get("attention_bias", bool, False)
     s.only("hidden_act", "silu")
     s.only("head_dim", width // heads)
-    s.only("mlp_bias", bias)  # one switch for both
-    # newer files keep everything rotary in one dictionary, older ones the base in one place and the scaling in another
-    rope = Settings(s.path, s.get("rope_parameters", dict, s.get("rope_scaling", dict, {})))
-    theta = Settings(s.path, {**s.values, **rope.values}).get("rope_theta", float, 10000.0, 1, 1e12)
+    layers = s.get("num_hidden_layers", int)
+    if set(s.get("layer_types", list, ["full_attention"])) != {"full_attention"}:
+        raise ValueError(f"{s.path}: layer_types {s.values['layer_types']!r}: only full_attention is supported"[:300])
+    theta, scaling = rotary_positions(s)
+    return dict(vocab_size=s.get("vocab_size", int), context=s.get("max_position_embeddings", int, high=LIMIT),
+                n_layer=layers, n_head=heads, n_kv_head=s.get("num_key_value_heads", int, kv_heads), n_embd=width,
+                n_hidden=s.get("intermediate_size", int), activation="swiglu",
+                norm_eps=s.get("rms_norm_eps", float, 1e-6, 0, 1), tied=s.get("tie_word_embeddings", bool, False),
+                rope_theta=theta, rope_scaling=scaling)
+
+
+def rotary_positions(s):
+    """(rope_theta, rope_scaling) of a config.json. Newer files keep everything rotary in one dictionary, older ones the
+    base in one place and the scaling in another."""
+    new, old = s.get("rope_parameters", dict, {}), s.get("rope_scaling", dict, {})
+    if new and old and new != old:
+        raise ValueError(f"{s.path}: rope_parameters and rope_scaling contradict each other")
+    rope = Settings(s.path, new or old)
+    theta = s.get("rope_theta", float, 10000.0, 1, 1e12)
+    theta = rope.get("rope_theta", float, theta, 1, 1e12)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{s.path}: rotary scaling {kind!r} is not supported, only 'default' and 'llama3'")
+        raise ValueError(f"{s.path}: rotary scaling {kind!r} is not supported, only 'default' and 'llama3'"[:300])
+    rope.only("partial_rotary_factor", 1.0)
+    s.only("partial_rotary_factor", 1.0)
     scaling = None
     if kind == "llama3":
         scaling = {"factor": rope.get("factor", float, None, 1, 1e6),
@@ -137,31 +206,42 @@ def llama_config(s):
                    "original_context": rope.get("original_max_position_embeddings", int)}
         if scaling["low_freq_factor"] == scaling["high_freq_factor"]:
             raise ValueError(f"{s.path}: low_freq_factor and high_freq_factor are both {scaling['low_freq_factor']}")
-    return dict(vocab_size=s.get("vocab_size", int), context=s.get("max_position_embeddings", int, high=LIMIT),
-                n_layer=s.get("num_hidden_layers", int), n_head=heads,
-                n_kv_head=s.get("num_key_value_heads", int, heads), n_embd=width,
-                n_hidden=s.get("intermediate_size", int), activation="swiglu", bias=bias,
-                norm_eps=s.get("rms_norm_eps", float, 1e-6, 0, 1), tied=s.get("tie_word_embeddings", bool, False),
-                rope_theta=theta, rope_scaling=scaling)
+    rope.finish("rope_type|type")
+    return theta, scaling
 
 
 def gguf_config(s, stored):
-    """GPTConfig fields of a GGUF file's metadata s; stored: its tensors by name."""
-    s.only("general.architecture", "llama")
-    if "general.architecture" not in s.values or "token_embd.weight" not in stored:
-        raise ValueError(f"{s.path}: no general.architecture or no token_embd.weight: not a llama model")
-    heads, width = s.get("llama.attention.head_count", int), s.get("llama.embedding_length", int)
-    for name in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length"):
-        s.only(name, width // heads)
-    s.only("llama.rope.scaling.type", "none")
-    s.only("llama.expert_count", 0)
-    config = dict(vocab_size=stored["token_embd.weight"].shape[0], n_head=heads,
-                  n_layer=s.get("llama.block_count", int), n_embd=width, activation="swiglu",
-                  context=s.get("llama.context_length", int, high=LIMIT),
-                  n_kv_head=s.get("llama.attention.head_count_kv", int, heads),
-                  n_hidden=s.get("llama.feed_forward_length", int), tied="output.weight" not in stored,
-                  norm_eps=s.get("llama.attention.layer_norm_rms_epsilon", float, None, 0, 1),
-                  rope_theta=s.get("llama.rope.freq_base", float, 10000.0, 1, 1e12))
+    """GPTConfig fields of a GGUF file's metadata s, "zeros" as above, and "permuted": whether q and k turn neighbours;
+    stored: its tensors by name."""
+    if s.get("split.count", int, 0, 0) > 1:
+        raise ValueError(f"{s.path}: part {s.values.get('split.no', 0) + 1} of {s.values['split.count']} of a model: "
+                         "join the parts with llama-gguf-split --merge")
+    kind = s.values.get("general.architecture")
+    s.only("general.architecture", "llama", "qwen2")
+    s.only("general.type", "model")
+    if kind is None or "token_embd.weight" not in stored:
+        raise ValueError(f"{s.path}: no general.architecture or no token_embd.weight: not a model")
+    heads, width = s.get(f"{kind}.attention.head_count", int), s.get(f"{kind}.embedding_length", int)
+    rows = stored["token_embd.weight"].shape[0]
+    for name, *supported in (
+            ("rope.dimension_count", width // heads), ("attention.key_length", width // heads),
+            ("attention.value_length", width // heads), ("vocab_size", rows), ("attention.causal", True),
+            ("rope.scale_linear", 1.0, 0.0), ("rope.scaling.factor", 1.0, 0.0), ("rope.scaling.type", "none"),
+            ("rope.scaling.attn_factor", 1.0, 0.0), ("attention.sliding_window", 0), ("attention.clamp_kqv", 0.0),
+            ("attention.max_alibi_bias", 0.0), ("logit_scale", 1.0, 0.0), ("expert_count", 0),
+            ("expert_used_count", 0)):
+        s.only(f"{kind}.{name}", *supported)
+    biased = {ours: f"blk.0.{theirs}.bias" in stored for theirs, ours in FAMILIES["gguf"][2].items()
+              if "norm" not in ours}
+    config = dict(vocab_size=rows, n_head=heads, n_layer=s.get(f"{kind}.block_count", int), n_embd=width,
+                  activation="swiglu", context=s.get(f"{kind}.context_length", int, high=LIMIT),
+                  n_kv_head=s.get(f"{kind}.attention.head_count_kv", int, heads),
+                  n_hidden=s.get(f"{kind}.feed_forward_length", int), tied="output.weight" not in stored,
+                  norm_eps=s.get(f"{kind}.attention.layer_norm_rms_epsilon", float, None, 0, 1),
+                  rope_theta=s.get(f"{kind}.rope.freq_base", float, 10000.0, 1, 1e12), bias=any(biased.values()),
+                  zeros=tuple(name for name, there in biased.items() if not there), permuted=kind == "llama")
+    s.finish(r"general\..*|split\..*|quantize\..*|imatrix\..*|tokenizer\..*|"
+             rf"{kind}\.(tensor_data_layout|rope\.scaling\.(original_context_length|finetuned))")
     if "rope_freqs.weight" in stored:
         config["rope_scaling"] = gguf_scaling(s.path, config, gguf.read(stored["rope_freqs.weight"]))
     return config
@@ -172,7 +252,8 @@ def gguf_scaling(path, config, divisors):
     models share three of the numbers, and the fourth is the largest divisor; whether that is so is then checked."""
     scaling = {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_context": 8192}
-    plain, scaled = (rope_table(checked(path, {**config, "context": 2, "rope_scaling": r}))[1]
+    fields = {name: value for name, value in config.items() if name not in ("zeros", "permuted")}
+    plain, scaled = (rope_table(checked(path, {**fields, "context": 2, "rope_scaling": r}))[1]
                      for r in (None, scaling))  # cos and sin of every frequency, (2, hs / 2)
     expected = torch.atan2(plain[1], plain[0]) / torch.atan2(scaled[1], scaled[0])  # (hs / 2,)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
@@ -209,7 +290,7 @@ def list_folder(path):
     """{name: Stored} of all the safetensors files of a folder, names without the wrappers' prefixes."""
     index = os.path.join(path, "model.safetensors.index.json")
     files = ["model.safetensors"]
-    if os.path.exists(index):
+    if os.path.exists(index) and not os.path.exists(os.path.join(path, files[0])):  # the whole file counts first
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(f, str) for f in shards.values()):
             raise ValueError(f"{index}: weight_map is not an object of file names")
@@ -232,14 +313,23 @@ def list_folder(path):
 
 
 def open_folder(path, tokenizer):
-    """A Hugging Face folder -> (GPTConfig fields, tensors by name, family, encoding or None); nothing is read yet."""
+    """A Hugging Face folder -> (GPTConfig fields and "zeros", tensors by name, family, encoding or None); no tensor is
+    read yet."""
     file = os.path.join(path, "config.json")
     settings = Settings(file, read_json(file))
     family = settings.get("model_type", str)
-    known = {"gpt2": gpt2_config, "opt": opt_config, "llama": llama_config}
+    known = {"gpt2": gpt2_config, "opt": opt_config, "llama": llama_config, "mistral": mistral_config,
+             "qwen2": qwen2_config}
     if family not in known:
         raise ValueError(f"{file}: model_type {family!r} is not one of {', '.join(known)}")
+    if settings.values.get("quantization_config"):
+        raise ValueError(f"{file}: quantization_config: weights that are quantized already are not read; save the "
+                         "model in floating point first, with dequantize() of transformers")
+    for name in ("add_cross_attention", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder"):
+        settings.only(name, False)
+    settings.only("pruned_heads", {})
     config = known[family](settings)
+    settings.finish(HARMLESS)
     encoding = vocabulary.from_folder(path, settings.values, config["vocab_size"]) if tokenizer else None
     return config, list_folder(path), family, encoding
 
@@ -253,8 +343,11 @@ def open_gguf(path, tokenizer):
 
 # ---- the model
 
-def plan(path, model, stored, family):
-    """{their tensor: [our tensors]}, once every name and every shape is known to be right."""
+def plan(path, model, stored, family, zeros=()):
+    """{their tensor: [our tensors]}, once every name and every shape is known to be right.
+
+    zeros  layers, as "attn.o", whose bias the file does not have
+    """
     top, prefix, block = FAMILIES[family]
     needed = {name: tuple(t.shape) for name, t in model.state_dict().items()}  # all of ours
     modules = {theirs: [ours] for theirs, ours in top.items()}
@@ -262,7 +355,8 @@ def plan(path, model, stored, family):
         modules.update({f"{prefix}.{i}.{theirs}": [f"blocks.{i}.{o}" for o in ours.split()]
                         for theirs, ours in block.items()})
     places = {f"{theirs}.{end}": [f"{o}.{end}" for o in ours] for theirs, ours in modules.items()
-              for end in ("weight", "bias") if f"{ours[0]}.{end}" in needed}
+              for end in ("weight", "bias")
+              if f"{ours[0]}.{end}" in needed and not (end == "bias" and ours[0].endswith(tuple(zeros)))}
     optional = set()
     if model.config.tied:  # then the head, where a file has it at all, is the embedding once more
         optional = {theirs for theirs, ours in places.items() if ours == ["lm_head.weight"]}
@@ -290,30 +384,42 @@ def transposed(theirs):
     return ".c_" in theirs and theirs.endswith("weight")
 
 
-def halves_from_neighbours(W, heads):
-    """Rows of a q or k matrix from rotary neighbours (2i, 2i + 1) to rotary halves (i, i + hs/2)."""
-    rows, columns = W.shape
-    W = W.view(heads, rows // heads // 2, 2, columns)           # (heads, hs / 2, 2, in)
-    return W.transpose(1, 2).reshape(rows, columns)             # (heads * hs, in)
+def halves_from_neighbours(t, heads):
+    """Rows of a q or k matrix, or of its bias, from rotary neighbours (2i, 2i + 1) to rotary halves (i, i + hs/2)."""
+    pairs = t.view(heads, len(t) // heads // 2, 2, -1)          # (heads, hs / 2, 2, in)
+    return pairs.transpose(1, 2).reshape(t.shape)               # (heads * hs, in)
+
+
+def untied(config, stored, family):
+    """Whether a head that should be the embedding's own matrix has one of its own in the file, with other values."""
+    names = {ours: f"{theirs}.weight" for theirs, ours in FAMILIES[family][0].items()}
+    head, embedding = stored.get(names["lm_head"]), stored.get(names["wte"])
+    return config["tied"] and None not in (head, embedding) and not gguf.same(head, embedding)
 
 
 def build(path, config, stored, family, dtype):
     """The GPT: checked against the file while it weighs nothing, then filled tensor by tensor."""
     if config["n_layer"] > len(stored):  # before a module is made for each
         raise ValueError(f"{path}: {config['n_layer']} layers are claimed, the file has {len(stored)} tensors")
-    config, dtype = checked(path, config), dtype or own_dtype(stored)
+    zeros = config.pop("zeros", ())
+    permuted = config.pop("permuted", False)
+    config = checked(path, {**config, "tied": config["tied"] and not untied(config, stored, family)})
+    dtype = dtype or own_dtype(stored)
     with torch.device("meta"):
         model = GPT(config)
     state = {}
-    for theirs, ours in plan(path, model, stored, family).items():
+    for theirs, ours in plan(path, model, stored, family, zeros).items():
         t = gguf.read(stored[theirs], dtype)
         t = t.T if transposed(theirs) else t
-        if family == "gguf" and theirs.endswith(("attn_q.weight", "attn_k.weight")):
-            t = halves_from_neighbours(t, config.n_head if "attn_q" in theirs else config.n_kv_head)
+        if permuted and ours[0].rpartition(".")[0].endswith(("attn.q", "attn.k")):
+            t = halves_from_neighbours(t, config.n_head if "attn.q" in ours[0] else config.n_kv_head)
         for name, part in zip(ours, t.chunk(len(ours))):
             state[name] = part.clone(memory_format=torch.contiguous_format) if len(ours) > 1 else part.contiguous()
     if config.tied:
         state["lm_head.weight"] = state["wte.weight"]
+    for name, t in model.state_dict().items():
+        if name not in state:  # a bias of `zeros`
+            state[name] = torch.zeros(t.shape, dtype=dtype)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie()
     return model

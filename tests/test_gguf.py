@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_files import ARRAYS, GOLDEN, check_against, gguf_bytes, golden_gguf, refusal, tiny_gguf
+from checkpoint_files import ARRAYS, GOLDEN, check_against, gguf_bytes, golden_gguf, golden_tensors, refusal, tiny_gguf
 from checkpoints import gguf, load_pretrained, weights
 from golden.make_weights import texts
 
@@ -56,6 +56,55 @@ def test_llama3_scaling_is_recognized_in_a_gguf_file(tmp_path):
     assert "rope_freqs" in refusal(path)
 
 
+HARMLESS = {"general.name": "x", "general.file_type": 2, "llama.tensor_data_layout": "Meta AI original pth",
+            "llama.rope.scale_linear": 1.0, "llama.rope.scaling.type": "none", "llama.attention.causal": True,
+            "quantize.imatrix.file": "x", "split.count": 1, "tokenizer.chat_template": "x", "llama.expert_count": 0,
+            "llama.rope.scaling.original_context_length": 32, "tokenizer.ggml.padding_token_id": 1}
+
+
+def test_harmless_metadata_is_passed_over(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_bytes(*tiny_gguf()))
+    plain = load_pretrained(path)[0].state_dict()
+    path.write_bytes(gguf_bytes(*tiny_gguf(**HARMLESS)))
+    assert all(torch.equal(a, b) for a, b in zip(plain.values(), load_pretrained(path)[0].state_dict().values()))
+
+
+def as_gguf(name):
+    """(metadata, tensors) of a golden model as llama.cpp's converter writes it: its names, llama's q and k permuted."""
+    c, kind = GOLDEN["models"][name]["config"], "qwen2" if "qwen2" in name else "llama"
+    heads, hs = {"q": c["num_attention_heads"], "k": c["num_key_value_heads"]}, 32 // c["num_attention_heads"]
+    ours = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
+             **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}, **{f"mlp.{x}_proj": f"ffn_{x}" for x in (
+                 "gate", "up", "down")}}
+    tensors = {}
+    for key, t in golden_tensors(name).items():
+        module, _, end = key.rpartition(".")
+        if module not in ours:
+            _, _, i, part = module.split(".", 3)
+            ours[module] = f"blk.{i}.{parts[part]}"
+            which = part.removeprefix("self_attn.")[0]
+        t = t.numpy()
+        if ".attn_q" in ours[module] or ".attn_k" in ours[module]:
+            if kind == "llama":  # row 2i + j of a head is row i + j hs / 2 of it in transformers
+                rows = [h * hs + i + j * hs // 2 for h in range(heads[which]) for i in range(hs // 2) for j in (0, 1)]
+                t = t[rows]
+        tensors[f"{ours[module]}.{end}"] = t
+    metadata = {"general.architecture": kind, **{f"{kind}.{key}": value for key, value in {
+        "block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 48,
+        "attention.head_count": heads["q"], "attention.head_count_kv": heads["k"],
+        "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": c["rope_parameters"]["rope_theta"]}.items()}}
+    return metadata, tensors
+
+
+@pytest.mark.parametrize("name", ["llama-tied-gqa", "llama-attention-bias", "qwen2", "qwen2-tied", "mistral"])
+def test_a_model_converted_to_gguf_is_the_same_model(tmp_path, name):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_bytes(*as_gguf(name)))
+    check_against(load_pretrained(path)[0], GOLDEN["models"][name], ARRAYS[name])
+
+
 def test_hostile_gguf_files_are_refused_by_name(tmp_path):
     path = tmp_path / "x.gguf"
     metadata, tensors = tiny_gguf()
@@ -97,7 +146,18 @@ def test_hostile_gguf_files_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"general.architecture": "qwen2"}, "general.architecture"),
+    ({"general.architecture": "qwen3"}, "general.architecture"),
+    ({"general.architecture": "qwen2"}, "qwen2.attention.head_count"), ({"general.type": "adapter"}, "general.type"),
+    ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0"), ({"llama.rope.scaling.factor": 4.0}, "factor=4"),
+    ({"llama.rope.scaling.attn_factor": 2.0}, "attn_factor"), ({"llama.attention.sliding_window": 16}, "ing_window"),
+    ({"llama.attention.causal": False}, "causal"),
+    ({"llama.attention.scale": 0.5}, "llama.attention.scale=0.5 is not known"),
+    ({"llama.attn_logit_softcapping": 50.0}, "softcapping"), ({"llama.logit_scale": 8.0}, "logit_scale"),
+    ({"llama.embedding_scale": 12.0}, "embedding_scale"), ({"llama.vocab_size": 5}, "vocab_size"),
+    ({"llama.leading_dense_block_count": 1}, "leading_dense"), ({"adapter.type": "lora"}, "adapter.type"),
+    ({"split.no": 1, "split.count": 3}, "part 2 of 3"),
+    ({"tokenizer.ggml.eos_token_id": 99999}, "eos_token_id is 99999"),
+    ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 4000}, "bos_token_id is 4000"),
     ({"general.architecture": None}, "general.architecture"),
     ({"llama.block_count": None}, "llama.block_count"),
     ({"llama.block_count": 2}, "missing tensors: blk.1.attn_norm.weight"),
@@ -105,7 +165,7 @@ def test_hostile_gguf_files_are_refused_by_name(tmp_path):
     ({"llama.attention.head_count_kv": [1]}, "kv"),
     ({"llama.rope.dimension_count": 2}, "dimension_count"), ({"llama.rope.scaling.type": "linear"}, "scaling"),
     ({"llama.context_length": 2 ** 31}, "context_length"), ({"llama.rope.freq_base": float("nan")}, "freq_base"),
-    ({"llama.expert_count": 8}, "expert_count"), ({"tokenizer.ggml.pre": "qwen2"}, "qwen2"),
+    ({"llama.expert_count": 8}, "expert_count"), ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
     ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": []}, "twice"),
     ({"tokenizer.ggml.token_type": [1]}, "types"), ({"tokenizer.ggml.merges": ["a b c"]}, "merge 0"),
     ({"tokenizer.ggml.merges": "a"}, "merges"),

@@ -1,15 +1,18 @@
 """checkpoints/vocabulary.py: token ids against the original tokenizers, damaged vocabularies, the small world's."""
 import base64
+import collections
 import copy
 import json
 import pickle
+import random
+import unicodedata
 
 import pytest
 
 from checkpoint_files import GOLDEN, gguf_bytes, refusal, tiny_gguf, write_folder
 from checkpoints import load_pretrained, vocabulary
 from checkpoints.vocabulary import load_ranks, make_encoding, save_ranks
-from golden.make_weights import texts
+from golden.make_weights import odd_texts, texts
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN["tokenizers"]))
@@ -91,7 +94,16 @@ def change(path, *keys, to):
     (["model", "merges", 3], ["a", 1], "pairs"),
     (["model", "merges", 3], ["", "a"], "merge 3"), (["model", "merges"], {}, "BPE"),
     (["model", "byte_fallback"], True, "tokenizer=False"),
-    (["normalizer"], {"type": "NFC"}, "tokenizer=False"),
+    (["normalizer"], {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, "sentencepiece"),
+    (["normalizer"], {"type": "NFKC"}, "normalizer .*NFKC.*only NFC"),
+    (["normalizer"], {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, "Lowercase"),
+    (["normalizer"], [], "normalizer"), (["model", "dropout"], 0.1, "dropout=0.1"),
+    (["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
+    (["added_tokens", 0], {"id": 378, "content": "<|endoftext|>", "lstrip": True}, "lstrip"),
+    (["added_tokens", 0], {"id": 378, "content": "<|endoftext|>", "single_word": True}, "single_word"),
+    (["pre_tokenizer", "pretokenizers", 0, "behavior"], "MergedWithNext", "pre_tokenizer"),
+    (["pre_tokenizer", "pretokenizers", 0, "behavior"], "Removed", "pre_tokenizer"),
+    (["pre_tokenizer", "pretokenizers", 1, "use_regex"], True, "pre_tokenizer"),
     (["pre_tokenizer"], {"type": "Metaspace"}, "pre_tokenizer"),
     (["pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"], "(a+)+$", "pre_tokenizer"),
     (["pre_tokenizer"], None, "pre_tokenizer"),
@@ -119,6 +131,246 @@ def test_sentencepiece_is_refused_and_the_weights_still_load(tmp_path):
     path.write_bytes(gguf_bytes(*tiny_gguf(**{"tokenizer.ggml.model": "llama"})))
     assert "tokenizer=False" in refusal(path)
     assert load_pretrained(path, tokenizer=False)[1] is None
+
+
+def variant(name):
+    """The tokenizer.json of a golden variant: its base with a few entries changed."""
+    v = GOLDEN["variants"][name]
+    t = {**copy.deepcopy(GOLDEN["tokenizers"][v["base"]]), **v["changes"]}
+    t["model"] = {**GOLDEN["tokenizers"][v["base"]]["model"], **v["changes"].get("model", {})}
+    return t
+
+
+def in_folder(folder, t, config=None, size=400):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(t))
+    return vocabulary.from_folder(folder, config or {}, size)
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN["variants"]))
+def test_added_tokens_normalizers_and_whole_words_give_the_original_ids(tmp_path, name):
+    encoding = in_folder(tmp_path, variant(name))
+    assert encoding.nfc == (name in ("qwen2", "spaces"))
+    for e in (encoding, pickle.loads(pickle.dumps(encoding))):
+        for text, ids in zip(texts() + odd_texts(), GOLDEN["variants"][name]["ids"], strict=True):
+            assert e.encode_ordinary(text) == e.encode(text) == ids, text
+            assert e.decode(ids) == (unicodedata.normalize("NFC", text) if encoding.nfc else text)
+            assert [e.encode_single_token(e.decode_single_token_bytes(i)) for i in ids] == ids
+    for token in ("<think>", " library") if name in ("qwen2", "words") else ():
+        if token.encode() in encoding.by_bytes:
+            assert encoding.encode(token + "<|endoftext|>", allowed_special="all")[-1] == encoding.eot_token
+            assert len(encoding.encode_ordinary(token)) == 1
+
+
+def test_whole_words_count_only_where_merges_are_ignored(tmp_path):
+    t = variant("words")
+    whole, merged = t["model"]["vocab"]["Ġlibrary"], in_folder(tmp_path, GOLDEN["tokenizers"]["llama3"])
+    assert in_folder(tmp_path / "a", t).encode_ordinary("the library") == [
+        *merged.encode_ordinary("the"), whole]
+    t["model"]["ignore_merges"] = False
+    encoding = in_folder(tmp_path / "b", t)
+    assert encoding.encode_ordinary("the library") == merged.encode_ordinary("the library")
+    assert encoding.encode(" library") == merged.encode_ordinary(" library")  # and it is no special token either
+    assert encoding.decode([whole]) == " library" and encoding.special_tokens_set == {"<|endoftext|>", "<|im_start|>"}
+
+
+def test_an_added_token_is_special_only_if_it_says_so(tmp_path):
+    encoding = in_folder(tmp_path, variant("qwen2"))
+    assert encoding.special_tokens_set == {"<|endoftext|>", "<|im_start|>"}
+    with pytest.raises(ValueError, match="<.im_start.>"):
+        encoding.encode("<think><|im_start|>")
+    im_start, think = (encoding.encode_single_token(t) for t in ("<|im_start|>", "<think>"))
+    assert encoding.encode("<think><|im_start|>", allowed_special={"<|im_start|>"}) == [think, im_start]
+    spelled = encoding.encode("<think><|im_start|>", disallowed_special=())
+    assert spelled[0] == think and len(spelled) > 3 and encoding.decode(spelled) == "<think><|im_start|>"
+
+
+@pytest.mark.parametrize("pattern, like", [
+    (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", "llama3"),
+    (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+     "llama3"),
+    (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", "gpt2")])
+def test_other_spellings_of_a_known_split_are_read(tmp_path, pattern, like):
+    t = copy.deepcopy(GOLDEN["tokenizers"][like])
+    t["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}
+    encoding = in_folder(tmp_path, t)
+    assert [encoding.encode_ordinary(text) for text in texts()] == GOLDEN["token_ids"][like]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm", "llama3"])
+def test_splits_go_by_several_names_in_gguf_files(name):
+    names = {"gpt2": ["gpt-2", "mpt", "olmo", "phi-2"], "smollm": ["smollm", "starcoder", "refact", "command-r"],
+             "llama3": ["llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "falcon3", "pixtral"]}[name]
+    metadata = as_metadata(GOLDEN["tokenizers"][name])
+    for pre in names:
+        encoding = vocabulary.from_gguf("x.gguf", {**metadata, "tokenizer.ggml.pre": pre}, 400)
+        assert [encoding.encode_ordinary(text) for text in texts()] == GOLDEN["token_ids"][name], pre
+        like_llama3 = name == "llama3" and pre not in ("smaug-bpe", "dbrx")
+        assert encoding.bos == (378 if like_llama3 else None)  # the default of add_bos_token
+        for add in (True, False):
+            said = {**metadata, "tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": add}
+            assert vocabulary.from_gguf("x.gguf", said, 400).bos == (378 if add else None)
+
+
+def as_metadata(t):
+    """A tokenizer.json's vocabulary as llama.cpp's converter writes it: types 3 (special), 4 (added), 1 (all else)."""
+    vocab = {**t["model"]["vocab"], **{a["content"]: a["id"] for a in t["added_tokens"]}}
+    kinds = {a["content"]: 3 if a["special"] else 4 for a in t["added_tokens"]}
+    tokens = sorted(vocab, key=vocab.get)
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [kinds.get(token, 1) for token in tokens],
+            "tokenizer.ggml.merges": [" ".join(m) for m in t["model"]["merges"]], "tokenizer.ggml.bos_token_id": 378}
+
+
+def test_qwen2s_tokenizer_in_a_gguf_file_is_that_of_its_folder():
+    t = variant("qwen2")
+    for pre in ("qwen2", "deepseek-r1-qwen"):
+        encoding = vocabulary.from_gguf("x.gguf", {**as_metadata(t), "tokenizer.ggml.pre": pre}, 400)
+        assert [encoding.encode_ordinary(text) for text in texts() + odd_texts()] == GOLDEN["variants"]["qwen2"]["ids"]
+        assert encoding.bos is None
+    whole = {**as_metadata(variant("words")), "tokenizer.ggml.pre": "llama-bpe"}
+    encoding = vocabulary.from_gguf("x.gguf", whole, 400)
+    assert [encoding.encode_ordinary(text) for text in texts() + odd_texts()] == GOLDEN["variants"]["words"]["ids"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "smollm", "qwen2"])
+def test_a_text_of_white_space_is_one_line_and_not_a_crash(tmp_path, name, capfd):
+    """tiktoken panics, and prints a backtrace, where its pattern looks ahead over too much white space."""
+    encoding = in_folder(tmp_path, variant(name) if name == "qwen2" else GOLDEN["tokenizers"][name])
+    for text in (" " * 10 ** 6, "a" + " \n" * 10 ** 6, "\t" * 500_001):
+        for encode in (encoding.encode_ordinary, encoding.encode):
+            with pytest.raises(ValueError, match="white space"):
+                encode(text)
+    assert encoding.decode(encoding.encode_ordinary("a" + " " * 499_999 + "b")) == "a" + " " * 499_999 + "b"
+    assert encoding.decode(encoding.encode_ordinary("a " * 300_000)) == "a " * 300_000
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ids_beyond_the_vocabulary_are_shown_as_such(tmp_path):
+    """The heads of OPT and Qwen are padded: a model may choose an id that no text has."""
+    for name in ("opt", "gpt2"):
+        encoding = in_folder(tmp_path, GOLDEN["tokenizers"][name], size=400)
+        ids = encoding.encode_ordinary("ab")
+        assert encoding.decode([*ids, 380, 399]) == "ab<|unused 380|><|unused 399|>"
+        assert encoding.decode_tokens_bytes([399]) == [b"<|unused 399|>"]
+        with pytest.raises(KeyError):
+            encoding.decode([400])
+    metadata = as_metadata(GOLDEN["tokenizers"]["gpt2"])
+    metadata["tokenizer.ggml.tokens"].append("[PAD380]")
+    metadata["tokenizer.ggml.token_type"].append(5)
+    encoding = vocabulary.from_gguf("x.gguf", {**metadata, "tokenizer.ggml.pre": "gpt-2"}, 400)
+    assert encoding.decode([380, 381]) == "[PAD380]<|unused 381|>" and encoding.n_vocab == 381
+    assert 380 not in encoding.encode("[PAD380]")
+
+
+def test_the_token_that_ends_a_text_comes_from_where_there_is_one(tmp_path):
+    t = copy.deepcopy(GOLDEN["tokenizers"]["gpt2"])
+    plain = json.loads(json.dumps(t).replace("<|endoftext|>", "<|im_end|>"))
+    end, start = (t["model"]["vocab"][token] for token in ("<|endoftext|>", "<|im_start|>"))
+    assert in_folder(tmp_path, t).eot_token == end
+    for config, token in (({"eos_token_id": 7}, 7), ({"eos_token_id": [8, 7]}, 8)):
+        assert in_folder(tmp_path, plain, config).eot_token == token
+    with pytest.raises(ValueError, match="tokenizer.json: no token that ends a text"):
+        in_folder(tmp_path, plain).eot_token
+    for token in ("<|im_start|>", {"content": "<|im_start|>", "lstrip": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        for config in ({}, {"eos_token_id": None}, {"eos_token_id": []}):
+            assert in_folder(tmp_path, plain, config).eos == in_folder(tmp_path, plain, config).eot_token == start
+        assert in_folder(tmp_path, plain, {"eos_token_id": 0}).eos == 0  # the model's own setting comes first
+    for wrong in (99999, -1, 400, [400], "2", True, 1.0):
+        with pytest.raises(ValueError, match="eos_token_id"):
+            in_folder(tmp_path, plain, {"eos_token_id": wrong})
+
+
+def test_merges_txt_with_windows_line_ends_and_a_broken_line(tmp_path):
+    t = GOLDEN["tokenizers"]["gpt2"]["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(t["vocab"]))
+    (tmp_path / "merges.txt").write_bytes("\r\n".join(["#version: 0.2", *map(" ".join, t["merges"]), ""]).encode())
+    encoding = vocabulary.from_folder(tmp_path, {}, 400)
+    assert [encoding.encode_ordinary(text) for text in texts()] == GOLDEN["token_ids"]["gpt2"]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nonly\n")
+    with pytest.raises(ValueError, match=r"merges.txt: pair 2 \['only'\]"):
+        vocabulary.from_folder(tmp_path, {}, 400)
+
+
+# ---- the order of merges
+
+def by_the_list(merges, word):
+    """BPE as its paper has it, slowly: again and again the pair that stands first in the list, the leftmost of equals."""
+    order = {tuple(pair): i for i, pair in reversed(list(enumerate(merges)))}
+    parts = list(word)
+    while True:
+        found = [(order[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in order]
+        if not found:
+            return parts
+        _, i = min(found)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+def trained(r):
+    """Merges learned from thirty random words."""
+    pieces, merges = [r.choices("aab", k=r.randint(2, 9)) for _ in range(30)], []
+    for _ in range(12):
+        pairs = collections.Counter(pair for parts in pieces for pair in zip(parts, parts[1:]))
+        if not pairs:
+            break
+        left, right = max(sorted(pairs), key=pairs.get)
+        merges.append((left, right))
+        for parts in pieces:
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == (left, right):
+                    parts[i:i + 2] = [left + right]
+                i += 1
+    return merges
+
+
+def random_merges(r, kind):
+    """Merges that are trained, then pruned, shuffled or joined; or with several pairs of a token."""
+    merges = trained(r)
+    if kind == "pruned":  # and all that is built on what went
+        gone = {"".join(merges.pop(r.randrange(len(merges))))}
+        for pair in list(merges):
+            if set(pair) & gone:
+                merges.remove(pair)
+                gone.add("".join(pair))
+    if kind == "shuffled":
+        i = r.randrange(len(merges) - 1)
+        merges[i], merges[i + 1] = merges[i + 1], merges[i]
+    if kind == "joined":
+        merges = list(dict.fromkeys(trained(r) + merges))
+    if kind in ("all pairs", "some pairs"):
+        tokens, merges = list(dict.fromkeys(left + right for left, right in merges)), []
+        known = {"a", "b", *tokens}
+        for token in tokens:
+            pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if {token[:i], token[i:]} <= known]
+            merges += pairs if kind == "all pairs" else r.sample(pairs, r.randint(1, len(pairs)))
+    return merges
+
+
+@pytest.mark.parametrize("kind", ["trained", "all pairs", "pruned", "shuffled", "joined", "some pairs"])
+def test_merges_are_refused_or_give_what_their_list_gives(kind):
+    r = random.Random(kind)
+    accepted = refused = 0
+    for _ in range(60):
+        merges = random_merges(r, kind)
+        tokens = list(dict.fromkeys([*vocabulary.BYTES, *(left + right for left, right in merges)]))
+        vocab = {token: i for i, token in enumerate(tokens)}
+        words = ["".join(r.choices("ab", k=r.randint(1, 14))) for _ in range(40)]
+        try:
+            encoding = vocabulary.byte_pairs("x", vocab, merges, vocabulary.GPT2_SPLIT, 400)
+        except ValueError as error:
+            assert "no training makes" in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        accepted += 1
+        for word in words:
+            assert encoding.encode_ordinary(word) == [vocab[part] for part in by_the_list(merges, word)], (merges, word)
+    sound = kind in ("trained", "all pairs", "pruned")
+    assert accepted == 60 if sound else accepted > 10 and refused > 10, (accepted, refused)
 
 
 # ---- the small world's ranks

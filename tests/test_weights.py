@@ -128,7 +128,8 @@ def test_memory_stays_below_the_model_and_a_fifth(tmp_path):
     ("gpt2", {"model_type": None}, "model_type"),
     ("gpt2", {"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon"),
     ("gpt2", {"n_positions": 10 ** 9}, "n_positions"),
-    ("llama", {"attention_bias": True}, "mlp_bias"), ("llama", {"head_dim": 16}, "head_dim"),
+    ("llama", {"attention_bias": True}, "missing tensors: layers.0.self_attn.q_proj.bias"),
+    ("llama", {"head_dim": 16}, "head_dim"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ("llama", {"rope_parameters": [1]}, "rope_parameters"),
@@ -139,9 +140,111 @@ def test_memory_stays_below_the_model_and_a_fifth(tmp_path):
     ("llama", {"num_hidden_layers": 1}, "layers.1.input_layernorm.weight"),
     ("llama", {"vocab_size": 91}, "embed_tokens.weight has shape"),
     ("llama", {"intermediate_size": 47}, "mlp.gate_proj.weight has shape"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "contradict"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "attention_factor": 2.0}}, "attention_factor"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("llama", {"rope_interleaved": True}, "rope_interleaved"), ("llama", {"logits_scaling": 8.0}, "logits_scaling"),
+    ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("llama", {"num_experts": 8}, "num_experts"), ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+    ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already"),
+    ("gpt2", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized already"),
+    ("gpt2", {"pruned_heads": {"0": [1]}}, "pruned_heads"), ("gpt2", {"add_cross_attention": True}, "cross"),
+    ("gpt2", {"unheard_of": 1}, "unheard_of=1 is not known"), ("opt", {"_remove_final_layer_norm": True}, "_final"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window"), ("qwen2", {"num_key_value_heads": None}, "num_key_"),
+    ("qwen2", {"use_mrope": True}, "use_mrope"), ("mistral", {"sliding_window": 63}, "sliding_window=63"),
+    ("mistral", {"sliding_window": "64"}, "sliding_window='64'"), ("mistral", {"attention_bias": True}, "n_bias=True"),
+    ("qwen2", {"model_type": "qwen3"}, "qwen3"), ("qwen2", {"model_type": "llama"}, "use_sliding_window"),
 ])
 def test_what_this_gpt_cannot_compute_is_refused_by_name(tmp_path, name, changes, says):
     assert says in refusal(write_folder(tmp_path / "m", name, **changes))
+
+
+def absent(folder, *names):
+    """The folder, its config.json without these settings."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
+    return folder
+
+
+def test_a_mistral_window_as_wide_as_the_context_is_none_and_narrower_by_default(tmp_path):
+    folder = write_folder(tmp_path / "m", "mistral", sliding_window=64)
+    check_against(load_pretrained(folder)[0], GOLDEN["models"]["mistral"], ARRAYS["mistral"])
+    assert load_pretrained(absent(folder, "sliding_window"))[0].config.context == 64  # 4096, the family's default
+    write_folder(folder, "mistral", max_position_embeddings=4097)
+    assert "sliding_window=4096" in refusal(absent(folder, "sliding_window"))
+
+
+def test_biases_that_a_family_lacks_are_zero(tmp_path):
+    for name, lacks in (("qwen2", {"attn.o", "mlp.gate", "mlp.up", "mlp.down"}), ("llama-mlp-bias", set("qkvo")),
+                        ("llama-attention-bias", {"gate", "up", "down"})):
+        model = load_pretrained(write_folder(tmp_path / name, name), dtype=torch.bfloat16)[0]
+        lacks = {last.rpartition(".")[2] for last in lacks}
+        for path, module in model.blocks.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                assert module.bias.dtype == torch.bfloat16
+                assert (not module.bias.any()) == (path.rpartition(".")[2] in lacks), path
+    tensors = golden_tensors("qwen2")
+    tensors["model.layers.1.self_attn.o_proj.bias"] = torch.zeros(32)  # not a Qwen2
+    assert "surplus tensors: layers.1.self_attn.o_proj.bias" in refusal(write_folder(tmp_path / "o", "qwen2", tensors))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama-tied-gqa"])
+def test_a_head_of_its_own_counts_although_the_settings_tie_it(tmp_path, name):
+    """As in transformers, which compares the two; a head that is the embedding once more stays tied."""
+    tensors = golden_tensors(name)
+    embedding = next(t for k, t in tensors.items() if k.endswith(("embed_tokens.weight", "wte.weight")))
+    for head, tied in ((torch.from_numpy(fill("lm_head.weight", tuple(embedding.shape))), False),
+                       (embedding.clone(), True), (embedding.bfloat16(), False)):
+        folder = write_folder(tmp_path / name, name, {**tensors, "lm_head.weight": head})
+        folder = folder if tied or "llama" in name else absent(folder, "tie_word_embeddings")  # tied is their default
+        model = load_pretrained(folder)[0]
+        assert model.config.tied == tied == (model.lm_head.weight is model.wte.weight)
+        assert torch.equal(model.lm_head.weight, head.float())
+        if head.dtype == torch.float32:
+            expected = torch.from_numpy(ARRAYS[name][:, ::4] if tied else ARRAYS[name + "-own-head"])
+            logits = model(torch.tensor(GOLDEN["models"][name]["ids"]))[:, ::4]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert "lm_head.weight has shape" in refusal(write_folder(
+        tmp_path / name, name, {**tensors, "lm_head.weight": embedding[:-1].clone()}))
+
+
+def test_whether_the_head_is_tied_where_no_setting_says(tmp_path):
+    """GPT-2 and OPT are tied, llama and its kind are not."""
+    for name in ("gpt2", "opt"):
+        assert load_pretrained(absent(write_folder(tmp_path / name, name), "tie_word_embeddings"))[0].config.tied
+    for name in ("llama", "qwen2", "mistral"):
+        assert not load_pretrained(absent(write_folder(tmp_path / name, name), "tie_word_embeddings"))[0].config.tied
+    for name in ("llama-tied-gqa", "qwen2-tied"):
+        assert "missing tensors: lm_head.weight" in refusal(
+            absent(write_folder(tmp_path / name, name), "tie_word_embeddings"))
+
+
+def test_the_whole_file_counts_before_an_index_of_shards(tmp_path):
+    """As in transformers: an index beside it may be of another checkpoint, and its shards may be missing."""
+    folder = write_folder(tmp_path / "m", "gpt2")
+    others = {name: t + 1 for name, t in golden_tensors("gpt2").items()}
+    index = {"weight_map": {name: "model-00001-of-00001.safetensors" for name in others}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_against(load_pretrained(folder)[0], GOLDEN["models"]["gpt2"], ARRAYS["gpt2"])
+    write_safetensors(folder / "model-00001-of-00001.safetensors", others)
+    check_against(load_pretrained(folder)[0], GOLDEN["models"]["gpt2"], ARRAYS["gpt2"])
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(load_pretrained(folder)[0].wte.weight, others["transformer.wte.weight"])
+
+
+def test_harmless_settings_are_passed_over(tmp_path):
+    """Those of real files: SmolLM2's, Llama 3's, Qwen2.5's, GPT-2's and OPT's config.json."""
+    for name, more in (
+            ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"},
+                       "pretraining_tp": 1, "torch_dtype": "bfloat16", "attention_dropout": 0.0, "use_cache": True,
+                       "_name_or_path": "x", "rope_scaling": None, "unsloth_fixed": True, "bos_token_id": 1}),
+            ("qwen2", {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 21, "use_mrope": False}),
+            ("gpt2", {"n_ctx": 64, "summary_type": "cls_index", "task_specific_params": {"text-generation": {}},
+                      "resid_pdrop": 0.1, "reorder_and_upcast_attn": False, "pruned_heads": {}, "do_sample": True}),
+            ("opt", {"prefix": "</s>", "layerdrop": 0.0, "dropout": 0.1, "init_std": 0.02, "unheard_of": None})):
+        check_against(load_pretrained(write_folder(tmp_path / name, name, **more))[0], GOLDEN["models"][name],
+                      ARRAYS[name])
 
 
 def test_missing_and_surplus_tensors_are_listed(tmp_path):

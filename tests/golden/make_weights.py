@@ -41,7 +41,13 @@ MODELS = {
     "llama-scaled-gqa": ("Llama", {**LLAMA, "num_key_value_heads": 1, "rope_parameters": ROPE3}),
     "llama-scaled-tied": ("Llama", {**LLAMA, "rope_parameters": ROPE3, "tie_word_embeddings": True}),
     "llama-bias": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "llama-attention-bias": ("Llama", {**LLAMA, "num_key_value_heads": 2, "attention_bias": True}),
+    "llama-mlp-bias": ("Llama", {**LLAMA, "mlp_bias": True}),
+    "qwen2": ("Qwen2", {**LLAMA, "num_key_value_heads": 2, "rope_theta": 500.0}),
+    "qwen2-tied": ("Qwen2", {**LLAMA, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {**LLAMA, "num_key_value_heads": 2, "sliding_window": None}),
 }
+OWN_HEADS = ("gpt2", "opt", "llama-tied-gqa")  # tied by their config, and also recorded with a head of other values
 
 PAGE = """The world's oldest library isn't where you'd think: we'll see, they've said it, I'm sure it's late.
 
@@ -63,6 +69,10 @@ ATOMS = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "a", "The"
          "👩‍👩‍👧", "🇫🇷", "❤️", "\u200b", "\ufeff", "\u0301", "𝔘", "𠀀"]
 
 
+MORE_ATOMS = [*ATOMS, "<think>", "</think>", "<thi", "nk>", "<", "think", ">", "    ", "  ", "\u0338", "A\u030a", "Å",
+              "x", "ﬁ", " library", "library", "oldest", " oldest", "\u1100\u1161", "\ue000"]
+
+
 def fill(name, shape):
     """A tensor's values, by its name: matrices and biases around 0, scales of norms around 1; float32."""
     x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)  # a stream that NumPy keeps for ever
@@ -75,6 +85,12 @@ def texts():
     """The page, its lines, and two hundred random strings of awkward pieces."""
     r = random.Random(0)
     return [PAGE, *PAGE.splitlines(), *("".join(r.choices(ATOMS, k=r.randint(1, 12))) for _ in range(200))]
+
+
+def odd_texts():
+    """Random strings with added tokens, parts of them, and characters that Unicode's form C changes."""
+    r = random.Random(5)
+    return ["".join(r.choices(MORE_ATOMS, k=r.randint(1, 12))) for _ in range(200)]
 
 
 def run(torch, model, ids, tokens):
@@ -102,10 +118,21 @@ def record_models(torch, transformers, values, arrays):
         if config.get("tie_word_embeddings", True) and "lm_head.weight" not in state:
             state["lm_head.weight"] = next(
                 v for k, v in state.items() if k.endswith(("embed_tokens.weight", "wte.weight")))
-        model.load_state_dict(state, strict=False)
+        missing, surplus = model.load_state_dict(state, strict=False)
+        assert not surplus and set(missing) <= {"lm_head.weight"}, (missing, surplus)
         ids = torch.from_numpy(np.random.RandomState(1).randint(0, 90, (2, 24)))
         arrays[name], grown = run(torch, model, ids, 16)
         values["models"][name] = {"config": config, "shapes": saved, "ids": ids.tolist(), "greedy": grown}
+        if name in OWN_HEADS:
+            with tempfile.TemporaryDirectory() as folder:
+                (pathlib.Path(folder) / "config.json").write_text(json.dumps(config))
+                head = torch.from_numpy(fill("lm_head.weight", saved[next(k for k in saved if "embed_tokens" in k
+                                                                           or "wte" in k)]))
+                torch_file = importlib.import_module("safetensors.torch")
+                torch_file.save_file({**{k: state[k] for k in saved}, "lm_head.weight": head},
+                                     pathlib.Path(folder) / "model.safetensors", {"format": "pt"})
+                model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+                arrays[name + "-own-head"] = run(torch, model, ids, 1)[0][:, ::4]
 
 
 def train(tokenizers, split, special, size):
@@ -152,9 +179,60 @@ def record_tokenizers(tokenizers, values):
     t["model"]["vocab"] = {token: i for i, token in enumerate(order)}
     for a in t["added_tokens"]:
         a["id"] = order.index(a["content"])
+    record_variants(tokenizers, values)
     for name, t in values["tokenizers"].items():
         made = tokenizers.Tokenizer.from_str(json.dumps(t))
         values["token_ids"][name] = [made.encode(text, add_special_tokens=False).ids for text in texts()]
+
+
+def record_variants(tokenizers, values):
+    """What is built on those vocabularies by changing a few entries of their files: the base, the entries, and the token
+    ids of `texts() + odd_texts()`.
+
+    qwen2   one digit a word, NFC; two added tokens of text. spaces: added runs of spaces, found in the normalized text.
+    removed another spelling of GPT-2's split, and a normalizer that does nothing. words: tokens that no merge makes.
+    """
+    pre = tokenizers.pre_tokenizers
+    llama3 = splits(tokenizers)["llama3"]
+    level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    digit = json.loads(llama3.__getstate__())["pretokenizers"][0]["pattern"]["Regex"].replace(r"\p{N}{1,3}", r"\p{N}")
+
+    def added(base, *tokens):
+        first = 1 + max(a for a in [*base["model"]["vocab"].values(), *(a["id"] for a in base["added_tokens"])])
+        plain = dict(single_word=False, lstrip=False, rstrip=False, special=False)
+        return [*base["added_tokens"], *({"id": first + i, "content": token, **plain, "normalized": normalized}
+                                         for i, (token, normalized) in enumerate(tokens))]
+    gpt2_file, llama3_file = values["tokenizers"]["gpt2"], values["tokenizers"]["llama3"]
+    words = json.loads(json.dumps(llama3_file["model"]))
+    order = sorted(words["vocab"], key=words["vocab"].get)
+    for token in ("Ġlibrary", "oldest", "Ġ----", "ä¸Ńæĸĩåı¥åŃĲ"):
+        assert token not in words["vocab"]
+        order.append(token)
+    words["vocab"] = {token: i for i, token in enumerate(order)}
+    specials = [{**a, "id": len(order) + i} for i, a in enumerate(llama3_file["added_tokens"])]
+    variants = {
+        "qwen2": ("llama3", {
+            "normalizer": {"type": "NFC"}, "added_tokens": added(llama3_file, ("<think>", False), ("</think>", False)),
+            "pre_tokenizer": json.loads(pre.Sequence([pre.Split(tokenizers.Regex(digit), "isolated", invert=False),
+                                                      level]).__getstate__())}),
+        "spaces": ("gpt2", {
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+            "added_tokens": added(gpt2_file, ("  ", True), ("    ", True), ("<think>", True), ("<thi", True),
+                                  ("xÅ", True))}),
+        "removed": ("gpt2", {
+            "normalizer": {"type": "Sequence", "normalizers": []},
+            "pre_tokenizer": json.loads(pre.Sequence([pre.Split(tokenizers.Regex(gpt2), "removed", invert=True),
+                                                      level]).__getstate__())}),
+        "words": ("llama3", {"model": words, "added_tokens": specials, "post_processor": None}),
+    }
+    values["variants"] = {}
+    for name, (base, changes) in variants.items():
+        made = tokenizers.Tokenizer.from_str(json.dumps({**values["tokenizers"][base], **changes}))
+        ids = [made.encode(text, add_special_tokens=False).ids for text in texts() + odd_texts()]
+        if name == "words":  # what it shares with its base need not be kept twice
+            changes = {"model": {"vocab": words["vocab"]}, "added_tokens": specials, "post_processor": None}
+        values["variants"][name] = {"base": base, "changes": changes, "ids": ids}
 
 
 def record_gguf(torch, transformers, gguf, values, arrays):
@@ -163,16 +241,18 @@ def record_gguf(torch, transformers, gguf, values, arrays):
     layers = [dict(attn_q="Q4_0", attn_k="Q4_1", attn_v="Q5_0", attn_output="Q5_1", ffn_gate="Q8_0", ffn_up="F16",
                    ffn_down="Q4_K"),
               dict(attn_q="BF16", attn_k="Q8_0", attn_v="F32", attn_output="Q4_0", ffn_gate="Q4_1", ffn_up="Q5_0",
-                   ffn_down="Q6_K")]
+                   ffn_down="Q6_K"),
+              dict(attn_q="Q4_0", attn_k="Q4_0", attn_v="Q4_0", attn_output="Q4_0", ffn_gate="Q4_0", ffn_up="Q4_0",
+                   ffn_down="Q5_K")]
     shapes = dict(attn_q=(64, 64), attn_k=(32, 64), attn_v=(32, 64), attn_output=(64, 64), ffn_gate=(256, 64),
                   ffn_up=(256, 64), ffn_down=(64, 256))
     steps = {"Q4_0": [0.03], "Q4_1": [0.03, -0.2], "Q5_0": [0.015], "Q5_1": [0.015, -0.2], "Q8_0": [0.002],
-             "Q4_K": [0.0007, 0.004], "Q6_K": [0.0002]}  # the float16 numbers of a block: weights around 0.25
+             "Q4_K": [0.0007, 0.004], "Q5_K": [0.00035, 0.004], "Q6_K": [0.0002]}  # the float16 numbers of a block: weights around 0.25
     t = values["tokenizers"]["smollm"]
     vocab = sorted(t["model"]["vocab"], key=t["model"]["vocab"].get)
     with tempfile.TemporaryDirectory() as folder:
         w = gguf.GGUFWriter(os.path.join(folder, "tiny.gguf"), "llama")
-        w.add_block_count(2), w.add_context_length(64), w.add_embedding_length(64), w.add_feed_forward_length(256)
+        w.add_block_count(3), w.add_context_length(64), w.add_embedding_length(64), w.add_feed_forward_length(256)
         w.add_head_count(4), w.add_head_count_kv(2), w.add_layer_norm_rms_eps(1e-5), w.add_rope_freq_base(5000.0)
         w.add_rope_dimension_count(16), w.add_vocab_size(len(vocab))
         w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre("smollm"), w.add_token_list(vocab)
@@ -209,10 +289,10 @@ def record_gguf(torch, transformers, gguf, values, arrays):
 def record_blocks(gguf, arrays):
     """Random bytes of every quantized kind, and the weights they stand for."""
     r = np.random.RandomState(4)
-    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "BF16"):
+    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16"):
         width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
         raw = r.randint(0, 256, (4 if width > 2 else 64, width)).astype(np.uint8)
-        for at in {"Q6_K": [208], "BF16": []}.get(kind, [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K") else [0]):
+        for at in {"Q6_K": [208], "BF16": []}.get(kind, [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]):
             raw[:, at:at + 2] = r.standard_normal(len(raw)).astype(np.float16)[:, None].view(np.uint8)
         with np.errstate(all="ignore"):
             arrays[f"block_{kind}_weights"] = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
