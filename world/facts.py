@@ -34,7 +34,8 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoints.vocabulary import EOT, SMALL_SPLIT, make_encoding
+from checkpoints.encoding import EOT
+from checkpoints.vocabulary import SMALL_SPLIT, make_encoding
 
 SPLITS = ("seen", "heldout", "validation", "novel")
 
