@@ -8,10 +8,11 @@ Adapters on disk: a repair in two small files beside its base, in the layout tha
     lora    LORA           base_model.model.NAME.lora_A.weight (r, in), .lora_B.weight (out, r); NAME as in transformers
     prompt  PROMPT_TUNING  prompt_embeddings (P, C)
     prefix  PREFIX_TUNING  prompt_embeddings (P, L * 2 * nkv * hs): a position a row, key before value, by layers
+    gains   LN_TUNING      base_model.model.NAME.ln_tuning_layers.weight (C,), in place of the norm's own
     bias    BIAS           base_model.model.NAME.bias (out,), added to what the layer gives
     idp     IDP            prompt_embeddings.0 (P_0, C), prompt_embeddings.1, ...; probe (M, C) where one was trained
 
-The first three load with `peft.PeftModel.from_pretrained` beside the same base in transformers, and what PEFT saved
+The first four load with `peft.PeftModel.from_pretrained` beside the same base in transformers, and what PEFT saved
 loads here. PEFT has neither biases alone nor pools: those two layouts are ours. LoRA beside GPT-2, whose one layer
 c_attn is three here, is saved under our own names (blocks.0.attn.q), and PEFT's is not read. A repair is worth nothing
 on another base, so fingerprints are compared; PEFT writes none, then names and shapes must do.
@@ -37,15 +38,26 @@ from checkpoints.weights import FAMILIES, Settings
 from engine.safetensors import dump, read_safetensors
 from engine.script import read_json, whole_file
 from idp import PromptPool
-from recover import LoRALinear, Prefix, SoftPrompt, lora_layers, shape_of
+from recover import BiasLinear, LoRALinear, Prefix, SoftPrompt, lora_layers, shape_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_TYPES = {"lora": "LORA", "bias": "BIAS", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "idp": "IDP"}
-BLOCKS = {"llama": "model.layers", "opt": "model.decoder.layers"}  # where transformers keeps the blocks
+PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "gains": "LN_TUNING",
+              "bias": "BIAS", "idp": "IDP"}
+HOME = {"gpt2": "transformer", "llama": "model", "opt": "model.decoder"}  # where transformers keeps blocks and norms
 SAMPLE = 2 ** 14  # elements of a tensor, about, that a fingerprint reads
-# settings that change what LoRA computes from the same tensors, each with the value that changes nothing
-PLAIN = {"use_dora": False, "use_bdlora": False, "use_qalora": False, "alpha_pattern": {}, "rank_pattern": {},
-         "layer_replication": [], "alora_invocation_tokens": [], "modules_to_save": []}
+VECTORS = {"gains": "ln_tuning_layers.weight", "bias": "bias"}  # how the names of their tensors end
+# settings of an adapter_config.json that do not change what is computed from the tensors: training, names, memory
+HARMLESS = (r"auto_mapping|base_model_name_or_path|inference_mode|revision|peft_version|target_modules|exclude_modules|"
+            r"lora_dropout|layers_to_transform|layers_pattern|fan_in_fan_out|megatron_core|qalora_group_size|"
+            r"ensure_weight_tying|token_dim|num_attention_heads|num_layers|encoder_hidden_size|prefix_projection|"
+            r"init_weights|prompt_tuning_init(_text)?|tokenizer_name_or_path|tokenizer_kwargs|eva_config")
+# settings that would change what LoRA computes, each with the values that change nothing. Of the ways to start LoRA
+# those are refused that move the base's own weights (pissa, olora, loftq, corda, lora_ga): of the move the file has no
+# trace
+PLAIN = {"use_dora": [False], "use_bdlora": [False], "use_qalora": [False], "lora_bias": [False], "bias": ["none"],
+         "alpha_pattern": [{}], "rank_pattern": [{}], "layer_replication": [[]], "alora_invocation_tokens": [[]],
+         "modules_to_save": [[]], "trainable_token_indices": [[], {}], "target_parameters": [[]], "loftq_config": [{}],
+         "init_lora_weights": [True, False, "gaussian", "eva", "orthogonal", "mica"]}
 
 
 # ---- the base
@@ -54,12 +66,13 @@ PLAIN = {"use_dora": False, "use_bdlora": False, "use_qalora": False, "alpha_pat
 def fingerprint(model):
     """64 hex digits for a base: sha256 of its config and of elements spread over its tensors, packed ones as they are.
 
-    LoRA beside the base does not change it. Compression and training do; one weight changed in a large matrix may not.
+    LoRA and biases beside the base do not change it. Compression and training do; one weight changed in a large matrix
+    may not.
     """
-    wrapped = {name for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    wrapped = {name for name, m in model.named_modules() if isinstance(m, (LoRALinear, BiasLinear))}
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
     for name, t in model.state_dict().items():
-        if name.rpartition(".")[0] in wrapped:  # A or B: the base's own tensors are one level further down
+        if name.rpartition(".")[0] in wrapped:  # A, B, shift: the base's own tensors are one level further down
             continue
         digest.update(f"{name.replace('.base.', '.')} {t.dtype} {tuple(t.shape)}".encode())
         step = max(1, t.numel() // SAMPLE)
@@ -82,21 +95,41 @@ def layer_names(model):
 
     The small world's own GPT, rotary but without a gate, goes by Llama's names; GPT-2's layers go by ours.
     """
-    learned = model.config.position == "learned"
-    if learned and model.config.activation != "relu":  # GPT-2 has one layer c_attn where this GPT has q, k and v:
-        return {f"blocks.{i}.{name}": f"blocks.{i}.{name}" for i in range(model.config.n_layer)  # our own names
-                for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")}
-    family = "opt" if learned else "llama"
-    names = {f"blocks.{i}.{ours}": f"{BLOCKS[family]}.{i}.{theirs}" for i in range(model.config.n_layer)
-             for theirs, ours in FAMILIES[family][2].items() if "norm" not in ours}
-    gated = model.config.activation == "swiglu"
+    gated, family = model.config.activation == "swiglu", family_of(model)
+    names = {f"blocks.{i}.{ours}": f"{HOME[family]}.{FAMILIES[family][1]}.{i}.{theirs}"
+             for i in range(model.config.n_layer) for theirs, ours in FAMILIES[family][2].items() if "norm" not in ours}
+    if family == "gpt2":  # its one layer c_attn is q, k and v here
+        return {name: name for joined in names for name in split_name(joined)}
     return {ours: theirs for ours, theirs in names.items() if gated or not ours.endswith("gate")}
 
 
+def split_name(joined):
+    """["blocks.0.attn.q", "blocks.0.attn.k", ...] of "blocks.0.attn.q attn.k attn.v"."""
+    first, *others = joined.split(" ")
+    return [first, *(f"{first.removesuffix('attn.q')}{other}" for other in others)]
+
+
+def norm_names(model):
+    """{our name of a norm: its name in transformers}, in the model's order."""
+    family = family_of(model)
+    top, blocks, block = FAMILIES[family]
+    norms = [(theirs, ours) for theirs, ours in block.items() if "norm" in ours]
+    return {**{f"blocks.{i}.{ours}": f"{HOME[family]}.{blocks}.{i}.{theirs}" for i in range(model.config.n_layer)
+               for theirs, ours in norms},
+            **{ours: f"{HOME[family]}.{theirs}" for theirs, ours in top.items() if ours == "norm"}}
+
+
+def family_of(model):
+    """Whose names the model goes by."""
+    if model.config.position != "learned":
+        return "llama"
+    return "opt" if model.config.activation == "relu" else "gpt2"
+
+
 def bare(model, name):
-    """The linear layer of a name, without the LoRA that may stand beside it."""
+    """The linear layer of a name, without the LoRA or the bias that may stand beside it."""
     layer = model.get_submodule(name)
-    return layer.base if isinstance(layer, LoRALinear) else layer
+    return layer.base if isinstance(layer, (LoRALinear, BiasLinear)) else layer
 
 
 # ---- saving
@@ -104,8 +137,8 @@ def bare(model, name):
 def save_adapter(folder, model, kind, repair=None, base_name=None):
     """Write a repair of `model` into `folder`: adapter_config.json and adapter_model.safetensors, whole or not at all.
 
-    kind       "lora", the one that stands beside the layers of `model`; or, given in `repair`, "bias" ({our layer's
-               name: (out,)}), "prompt" (SoftPrompt or (P, C)), "prefix" (Prefix or (L, 2, nkv, P, hs)), "idp"
+    kind       "lora" or "bias", what stands beside the layers of `model`; or, given in `repair`, "prompt" (SoftPrompt
+               or (P, C)), "prefix" (Prefix or (L, 2, nkv, P, hs)), "gains" ({our norm's name: (C,)}), "idp"
                (PromptPool or a list of (P_i, C))
     base_name  the base's folder or repository, for PEFT's users who load an adapter without naming its base
     Raises ValueError for a repair that does not fit the model or has no place in this layout.
@@ -114,8 +147,8 @@ def save_adapter(folder, model, kind, repair=None, base_name=None):
         raise ValueError(f"kind must be one of {', '.join(PEFT_TYPES)}, got {kind!r}")
     if kind == "lora":
         config, tensors = lora_files(model, *lora_beside(model))
-    elif kind == "bias":
-        config, tensors = bias_files(model, repair)
+    elif kind in VECTORS:
+        config, tensors = vector_files(model, kind, biases_beside(model) if kind == "bias" else repair)
     else:
         config, tensors = prompt_files(model, kind, repair)
     write_adapter(folder, model, kind, config, tensors, base_name)
@@ -126,20 +159,22 @@ def save_tensors(folder, model, kind, tensors, targets=None, probe=False):
 
     lora    [A, B, A, B, ...], for a scale of 1, of the layers whose last names are in `targets`; None: of all
     bias    [(out,), ...] of those layers
+    gains   [(C,), ...] of every norm
     prompt  [(P, C)]
     prefix  [(L, 2, nkv, P, hs)]
     idp     [(P_i, C), ...] and, with `probe`, the probe (M, C) as the last
     """
-    names = [name for name in layer_names(model) if targets is None or name.rpartition(".")[2] in targets]
-    each = {"lora": 2, "bias": 1}.get(kind)
+    names = list(norm_names(model)) if kind == "gains" else [
+        name for name in layer_names(model) if targets is None or name.rpartition(".")[2] in targets]
+    each = {"lora": 2, "bias": 1, "gains": 1}.get(kind)
     if each and len(tensors) != each * len(names):
         raise ValueError(f"{kind}: {len(tensors)} tensors for {len(names)} layers"
                          + (f" named {' or '.join(targets)}" if targets else ""))
     if kind == "lora":
         config, named = lora_files(model, list(zip(names, tensors[::2], tensors[1::2])), 1.0)
         write_adapter(folder, model, kind, config, named)
-    elif kind == "bias":
-        save_adapter(folder, model, kind, dict(zip(names, tensors)))
+    elif kind in VECTORS:
+        write_adapter(folder, model, kind, *vector_files(model, kind, dict(zip(names, tensors))))
     elif kind == "idp":
         save_adapter(folder, model, kind, PromptPool(tensors[:-1], tensors[-1]) if probe else tensors)
     else:
@@ -194,16 +229,33 @@ def target_modules(theirs, ours):
     return sorted(last if everywhere else (theirs[name] for name in ours))
 
 
-def bias_files(model, biases):
-    """(config, tensors) of biases {our name: (out,)}, which are added to what the layers give."""
-    theirs = layer_names(model)
-    if not biases or not biases.keys() <= theirs.keys():
-        raise ValueError(f"biases for no layer of this model: {sorted(biases.keys() - theirs.keys())[:4]}")
-    for ours, bias in biases.items():
-        if bias.shape != shape_of(bare(model, ours))[1:]:
-            raise ValueError(f"{ours}: a bias {tuple(bias.shape)} for {shape_of(bare(model, ours))[1]} outputs")
-    return ({"target_modules": target_modules(theirs, biases)},
-            {f"base_model.model.{theirs[ours]}.bias": bias for ours, bias in biases.items()})
+def biases_beside(model):
+    """{our name: (out,)} of the biases that stand beside the layers of `model`."""
+    return {name: m.shift for name, m in model.named_modules() if isinstance(m, BiasLinear)}
+
+
+def vector_files(model, kind, vectors):
+    """(config, tensors) of one vector a layer or norm, {our name: vector}."""
+    theirs, end = vector_names(model, kind), VECTORS[kind]
+    if not vectors or not vectors.keys() <= theirs.keys():
+        raise ValueError(f"{kind}: {sorted(vectors.keys() - theirs.keys())[:4] or 'none'} of this model's "
+                         f"{', '.join(list(theirs)[:2])}, ...")
+    for ours, vector in vectors.items():
+        if vector.shape != vector_shape(model, ours):
+            raise ValueError(f"{ours}: {kind} {tuple(vector.shape)} for {vector_shape(model, ours)[0]} outputs")
+    return ({"target_modules": target_modules(theirs, vectors)},
+            {f"base_model.model.{theirs[ours]}.{end}": vector for ours, vector in vectors.items()})
+
+
+def vector_names(model, kind):
+    """{our name: theirs} of what a kind of vectors belongs to."""
+    return norm_names(model) if kind == "gains" else layer_names(model)
+
+
+def vector_shape(model, name):
+    """The shape of a layer's or a norm's outputs, (n,)."""
+    layer = bare(model, name)
+    return tuple(layer.weight.shape) if shape_of(layer) is None else shape_of(layer)[1:]
 
 
 def prompt_files(model, kind, repair):
@@ -262,16 +314,16 @@ def open_adapter(folder, model):
 
 
 def load_adapter(folder, model):
-    """(kind, repair) of what `save_adapter` or PEFT wrote: a SoftPrompt, a Prefix or a PromptPool; of LoRA, which then
-    stands beside the layers of `model`, the list of its parameters; of biases {our layer's name: (out,)}.
+    """(kind, repair) of what `save_adapter` or PEFT wrote: a SoftPrompt, a Prefix or a PromptPool; of LoRA, biases and
+    gains, which then stand in `model`, the list of their parameters.
 
     Raises ValueError, with the model as it was, for a damaged adapter and for one made for another base.
     """
     kind, path, settings, tensors = open_adapter(folder, model)
     if kind == "lora":
         return kind, attach_lora(model, *read_lora(path, model, settings, tensors))
-    if kind == "bias":
-        return kind, read_biases(path, model, tensors)
+    if kind in VECTORS:
+        return kind, attach_vectors(model, kind, read_vectors(path, model, kind, settings, tensors))
     return kind, make_prompt(path, model, kind, settings, tensors)
 
 
@@ -285,8 +337,8 @@ def load_tensors(folder, model, kind):
     if kind == "lora":
         layers, alpha = read_lora(path, model, settings, tensors)
         return [t for _, A, B in layers for t in (A, B if alpha == len(A) else B * (alpha / len(A)))]
-    if kind == "bias":
-        return list(read_biases(path, model, tensors).values())
+    if kind in VECTORS:
+        return list(read_vectors(path, model, kind, settings, tensors).values())
     repair = make_prompt(path, model, kind, settings, tensors)
     if kind == "idp":
         return [p.detach() for p in (*repair.prompts, *([] if repair.probe is None else [repair.probe]))]
@@ -296,10 +348,11 @@ def load_tensors(folder, model, kind):
 def read_lora(path, model, settings, tensors):
     """([(our name, A, B)], alpha) of LoRA's tensors, each of the right shape, in the model's order."""
     for name, plain in PLAIN.items():
-        settings.only(name, plain)
+        settings.only(name, *plain)
     rank, alpha = settings.get("r", int), settings.get("lora_alpha", float, None, 0, 1e6)
     if settings.get("use_rslora", bool, False):  # scaled by alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732
         alpha *= math.sqrt(rank)
+    settings.finish(HARMLESS)
     layers, left = [], dict(tensors)
     for ours, theirs in layer_names(model).items():
         names = [f"base_model.model.{theirs}.lora_{part}.weight" for part in "AB"]
@@ -326,29 +379,58 @@ def check_all_used(path, left, used):
 
 def attach_lora(model, layers, alpha):
     """Put LoRA [(our name, A, B)] beside the layers of `model`, in place; its parameters."""
-    if lora_layers(model):
-        raise ValueError("the model has LoRA already: merge_lora or remove_lora first")
+    check_bare(model)
     parameters = []
     for ours, A, B in layers:
-        (parent, _, child), base = ours.rpartition("."), model.get_submodule(ours)
+        base = model.get_submodule(ours)
         layer = LoRALinear(base, *shape_of(base), len(A), alpha)
         layer.A, layer.B = map(torch.nn.Parameter, (A, B))
-        setattr(model.get_submodule(parent), child, layer)
+        replace(model, ours, layer)
         parameters += [layer.A, layer.B]
     return parameters
 
 
-def read_biases(path, model, tensors):
-    """{our layer's name: (out,)} of biases, in the model's order."""
-    biases, left = {}, dict(tensors)
-    for ours, theirs in layer_names(model).items():
-        name, n_out = f"base_model.model.{theirs}.bias", shape_of(bare(model, ours))[1]
+def check_bare(model):
+    """ValueError for a model that has LoRA or biases beside its layers already."""
+    if any(isinstance(m, (LoRALinear, BiasLinear)) for m in model.modules()):
+        raise ValueError("the model has LoRA or biases already: merge or remove them first")
+
+
+def replace(model, name, layer):
+    """Put another layer where `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def read_vectors(path, model, kind, settings, tensors):
+    """{our name: vector} of a file's gains or biases, in the model's order."""
+    settings.only("modules_to_save", [])
+    settings.finish(HARMLESS)
+    vectors, left = {}, dict(tensors)
+    for ours, theirs in vector_names(model, kind).items():
+        name = f"base_model.model.{theirs}.{VECTORS[kind]}"
         if name in left:
-            biases[ours] = left.pop(name)
-            if biases[ours].shape != (n_out,):
-                raise ValueError(f"{path}: tensor {name} must have shape {(n_out,)}, has {tuple(biases[ours].shape)}")
-    check_all_used(path, left, biases)
-    return biases
+            vectors[ours] = left.pop(name)
+            if vectors[ours].shape != vector_shape(model, ours):
+                raise ValueError(f"{path}: tensor {name} must have shape {vector_shape(model, ours)}, has "
+                                 f"{tuple(vectors[ours].shape)}")
+    check_all_used(path, left, vectors)
+    return vectors
+
+
+def attach_vectors(model, kind, vectors):
+    """Put biases beside the layers of `model`, or gains in place of its norms' own, in place; the parameters."""
+    check_bare(model)
+    parameters = {ours: torch.nn.Parameter(vector) for ours, vector in vectors.items()}
+    for ours, parameter in parameters.items():
+        base = model.get_submodule(ours)
+        if kind == "gains":
+            base.weight = parameter
+        else:
+            layer = BiasLinear(base, len(parameter))
+            layer.shift = parameter
+            replace(model, ours, layer)
+    return list(parameters.values())
 
 
 def check_prompts(path, model, kind, tensors):
@@ -377,7 +459,10 @@ def make_prompt(path, model, kind, settings, tensors):
     claimed, lengths = settings.values.get("num_virtual_tokens"), [len(p) for p in prompts]
     if claimed != (lengths if kind == "idp" else lengths[0]):
         raise ValueError(f"{settings.path}: num_virtual_tokens is {claimed!r}, the tensors have {lengths}"[:300])
+    settings.asked.add("num_virtual_tokens")
     settings.only("num_transformer_submodules", 1)
+    settings.only("modules_to_save", [])
+    settings.finish(HARMLESS)
     if kind == "idp":
         return PromptPool(prompts, tensors.get("probe"))
     if kind == "prompt":

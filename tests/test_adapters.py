@@ -22,7 +22,8 @@ from model import GPT, GPTConfig
 from checkpoints.weights import load_pretrained
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "adapters"
-PEFT = ["llama-lora", "llama-lora-partly", "llama-prompt", "llama-prefix", "opt-lora", "opt-prompt", "opt-prefix"]
+PEFT = ["llama-lora", "llama-lora-partly", "llama-prompt", "llama-prefix", "llama-gains", "opt-lora", "opt-prompt",
+        "opt-prefix"]
 FAMILIES = {
     "ours": dict(),
     "gpt2": dict(position="learned", norm="layernorm", bias=True),
@@ -97,6 +98,8 @@ def test_what_peft_saved_computes_what_peft_computed(name):
 def test_written_again_it_is_what_peft_wrote(name, tmp_path):
     model, _ = load_pretrained(GOLDEN / name.partition("-")[0])
     kind, repair = load_adapter(GOLDEN / name, model)
+    if kind == "gains":
+        repair, model = dict(zip(adapters.norm_names(model), repair)), load_pretrained(GOLDEN / "llama")[0]
     save_adapter(tmp_path, model, kind, repair, base_name=name.partition("-")[0])
     (theirs, _), (ours, metadata) = (read_safetensors(f / adapters.WEIGHTS) for f in (GOLDEN / name, tmp_path))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -117,13 +120,36 @@ def test_pefts_other_lora_is_refused_by_name(tmp_path):
                          ("modules_to_save", ["lm_head"]), ("layer_replication", [[0, 1]]), ("use_rslora", "yes"),
                          ("alora_invocation_tokens", [1]), ("r", 3), ("r", 0), ("r", "2"), ("lora_alpha", None),
                          ("lora_alpha", float("nan")), ("lora_alpha", -1), ("peft_type", "IA3"), ("peft_type", None),
-                         ("task_type", "SEQ_CLS")):
+                         ("task_type", "SEQ_CLS"), ("bias", "lora_only"), ("lora_bias", True), ("use_qalora", True),
+                         ("trainable_token_indices", [3]), ("target_parameters", ["mlp.experts"]),
+                         ("loftq_config", {"loftq_bits": 4}), ("corda_config", {"cache_file": "x"}),
+                         ("monteclora_config", {"n": 2}), ("kasa_config", {}), ("use_bdlora", True),
+                         ("arrow_config", {"top_k": 2}), ("something_new", 1), ("init_lora_weights", "pissa"),
+                         ("init_lora_weights", "pissa_niter_16"), ("init_lora_weights", "olora"),
+                         ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"), ("init_lora_weights", "new"),
+                         ("init_lora_weights", "lora_ga")):
         folder = edited(tmp_path / "lora", "llama-lora", **{field: value})
         model, _ = load_pretrained(GOLDEN / "llama")
         said = "lora_A.weight must" if (field, value) == ("r", 3) else "adapter_config.json.*" + field
         with pytest.raises(ValueError, match=said):
             load_adapter(folder, model)
         assert not recover.lora_layers(model)
+    for kind in ("prompt", "prefix"):
+        for field, value in (("modules_to_save", ["lm_head"]), ("something_new", 1), ("num_transformer_submodules", 2)):
+            with pytest.raises(ValueError, match="adapter_config.json.*" + field):
+                load_adapter(edited(tmp_path / kind, "llama-" + kind, **{field: value}), model)
+
+
+def test_settings_that_change_nothing_are_passed_over(tmp_path):
+    golden = np.load(GOLDEN / "logits.npz")
+    for field, value in (("init_lora_weights", False), ("init_lora_weights", "gaussian"), ("init_lora_weights", "eva"),
+                         ("init_lora_weights", "orthogonal"), ("init_lora_weights", None), ("lora_dropout", 0.3),
+                         ("peft_version", "9"), ("something_new", None), ("eva_config", {"rho": 2.0}),
+                         ("layers_to_transform", [0, 1]), ("base_model_name_or_path", "elsewhere")):
+        model, _ = load_pretrained(GOLDEN / "llama")
+        load_adapter(edited(tmp_path / "lora", "llama-lora", **{field: value}), model)
+        ours = logits(model, "lora", None, torch.from_numpy(golden["ids"]))
+        assert (ours - torch.from_numpy(golden["llama-lora"])).abs().max() < 1e-5
 
 
 # ---- round trips
@@ -237,19 +263,39 @@ def test_a_scaled_lora_as_a_list_is_that_of_scale_one(tmp_path):
     torch.testing.assert_close(logits(again, "lora", None), logits(with_lora(gpt()), "lora", None))
 
 
-def test_biases_stand_beside_their_layers_by_name(tmp_path):
-    model = gpt()
-    biases = {f"blocks.{i}.{name}": torch.full((32,), float(i)) for i in (0, 1) for name in ("attn.o", "mlp.down")}
-    save_adapter(tmp_path, model, "bias", biases)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_biases_stand_beside_their_layers_by_name(name, tmp_path):
+    model = gpt(name)
+    before = fingerprint(model)
+    for shift in recover.add_biases(model, ("o", "down")):
+        shift.data.copy_(torch.randn(shift.shape, generator=torch.Generator().manual_seed(6)))
+    save_adapter(tmp_path, model, "bias")
     tensors, metadata = read_safetensors(tmp_path / adapters.WEIGHTS)
-    assert {name: float(t[0]) for name, t in tensors.items()} == {
-        f"base_model.model.model.layers.{i}.{name}.bias": i for i in (0, 1) for name in ("self_attn.o_proj",
-                                                                                         "mlp.down_proj")}
-    assert metadata["base_fingerprint"] == fingerprint(model)
-    assert json.loads((tmp_path / adapters.CONFIG).read_text())["target_modules"] == ["down_proj", "o_proj"]
-    kind, again = load_adapter(tmp_path, model)
-    assert kind == "bias" and list(again) == list(biases)
-    assert all(torch.equal(again[name], biases[name]) for name in biases)
+    prefix, *layers = {"gpt2": ("blocks.{}.", "attn.o", "mlp.down"),
+                       "opt": ("model.decoder.layers.{}.", "self_attn.out_proj", "fc2")}.get(
+                           name, ("model.layers.{}.", "self_attn.o_proj", "mlp.down_proj"))
+    assert tensors.keys() == {f"base_model.model.{prefix.format(i)}{layer}.bias" for i in (0, 1) for layer in layers}
+    assert metadata["base_fingerprint"] == before == fingerprint(model)
+    again = gpt(name)
+    kind, parameters = load_adapter(tmp_path, again)
+    assert kind == "bias" and len(parameters) == 4 and all(p.requires_grad for p in parameters)
+    assert torch.equal(logits(again, kind, None), logits(model, kind, None))
+    assert not torch.equal(logits(again, kind, None), logits(gpt(name), kind, None))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gains_replace_the_norms_own(name, tmp_path):
+    model = gpt(name)
+    gains = recover.own_gains(model)
+    for i, gain in enumerate(gains):
+        gain.data += torch.randn(gain.shape, generator=torch.Generator().manual_seed(i))
+    adapters.save_tensors(tmp_path, gpt(name), "gains", gains)
+    again = gpt(name)
+    assert all(torch.equal(a, b) for a, b in zip(adapters.load_tensors(tmp_path, again, "gains"), gains, strict=True))
+    assert torch.equal(logits(again, "none", None), logits(gpt(name), "none", None))
+    kind, parameters = load_adapter(tmp_path, again)
+    assert kind == "gains" and len(parameters) == 5
+    assert torch.equal(logits(again, "none", None), logits(model, "none", None))
 
 
 def test_a_list_that_does_not_fit_is_refused(tmp_path):
@@ -261,14 +307,17 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path):
              r"A \(3, 32\) .* must be \(2, 32\)"),
             ("bias", draws((32,)), {"targets": ("o", "down")}, "1 tensors for 4 layers named o or down"),
             ("bias", draws((31,), (32,)), {"targets": ("o",)}, r"bias \(31,\) for 32 outputs"),
-            ("bias", [], {"targets": ("nothing",)}, "no layer"),
+            ("bias", [], {"targets": ("nothing",)}, "bias: none of this model's blocks.0.attn.q"),
+            ("gains", draws((32,)), {}, "1 tensors for 5 layers"), ("gains", draws(*[(31,)] * 5), {}, r"gains \(31,\)"),
             ("idp", draws((2, 32), (1, 32), (3, 32)), {"probe": True},
              r"probe has shape \(3, 32\), 2 prompts .*\(2, 32\)")):
         with pytest.raises(ValueError, match=said):
             adapters.save_tensors(tmp_path / "folder", model, kind, tensors, **more)
         assert not (tmp_path / "folder").exists()
-    with pytest.raises(ValueError, match="no layer of this model"):
-        save_adapter(tmp_path / "folder", model, "bias", {"blocks.0.attn.x": torch.zeros(32)})
+    with pytest.raises(ValueError, match=r"gains: .'blocks.0.attn.q'. of this model's blocks.0.norm1"):
+        save_adapter(tmp_path / "folder", model, "gains", {"blocks.0.attn.q": torch.zeros(32)})
+    with pytest.raises(ValueError, match="bias: none of this"):
+        save_adapter(tmp_path / "folder", model, "bias")
     adapters.save_tensors(tmp_path, model, "prompt", draws((3, 32)))
     with pytest.raises(ValueError, match="a repair of kind prompt, not lora"):
         adapters.load_tensors(tmp_path, model, "lora")
@@ -374,7 +423,7 @@ def test_what_has_no_place_in_the_layout_is_refused(tmp_path):
         with pytest.raises(ValueError, match=said):
             save_adapter(tmp_path / "folder", model, kind, repair)
         assert not (tmp_path / "folder").exists()
-    with pytest.raises(ValueError, match="has LoRA already"):
+    with pytest.raises(ValueError, match="has LoRA or biases already"):
         load_adapter(GOLDEN / "llama-lora", with_lora(load_pretrained(GOLDEN / "llama")[0]))
 
 

@@ -299,7 +299,7 @@ def test_merges_txt_with_windows_line_ends_and_a_broken_line(tmp_path):
 # ---- the order of merges
 
 def by_the_list(merges, word):
-    """BPE as its paper has it, slowly: again and again the pair that stands first in the list, the leftmost of equals."""
+    """BPE as its paper has it, slowly: the pair that stands first in the list, the leftmost of equals, until none."""
     order = {tuple(pair): i for i, pair in reversed(list(enumerate(merges)))}
     parts = list(word)
     while True:
@@ -370,7 +370,7 @@ def test_merges_are_refused_or_give_what_their_list_gives(kind):
         for word in words:
             assert encoding.encode_ordinary(word) == [vocab[part] for part in by_the_list(merges, word)], (merges, word)
     sound = kind in ("trained", "all pairs", "pruned")
-    assert accepted == 60 if sound else accepted > 10 and refused > 10, (accepted, refused)
+    assert accepted == 60 if sound else accepted > 3 and refused > 3, (accepted, refused)
 
 
 def test_a_token_that_no_word_reaches_is_refused_unless_words_are_looked_up_whole():

@@ -36,6 +36,7 @@ ADAPTERS = {
                                                                          "fc1", "fc2"])),
     "opt-prompt": ("PromptTuningConfig", dict(num_virtual_tokens=3)),
     "opt-prefix": ("PrefixTuningConfig", dict(num_virtual_tokens=3)),
+    "llama-gains": ("LNTuningConfig", dict(target_modules=["input_layernorm", "post_attention_layernorm", "norm"])),
 }
 
 
@@ -77,7 +78,7 @@ def record(torch, transformers, peft, ids):
 def check_ours(torch, transformers, peft, ids):
     """Adapters written by the study - PEFT's own, read and written again, and others - give the same logits in PEFT."""
     sys.path.insert(0, str(FOLDER.parents[2]))
-    adapters, recover, weights = map(importlib.import_module, ("adapters", "recover", "weights"))
+    adapters, recover, weights = map(importlib.import_module, ("checkpoints.adapters", "recover", "checkpoints.weights"))
     cases = [(name.partition("-")[0], name) for name in ADAPTERS]
     cases += [(base, kind) for base in BASES for kind in adapters.PEFT_TYPES]
     for base, name in cases:
@@ -91,11 +92,16 @@ def check_ours(torch, transformers, peft, ids):
             repair = torch.randn(5, c.n_embd)
         elif kind == "prefix":
             repair = recover.Prefix(torch.randn(c.n_layer, 2, c.n_kv_head, 5, c.head_size))
+        elif kind == "gains":
+            repair = recover.own_gains(model)
+            randomize(torch, repair, 21, 0.3)
         else:
-            continue  # PEFT has no pools
+            continue  # PEFT has no pools and no biases alone
         with torch.no_grad():
             ours = (model(ids, cache=repair.cache(model, *ids.shape)) if kind == "prefix" else
                     model(ids, prompt=getattr(repair, "weight", repair) if kind == "prompt" else None)).numpy()
+        if kind == "gains":
+            repair = dict(zip(adapters.norm_names(model), repair))
         with tempfile.TemporaryDirectory() as folder:
             adapters.save_adapter(folder, model, kind, repair)
             theirs = logits(torch, peft.PeftModel.from_pretrained(
