@@ -256,7 +256,7 @@ def check_merges(path, merges, whole=False):
 
 
 def merge(word, rank):
-    """The tokens of a word: the pair whose token has the lowest rank is merged, the leftmost of equals, until none is."""
+    """The tokens of a word: the pair whose token has the lowest rank is merged, the leftmost of equals, and again."""
     parts = list(word)
     while True:
         ranks = [rank.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]

@@ -18,15 +18,23 @@ from model import GPT, GPTConfig
 
 
 def save(model, path):
-    """Write the model, compressed or not, to one safetensors file.
+    """Write the model, compressed or not, to one safetensors file, whole or not at all.
 
     The metadata holds the config and how to rebuild each module that is no longer an nn.Linear (its `spec()`). The
     weight of a layer that `compress` pruned (`model.pruned`) is stored as one bit a weight and the values that remain,
-    which is also how `load` knows it; a tied head is not stored twice.
+    which is also how `load` knows it; a tied head is not stored twice. Raises ValueError, and writes nothing, for a
+    model that `load` would not read.
     """
     if any(name.endswith(".base") for name, _ in model.named_modules()):
-        raise ValueError("a model with LoRA is not one checkpoint: save the adapter alone, or merge it first")
+        raise ValueError("a model with LoRA or biases beside its layers is not one checkpoint: save the adapter alone, "
+                         "or merge it first")
     specs = {name: m.spec() for name, m in model.named_modules() if hasattr(m, "spec")}
+    for name, spec in specs.items():
+        try:
+            with torch.device("meta"):
+                from_spec(json.loads(json.dumps(spec)))
+        except ValueError as error:  # `load` would refuse it
+            raise ValueError(f"{name}: {error}") from None
     own_head = isinstance(model.lm_head, nn.Linear) and model.lm_head.weight is not model.wte.weight
     config = {**asdict(model.config), "tied": model.config.tied and not own_head}
     tensors = {}
@@ -112,6 +120,8 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
                              f"the model needs {tuple(expected[name].shape)}")
         if t.dtype != expected[name].dtype and not (t.is_floating_point() and expected[name].is_floating_point()):
             raise ValueError(f"{path}: {name} is of {t.dtype}, the model needs {expected[name].dtype}")
+        if t.is_floating_point() and not t.isfinite().all():
+            raise ValueError(f"{path}: {name} has weights that are not finite numbers")
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie()
     model.pruned = frozenset(name.removesuffix(".weight") for name in pruned)

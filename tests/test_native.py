@@ -1,0 +1,60 @@
+"""checkpoints/native.py, beside the round trips of test_model.py and test_compress.py: what is not written, or not read.
+"""
+import pytest
+import torch
+
+import recover
+from checkpoints import load, save
+from compress import rtn
+from engine.safetensors import write_safetensors
+from kernels import PackedLinear, pack
+from model import GPT, GPTConfig
+
+
+def gpt():
+    return GPT(GPTConfig(vocab_size=40, context=16, n_layer=2, n_head=2, n_embd=32, bias=True)).init_weights(
+        torch.Generator().manual_seed(0)).requires_grad_(False)
+
+
+def packed():
+    model = gpt()
+    layer = model.blocks[1].attn.q
+    model.blocks[1].attn.q = PackedLinear(pack(rtn(layer.weight, 3, group_size=16)), layer.bias)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("make, layer, said", [
+    (packed, "blocks.1.attn.q", "blocks.1.attn.q: not the specification"),  # a packed layer's bias
+    (gpt, "blocks.0.mlp.up", "blocks.0.mlp.up.* is of torch.complex64, which is not written")])
+def test_a_model_that_would_not_load_is_not_written(make, layer, said, tmp_path):
+    model = make()
+    model.get_submodule(layer).to(torch.complex64)
+    with pytest.raises(ValueError, match=said):
+        save(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("add", [lambda model: recover.add_lora(model, 2), recover.add_biases])
+def test_repairs_beside_the_layers_are_no_part_of_a_checkpoint(add, tmp_path):
+    model = packed()
+    add(model)
+    with pytest.raises(ValueError, match="LoRA or biases beside its layers"):
+        save(model, tmp_path / "m")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["wte.weight", "blocks.1.attn.q.bias", "blocks.0.mlp.down.weight"])
+def test_weights_that_are_no_numbers_are_named(name, value, tmp_path):
+    for model in (gpt(), packed()):
+        model.state_dict()[name].view(-1)[3] = value
+        save(model, tmp_path / "m")
+        with pytest.raises(ValueError, match=f"m: {name} has weights that are not finite"):
+            load(tmp_path / "m")
+
+
+def test_tensors_without_a_name_in_the_format_are_refused_before_they_are_written(tmp_path):
+    for dtype in (torch.complex64, torch.float8_e4m3fn, torch.uint16):
+        with pytest.raises(ValueError, match=f"tensor a is of {dtype}, which is not written"):
+            write_safetensors(tmp_path / "m", {"a": torch.zeros(2, dtype=dtype)})
+    assert list(tmp_path.iterdir()) == []
