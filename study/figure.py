@@ -40,7 +40,8 @@ STYLE = """
 .repairs .hollow { fill: #fcfbf8 } .repairs .ci { stroke: #1c1c1e; stroke-width: 1.3; fill: none }
 @media (prefers-color-scheme: dark) {
 .repairs .paper, .repairs .hollow { fill: #131417 } .repairs text { fill: #ecebe7 } .repairs .small { fill: #a9a8ae }
-.repairs .halo { stroke: #131417 } .repairs .rule { stroke: #3a3c43 } .repairs .bracket { stroke: #a9a8ae } .repairs .ci { stroke: #ecebe7 }
+.repairs .halo { stroke: #131417 } .repairs .rule { stroke: #3a3c43 }
+.repairs .bracket { stroke: #a9a8ae } .repairs .ci { stroke: #ecebe7 }
 .repairs .repair { fill: #f09a4a; stroke: #f09a4a } .repairs .control { fill: #a3a3a9; stroke: #a3a3a9 }
 .repairs .repair.hollow, .repairs .control.hollow { fill: #131417 }
 }
@@ -67,14 +68,15 @@ def draw(results):
             marks += row(model, base, sure[model["id"]], y)
         if len(shown) < len(repairs):
             y += ROW
-            marks.append(text(14, y, f"{counted(len(repairs) - len(shown), 'repair')}: too little was lost to divide by",
-                              "small halo"))
+            without = counted(len(repairs) - len(shown), "repair")
+            marks.append(text(14, y, f"{without}: too little was lost to divide by", "small halo"))
     bottom = y + 8
     controls = {base["id"] for base, _ in groups if is_control(base)}
     behind = rules(44, bottom)
     if controls and top is not None:
         behind += brackets(top, bottom)
-    legend = ["Line: 95 % interval. Hollow: the corrected test does not", "confirm a gain; for re-learned: its interval holds 0."]
+    legend = ["Line: 95 % interval. Hollow: the corrected test does not",
+              "confirm a gain; for re-learned: its interval holds 0."]
     if controls:
         legend.append("Brackets: 0 and 100 %, which the controls have by construction.")
     parts = [*behind, *axis_names(), *marks,
@@ -158,7 +160,8 @@ def dot(value, low, high, panel, role, sure, y, model):
     caps = "".join(f"M{end} {y - 3.5}V{y + 3.5}" for end, share in ((left, low), (right, high))
                    if LOW <= share <= HIGH and right - left > 9)  # inside the dot, caps would only darken it
     line = f"M{left} {y}H{right}{caps}"
-    return [f"<g><title>{escape(label)}</title>{shape}<path class=\"ci\" d=\"{line}\"/></g>"]
+    return [f'<g data-model="{escape(model["id"])}"><title>{escape(label)}</title>{shape}'
+            f'<path class="ci" d="{line}"/></g>']
 
 
 def across(share, panel):

@@ -2,8 +2,9 @@
 One page to see what compression did: out/results.json and out/predictions.jsonl into out/report.html.
 
 The page is one file. It opens from the disk, can be mailed, and loads nothing: the study's numbers, the styles and the
-drawing code are all inside it. This file checks the numbers, writes the first screen (question, answer, picture), packs
-the rest and joins the three parts that stand beside it: report.html, report.css and report.js, plain JavaScript and SVG.
+drawing code are all inside it. This file checks the numbers, writes the first screen (question, answer, picture),
+packs the rest and joins the three parts that stand beside it: report.html, report.css and report.js (plain JavaScript
+and SVG).
 
     python -m study page                         # out/results.json -> out/report.html
     python -m study page --results elsewhere/results.json --out page.html

@@ -4,8 +4,8 @@
 //   7 to 16 one part a view: verdict, trade-offs, models, tests, by attribute, dose and response, answers, layers, IDP,
 //   how it was made   17 start
 //
-// Parts 1 to 4 need no page: tests/report.test.mjs runs them in Node. No string of the study is read as markup: elements
-// are made by make(), text goes in as text.
+// Parts 1 to 4 need no page: tests/report.test.mjs runs them in Node. No string of the study is read as markup:
+// elements are made by make(), text goes in as text.
 
 // ----------------------------------------------------------------------------------------------------- 1. The study
 // page.py's embed() says how the JSON became letters, and fold() how facts and answers are packed; here all of it is
@@ -31,10 +31,11 @@ export function load(packed) {
     const right = bitsWhere(said.length, i => said[i] === 0);
     for (const i of odd) flip(right, i);
     const before = answers.get(byId.get(id).base)?.hundredths;
-    const hundredths = logprob.map((v, i) => typeof v === "number" && typeof before?.[i] === "number" ? v + before[i] : v);
+    const moved = (v, i) => typeof v === "number" && typeof before?.[i] === "number";
+    const hundredths = logprob.map((v, i) => moved(v, i) ? v + before[i] : v);
     answers.set(id, { right, hundredths, words: said.map((k, i) => k === 0 ? facts[i].gold : word(k)) });
   }
-  // An operation that is used but not listed (Compress and Compare's own examples have some) comes after the listed ones.
+  // An operation that is used but not listed (Compress and Compare's own examples have some) comes after the listed.
   const listed = study.operations.map(o => o.name), used = models.map(m => m.operation?.name).filter(Boolean);
   const unlisted = [...new Set(used)].filter(name => !listed.includes(name)).map(name => ({ name }));
   operations = new Map([...study.operations, ...unlisted].map((o, i) => [o.name, Object.assign(o, { index: i })]));
@@ -105,7 +106,8 @@ function gain(m, i) {
 
 const nameOf = metric => own(metrics.get(metric), "label") || metric;
 const unitOf = metric => own(metrics.get(metric), "unit") || "";
-const RECALLS = [["recall_heldout", "held-out recall"], ["recall_seen", "seen recall"], ["recall_novel", "novel recall"]];
+const RECALLS = [["recall_heldout", "held-out recall"], ["recall_seen", "seen recall"],
+  ["recall_novel", "novel recall"]];
 const SHARES = [["displaced", "displaced"], ["relearned", "re-learned"]];
 const isShare = metric => unitOf(metric) === "share"
   || (unitOf(metric) === "" && (FRACTIONS.includes(metric) || RECALLS.some(([name]) => name === metric)));
@@ -129,7 +131,7 @@ const steady = v => plain(v, 3, 3);                         // 0.150 under 0.142
 const two = v => typeof v === "number" ? fixed(v, 2) : plain(v);
 const tenths = v => typeof v === "number" ? fixed(100 * v, digitsFor([100 * v], 1)) + " %" : plain(v);
 const percent = v => typeof v === "number" ? fixed(100 * v, Math.abs(v) < 0.1 && v !== 0 ? 1 : 0) + " %" : plain(v);
-export const signed = (v, digits = 2) => v === 0 ? v.toFixed(digits) : (v > 0 ? "+" : "−") + Math.abs(v).toFixed(digits);
+export const signed = (v, digits = 2) => (v > 0 ? "+" : v < 0 ? "−" : "") + Math.abs(v).toFixed(digits);
 const count = (n, word) => `${plain(n)} ${word}${n === 1 ? "" : "s"}`;
 const raised = digits => [...digits].map(d => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join("");
 export const probability = p => typeof p !== "number" ? plain(p) : p >= 0.001 ? minus(String(Number(p.toPrecision(2))))
@@ -179,7 +181,7 @@ const testOf = m => (study.comparisons || []).find(row => row.model === m.id && 
 export function differing(m) {
   const ends = interval(m, "displaced"), test = testOf(m), yes = own(sure, m.id);
   if (!ends || yes === null) return "";
-  const p = test ? `p ${probability(test.p_holm)} after correction for ${count((study.comparisons || []).length, "test")}`
+  const p = test ? `p ${probability(test.p_holm)} after correction for ${count(study.comparisons.length, "test")}`
     : "the corrected test";
   if (!yes && ends[0] > 0) return `The interval lies above 0, but the gain is not confirmed: ${p}.`;
   if (yes && ends[0] <= 0)
@@ -252,12 +254,12 @@ export function shareRight(m, list) {
 // and falls back to a plain scale where something is below 0.
 export function scaleOf(values, [from, to], logarithmic = false) {
   const above = values.filter(v => v > 0), log = logarithmic && above.length > 0 && Math.min(...values) >= 0;
-  const zero = log && above.length < values.length, start = zero ? from + Math.sign(to - from) * 34 : from;
+  const zero = log && above.length < values.length, way = Math.sign(to - from), start = zero ? from + way * 34 : from;
   const f = log ? Math.log10 : v => v, these = log ? above : values;
   let low = f(Math.min(...these)), high = f(Math.max(...these));
   const margin = high > low ? (high - low) * 0.07 : Math.abs(high) * 0.1 || 1;
   [low, high] = [low - margin, high + margin];
-  const scale = v => zero && v <= 0 ? from + Math.sign(to - from) * 12 : start + (f(v) - low) / (high - low) * (to - start);
+  const scale = v => zero && v <= 0 ? from + way * 12 : start + (f(v) - low) / (high - low) * (to - start);
   scale.invert = at => {
     const v = low + (at - start) / (to - start) * (high - low);
     return log ? 10 ** v : v;
@@ -270,7 +272,8 @@ export function scaleOf(values, [from, to], logarithmic = false) {
 export function steps(low, high) {
   const rough = (high - low) / 6, power = 10 ** Math.floor(Math.log10(rough));
   const step = power * ([1, 2, 5].find(s => s * power >= rough) || 10), start = Math.ceil(low / step - 1e-9);
-  return Array.from({ length: Math.floor(high / step + 1e-9) - start + 1 }, (_, k) => Number(((start + k) * step).toPrecision(12)));
+  return Array.from({ length: Math.floor(high / step + 1e-9) - start + 1 },
+    (_, k) => Number(((start + k) * step).toPrecision(12)));
 }
 function decades(low, high) {
   const powers = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, k) => Math.floor(low) + k);
@@ -282,28 +285,35 @@ function decades(low, high) {
 export function placeLabels(points, box, width, lines = []) {
   const high = 13, taken = [], leaders = [];
   const meets = (a, b) => a[0] < b[2] && a[2] > b[0] && a[1] < b[3] && a[3] > b[1];
-  const far = ([left, top, right, bottom], p) => Math.hypot(Math.max(left - p.px, 0, p.px - right), Math.max(top - p.py, 0, p.py - bottom));
+  const within = (v, low, high) => Math.max(low, Math.min(high, v));
+  const nearest = ([left, top, right, bottom], p) => [within(p.px, left, right), within(p.py, top, bottom)];
+  const far = (place, p) => Math.hypot(nearest(place, p)[0] - p.px, nearest(place, p)[1] - p.py);
   const dots = points.map(p => [p.px - 8, p.py - 8, p.px + 8, p.py + 8]);
-  const along = ([x0, y0, x1, y1]) => Array.from({ length: 12 }, (_, k) => [x0 + (x1 - x0) * k / 11, y0 + (y1 - y0) * k / 11])
-    .map(([x, y]) => [x - 1, y - 1, x + 1, y + 1]);
+  const along = ([x0, y0, x1, y1]) => Array.from({ length: 12 }, (_, k) => {
+    const x = x0 + (x1 - x0) * k / 11, y = y0 + (y1 - y0) * k / 11;
+    return [x - 1, y - 1, x + 1, y + 1];
+  });
   const angles = [0, 180, 270, 90, 315, 45, 225, 135, 337, 23, 203, 157, 292, 248, 68, 112].map(a => a * Math.PI / 180);
+  // Where the name of p would lie, so far from its point in this direction; null where it may not.
+  function candidate(p, w, distance, angle) {
+    const r = p.r || 8, others = points.filter(q => q !== p);
+    const x = p.px + Math.cos(angle) * (r + distance + w / 2);
+    const y = p.py + Math.sin(angle) * (r + distance + high / 2);
+    const place = [x - w / 2, y - high / 2, x + w / 2, y + high / 2], mine = far(place, p);
+    if (place[0] < box.left || place[2] > box.right || place[1] < box.top || place[3] > box.bottom) return null;
+    if ([...taken, ...dots, ...leaders].some(b => meets(place, b))) return null;
+    if (others.some(q => far(place, q) < mine + 3)) return null;
+    const [nx, ny] = nearest(place, p);
+    const leader = mine > r + 6 ? [p.px + (nx - p.px) * r / mine, p.py + (ny - p.py) * r / mine, nx, ny] : null;
+    const crosses = spot => taken.some(b => meets(spot, b)) || others.some(q => far(spot, q) < 8);
+    if (leader && along(leader).some(crosses)) return null;
+    return { place, leader, cost: 3 * lines.filter(b => meets(place, b)).length + distance / 10 };
+  }
   return points.map(p => {
     const w = width(p.label), found = [];
     for (const distance of [4, 12, 22, 34, 48, 64]) {
-      for (const angle of angles) {
-        const x = p.px + Math.cos(angle) * (9 + distance + w / 2), y = p.py + Math.sin(angle) * (9 + distance + high / 2);
-        const place = [x - w / 2, y - high / 2, x + w / 2, y + high / 2], mine = far(place, p);
-        const near = [Math.max(place[0], Math.min(p.px, place[2])), Math.max(place[1], Math.min(p.py, place[3]))];
-        const leader = mine > 14 ? [p.px + (near[0] - p.px) * 8 / mine, p.py + (near[1] - p.py) * 8 / mine, ...near] : null;
-        const others = points.filter(q => q !== p);
-        if (place[0] < box.left || place[2] > box.right || place[1] < box.top || place[3] > box.bottom) continue;
-        if (taken.some(b => meets(place, b)) || dots.some(b => meets(place, b)) || leaders.some(b => meets(place, b))) continue;
-        if (others.some(q => far(place, q) < mine + 3)) continue;
-        if (leader && along(leader).some(dot => taken.some(b => meets(dot, b)) || others.some(q => far(dot, q) < 8))) continue;
-        found.push({ place, leader, cost: lines.filter(b => meets(place, b)).length * 3 + distance / 10 });
-        if (!found.at(-1).cost || lines.length === 0) break;
-      }
-      if (found.some(f => f.cost < distance / 10 + 0.5)) break;
+      found.push(...angles.map(angle => candidate(p, w, distance, angle)).filter(Boolean));
+      if (found.some(f => f.cost < distance / 10 + 0.5)) break;                          // one that meets no line
     }
     const best = found.sort((a, b) => a.cost - b.cost)[0];
     if (!best) return null;
@@ -380,7 +390,8 @@ function click(m, event) {
 // The compressed model in question: the one asked for, else that of the first selected model which has one.
 function inQuestion() {
   const asked = byId.get(chosen.of), able = m => isCompressed(m) || m.kind === "control";
-  return asked && able(asked) ? asked : selected().map(repaired).find(able) || byId.get(DEFAULTS.select[1]) || models[0];
+  if (asked && able(asked)) return asked;
+  return selected().map(repaired).find(able) || byId.get(DEFAULTS.select[1]) || models[0];
 }
 
 // -------------------------------------------------------------------------------------------------------- 6. Drawing
@@ -411,7 +422,7 @@ const part = (view, inner) => document.querySelector(`#${view} ${inner}`);
 const fill = (place, ...inside) => place.replaceChildren(...inside.flat(Infinity).filter(v => !nothing(v)));
 const missing = (what, how = "") => html("p.missing", `${what}: not measured in this run.${how && " " + how}`);
 
-let pageWidth = 0;                                          // of every figure; asked once, as each asking lays the page out
+let pageWidth = 0;                                          // of every figure; asked once: asking lays the page out
 let pencil = null;
 const widths = new Map();
 function textWidth(string) {
@@ -460,8 +471,8 @@ function icon(m) {
 }
 const named = (m, name = m.label) => html("span.name", { "data-m": m.index }, icon(m), html("span", name));
 
-// A node with data-hint shows its words beside the pointer or the focus; the same words are in the element's label or in
-// the table behind. A node with data-m belongs to a model: all that belongs to it lights up together.
+// A node with data-hint shows its words beside the pointer or the focus; the same words are in the element's label or
+// in the table behind. A node with data-m belongs to a model: all that belongs to it lights up together.
 const hint = (node, string) => {
   node.setAttribute("data-hint", string);
   return node;
@@ -530,18 +541,20 @@ function estimate(m, v, ends, axis, hollow = false) {
   const paint = { fill: hollow ? "var(--paper)" : colour(m), stroke: colour(m), "stroke-width": 1.6 };
   const at = axis(v), off = at < 0 || at > 1;
   const mark = off ? path(at > 1 ? "M0,-5L7,0L0,5Z" : "M0,-5L-7,0L0,5Z", paint) : svg("circle", { r: 3.8, ...paint });
+  const cap = u => line(across(axis(u)), 6, across(axis(u)), 14, { class: "ci" });
   return [
     svg("svg", { x: across(at), y: 10, overflow: "visible", class: "dot" }, mark),
     ends && line(across(axis(ends[0])), 10, across(axis(ends[1])), 10, { class: "ci" }),
-    ends && ends.filter(u => axis(u) >= 0 && axis(u) <= 1).map(u => line(across(axis(u)), 6, across(axis(u)), 14, { class: "ci" })),
+    ends && ends.filter(u => axis(u) >= 0 && axis(u) <= 1).map(cap),
   ];
 }
+const ofHundred = v => v === 1 ? "100 %" : String(100 * v);
 const ticksOf = (axis, values, label) => svg("svg.ticks", { width: "100%", height: 14, "aria-hidden": "true" },
   values.map(v => text(across(axis(v)), 11, label(v), { "text-anchor": "middle", class: "muted" })));
 const rulesOf = (axis, values) => values.map(v => line(across(axis(v)), 1, across(axis(v)), 19, { class: "rule" }));
 
-// A heat map is a table: numbers in cells, darker for more. Read aloud, it is still a table. Up to SWITCH the ink is that
-// of a low cell, above it that of a high one: a browser test measures the contrast of every cell.
+// A heat map is a table: numbers in cells, darker for more. Read aloud, it is still a table. Up to SWITCH the ink is
+// that of a low cell, above it that of a high one: a browser test measures the contrast of every cell.
 const SWITCH = 0.66;
 function blend(share) {
   const high = (100 * Math.max(0, Math.min(1, share))).toFixed(1);
@@ -610,11 +623,11 @@ function drawVerdict() {
 function verdictOf(c) {
   const rows = family(c), recalls = RECALLS.filter(([n]) => rows.some(m => measured(m, n) !== null));
   const shares = SHARES.filter(([n]) => rows.some(m => Object.hasOwn(m.metrics, n)));
-  const head = (label, axis, ticks) => html("th", { scope: "col" }, label,
-    ticksOf(axis, ticks, v => v === 1 ? "100 %" : String(100 * v)));
+  const head = (label, axis) => html("th", { scope: "col" }, label, ticksOf(axis, [0, 0.5, 1], ofHundred));
   const row = m => {
     const says = [m.verdict, differing(m)].filter(Boolean).join(". ").replace(/\.\. /, ". ");
-    return [html("tr", { "data-m": m.index, class: says ? "said" : null }, html("th", { scope: "row" }, named(m, m.tag || m.id)),
+    return [html("tr", { "data-m": m.index, class: says ? "said" : null },
+      html("th", { scope: "row" }, named(m, m.tag || m.id)),
       shares.map(([metric, label]) => isRepaired(m) ? fractionCell(m, metric, label) : html("td.half.none")),
       recalls.map(([metric, label]) => recallCell(m, metric, label, c))),
     says && html("tr.says", html("td"), html("td", { colspan: recalls.length + shares.length }, says))];
@@ -623,7 +636,7 @@ function verdictOf(c) {
   return [html("h3", isControl(c) ? `Control: ${c.label}` : c.label), !inRows && texts.map(v => html("p", v.text)),
     html("table.verdict.stack",
       html("thead", html("tr", html("th", { scope: "col" }, "model"),
-        shares.map(([, label]) => head(label, fraction, [0, 0.5, 1])), recalls.map(([, label]) => head(label, whole, [0, 0.5, 1])))),
+        shares.map(([, label]) => head(label, fraction)), recalls.map(([, label]) => head(label, whole)))),
       html("tbody", rows.map(row)))];
 }
 // Recall: the bar is the model, the shaded band what the damage took, between the two rules of dense and compressed.
@@ -643,15 +656,17 @@ function fractionCell(m, metric, label) {
   if (v === null) return html("td.half", { "data-label": label }, undivided(m, metric)
     ? html("span.missing", first ? TOO_LITTLE : "–") : show(metric, measured(m, metric)));
   const yes = metric === "displaced" ? own(sure, m.id) : !ends || ends[0] > 0 || ends[1] < 0;
-  return html("td.half", { "data-label": label }, html("span.v", tenths(v)), ends && html("span.ends", shareRange(ends)),
-    strip(rulesOf(fraction, [0, 0.5, 1]), estimate(m, v, ends, fraction, yes === false)));
+  return html("td.half", { "data-label": label }, html("span.v", tenths(v)), span(ends),
+    strip(rulesOf(fraction, [0, 0.5, 1]), estimate(m, v, ends, fraction, yes === false)),
+    pageWidth < 660 && ticksOf(fraction, [0, 0.5, 1], ofHundred));                      // there the head is hidden
 }
 // Recall asks for the answer in words; knowledge compares its probability with those of the other values, so that being
 // asked in another form changes nothing. The rest of what a repair gains is format.
 function knowledgeTable() {
   const columns = [["displaced", "displaced, by recall"], ["displaced_knowledge", "by knowledge"],
     ["relearned", "re-learned, by recall"], ["relearned_knowledge", "by knowledge"]];
-  const levels = ["knowledge_heldout", "format_heldout", "knowledge_novel"].filter(n => models.some(m => value(m, n) !== null));
+  const levels = ["knowledge_heldout", "format_heldout", "knowledge_novel"]
+    .filter(n => models.some(m => value(m, n) !== null));
   const rows = models.filter(m => isRepaired(m) && value(m, "displaced_knowledge") !== null);
   if (!rows.length && !levels.length) return null;
   const shown = columns.filter(([n]) => rows.some(m => value(m, n) !== null));
@@ -661,11 +676,11 @@ function knowledgeTable() {
       ? html("span.v", signed(after - before, digitsFor([after - before], 2))) : html("span.missing", "–"));
   };
   return [html("h3", "Knowing apart from format"),
-    html("p.note", "Recall counts answers given in words. Knowledge is the log-probability of the right value among the "
-      + "values of its attribute, format the rest. Changes are against the model that was repaired; of people in no text "
-      + "nobody can know more, so that column should stand at 0."),
+    html("p.note", "Recall counts answers given in words. Knowledge is the log-probability of the right value among "
+      + "the values of its attribute, format the rest. Changes are against the model that was repaired; of people in "
+      + "no text nobody can know more, so that column should stand at 0."),
     html("table.verdict.stack", html("thead", html("tr", html("th", { scope: "col" }, "model"),
-      shown.map(([, label]) => html("th", { scope: "col" }, label, ticksOf(fraction, [0, 0.5, 1], v => v === 1 ? "100 %" : String(100 * v)))),
+      shown.map(([, label]) => html("th", { scope: "col" }, label, ticksOf(fraction, [0, 0.5, 1], ofHundred))),
       levels.map(n => html("th", { scope: "col" }, `change of ${nameOf(n)}`)))),
     html("tbody", rows.map(m => html("tr", { "data-m": m.index }, html("th", { scope: "row" }, named(m)),
       shown.map(([n, label]) => fractionCell(m, n, label)), levels.map(n => change(m, n))))))];
@@ -688,13 +703,13 @@ function drawTradeoffs() {
   const check = (key, label) => html("label.check",
     html("input", { id: `trade-${key}`, type: "checkbox", checked: Boolean(chosen[key]),
       onchange: event => choose({ [key]: event.target.checked ? "1" : "", zoom: "" }, ["tradeoffs"]) }), label);
-  const drag = (way, label) => html("button", { id: `drag-${way}`, type: "button", "aria-pressed": String(chosen.drag === way),
-    onclick: () => choose({ drag: way }, ["tradeoffs"]) }, label);
+  const drag = way => html("button", { id: `drag-${way}`, type: "button", "aria-pressed": String(chosen.drag === way),
+    onclick: () => choose({ drag: way }, ["tradeoffs"]) }, `drag ${way}s`);
   fill(part("tradeoffs", ".controls"),
     picker("trade-x", "across", metricOptions(), chosen.x, v => choose({ x: v, zoom: "" }, ["tradeoffs"])),
     picker("trade-y", "up", metricOptions(), chosen.y, v => choose({ y: v, zoom: "" }, ["tradeoffs"])),
     check("logx", "logarithm across"), check("logy", "logarithm up"),
-    html("div.group", { role: "group", "aria-label": "What dragging does" }, drag("select", "drag selects"), drag("zoom", "drag zooms"),
+    html("div.group", { role: "group", "aria-label": "What dragging does" }, drag("select"), drag("zoom"),
       button("zoom-out", "whole picture", () => choose({ zoom: "" }, ["tradeoffs"]), !chosen.zoom)));
   const both = models.filter(m => value(m, chosen.x) !== null && value(m, chosen.y) !== null);
   const points = both.map(m => ({ m, label: m.label, x: value(m, chosen.x), y: value(m, chosen.y) }));
@@ -704,22 +719,29 @@ function drawTradeoffs() {
     return;
   }
   const best = front(points, goodness(chosen.x), goodness(chosen.y));
-  const kinds = [...new Map(models.map(m => [`${roleOf(m)} ${lookOf(operationName(m))} ${operationName(m)}`, m])).values()];
+  const kinds = [...new Map(models.map(m => [`${roleOf(m)} ${operationName(m)}`, m])).values()];
+  const kindOf = m => operationName(m) + (isControl(m) && isRepaired(m) ? ", of a control" : "");
   fill(part("tradeoffs", "figure"), scatter(points, best),
-    html("ul.keys", kinds.map(m => html("li.key", icon(m), isControl(m) && isRepaired(m) ? `${operationName(m)}, of a control` : operationName(m)))),
-    absent(both));
+    html("ul.keys", kinds.map(m => html("li.key", icon(m), kindOf(m)))),
+    unnamed(points), absent(both));
   fill(part("tradeoffs", ".behind"), behind("trade-table", "The picture as a table", () => table("Trade-offs",
     ["model", nameOf(chosen.x), nameOf(chosen.y), "on the front"],
     points.map(p => [p.m.label, withInterval(p.m, chosen.x), withInterval(p.m, chosen.y),
       best.includes(p) ? "yes" : ""]))));
 }
+function unnamed(points) {
+  const n = points.filter(p => p.named === false).length;
+  return n > 0 && html("p.note", `${count(n, "point")} without a name, for want of room: point at one, or zoom in.`);
+}
 // Which models are not in the picture, and why.
 function absent(both) {
   const left = models.filter(m => !both.includes(m)), names = list => list.map(m => m.label).join(", ");
-  const little = left.filter(m => [chosen.x, chosen.y].some(n => undivided(m, n))), other = left.filter(m => !little.includes(m));
+  const little = left.filter(m => [chosen.x, chosen.y].some(n => undivided(m, n)));
+  const other = left.filter(m => !little.includes(m));
   const lacking = n => nameOf(n) + (FRACTIONS.includes(n) ? " (they are no repairs)" : "");
   const without = [chosen.x, chosen.y].filter(n => other.some(m => value(m, n) === null));
-  return [other.length > 0 && html("p.note", `Not shown, without ${without.map(lacking).join(" or ")}: ${names(other)}.`),
+  const what = without.map(lacking).join(" or ");
+  return [other.length > 0 && html("p.note", `Not shown, without ${what}: ${names(other)}.`),
     little.length > 0 && html("p.note", `Not shown, since ${TOO_LITTLE}: ${names(little)}.`)];
 }
 function scatter(points, best) {
@@ -733,25 +755,24 @@ function scatter(points, best) {
   const left = Math.max(...y.ticks.map(t => textWidth(tick(chosen.y, t)))) + 14;
   const box = { left, right: width - 10, top: 24, bottom: height - 50 };
   const x = scaleOf(spread(chosen.x, 0), [left, box.right], Boolean(chosen.logx));
-  const inside = v => v >= -1 && v <= 1;
   for (const p of points) {
     [p.px, p.py] = [x(hold(chosen.x, p.x)), y(hold(chosen.y, p.y))];
     p.off = hold(chosen.y, p.y) !== p.y || hold(chosen.x, p.x) !== p.x;
-    [p.flat, p.high] = [interval(p.m, chosen.x)?.map(v => x(hold(chosen.x, v))), interval(p.m, chosen.y)?.map(v => y(hold(chosen.y, v)))];
+    p.flat = interval(p.m, chosen.x)?.map(v => x(hold(chosen.x, v)));
+    p.high = interval(p.m, chosen.y)?.map(v => y(hold(chosen.y, v)));
   }
-  // Models with one and the same value across, as repairs of one size have, stand side by side.
-  for (const p of points) {
-    const same = points.filter(q => q.x === p.x);
-    p.px += (same.indexOf(p) - (same.length - 1) / 2) * Math.min(14, 90 / same.length);
-  }
-  const here = zoom ? points.filter(p => p.px >= left && p.px <= box.right && p.py >= box.top && p.py <= box.bottom) : points;
+  spreadOut(points, box);
+  const seen = p => p.px >= left && p.px <= box.right && p.py >= box.top && p.py <= box.bottom;
+  const here = zoom ? points.filter(seen) : points;
   const stairs = best.filter(p => here.includes(p));
   const steps = stairs.map((p, k) => k ? `H${p.px}V${p.py}` : `M${p.px},${p.py}`).join("");
-  const within = (v, low, high) => Math.max(low, Math.min(high, v));
-  const bars = here.map(({ m, px, py, flat, high }) => svg("g.bars", { "data-m": m.index, class: isSelected(m) ? "bars on" : "bars" },
-    flat && line(within(flat[0], left, box.right), py, within(flat[1], left, box.right), py, {}),
-    high && [line(px, within(high[0], box.top, box.bottom), px, within(high[1], box.top, box.bottom), {}),
-      high.filter(v => v > box.top && v < box.bottom).map(v => line(px - 4, v, px + 4, v, {}))]));
+  const inWidth = v => Math.max(left, Math.min(box.right, v));
+  const inHeight = v => Math.max(box.top, Math.min(box.bottom, v));
+  const marked = m => isSelected(m) ? "g.bars.on" : "g.bars";
+  const bars = here.map(({ m, px, py, flat, high }) => svg(marked(m), { "data-m": m.index },
+    flat && line(inWidth(flat[0]), py, inWidth(flat[1]), py),
+    high && [line(px, inHeight(high[0]), px, inHeight(high[1])),
+      high.filter(v => v === inHeight(v)).map(v => line(px - 4, v, px + 4, v))]));
   const dotted = origins(here).map(([from, to]) => line(from.px, from.py, to.px, to.py,
     { stroke: colour(to.m), "stroke-dasharray": "1 3", "stroke-linecap": "round", "stroke-width": 1.5 }));
   const order = [...here].sort((a, b) => isSelected(a.m) - isSelected(b.m));
@@ -772,6 +793,17 @@ function scatter(points, best) {
   });
   return canvas;
 }
+// Models with one and the same value across, as repairs of one size have, stand side by side.
+function spreadOut(points, box) {
+  const places = [...new Set(points.map(p => p.px))].sort((a, b) => a - b);
+  const gaps = [Infinity, ...places.slice(1).map((v, k) => v - places[k]), Infinity];
+  const shifts = points.map(p => {
+    const same = points.filter(q => q.x === p.x), at = places.indexOf(p.px);
+    const room = 0.7 * Math.min(gaps[at], gaps[at + 1], 2 * (box.right - p.px) + 10);
+    return (same.indexOf(p) - (same.length - 1) / 2) * Math.min(14, room / same.length);
+  });
+  points.forEach((p, k) => { p.px += shifts[k]; });
+}
 // Where a selected model came from: [the model it was made from, itself], when both are selected.
 function origins(points) {
   const here = points.filter(p => isSelected(p.m));
@@ -786,12 +818,13 @@ function dot({ m, px, py, off, y }) {
     click(m, event);
   };
   const mark = off ? (y < 0 ? "M-6,-3L0,6L6,-3Z" : "M-6,3L0,-6L6,3Z") : shape(operationName(m), 5);
-  return hint(svg("g.pick", { id: `dot-${m.index}`, "data-m": m.index, tabindex: 0, role: "button", "aria-pressed": String(on),
-    "aria-label": said.replaceAll("\n", "; "), transform: `translate(${px} ${py})`,
+  return hint(svg("g.pick", { id: `dot-${m.index}`, "data-m": m.index, tabindex: 0, role: "button",
+    "aria-pressed": String(on), "aria-label": said.replaceAll("\n", "; "), transform: `translate(${px} ${py})`,
     onclick: event => click(m, event), onkeydown: press },
     svg("circle.ring", { r: 12, fill: on ? "var(--tint)" : "transparent", stroke: on ? "var(--ink)" : "none",
       "stroke-width": 1.2 }),
-    path(mark, { class: "mark", fill: hollow ? "var(--paper)" : colour(m), stroke: colour(m), "stroke-width": 1.5 })), said);
+    path(mark, { class: "mark", fill: hollow ? "var(--paper)" : colour(m), stroke: colour(m), "stroke-width": 1.5 })),
+  said);
 }
 // The selected are named first, then the front, then the rest; one without room is left to the hint, and said.
 function labels(points, best, box) {
@@ -803,11 +836,16 @@ function labels(points, best, box) {
   const bars = points.flatMap(({ px, py, flat, high }) => [
     flat && [flat[0], py - 1, flat[1], py + 1], high && [px - 1, high[1], px + 1, high[0]]].filter(Boolean));
   const order = [...points].sort((a, b) => isSelected(b.m) - isSelected(a.m) || best.includes(b) - best.includes(a));
+  for (const p of order) p.r = isSelected(p.m) ? 13 : 8;
   const placed = placeLabels(order, { ...box, right: box.right + 6 }, textWidth, [...stairs, ...bars]);
-  return placed.map((found, k) => found && svg("g.label", { "data-of": order[k].m.index, "data-m": order[k].m.index },
-    found.leader && line(...found.leader, { class: "leader" }),
-    text(found.place[beside(found, order[k])], found.place[3] - 2, order[k].label, { class: isSelected(order[k].m) ? "halo strong" : "halo muted",
-      "text-anchor": beside(found, order[k]) ? "end" : null })));
+  order.forEach((p, k) => { p.named = placed[k] !== null; });
+  return placed.map((found, k) => {
+    const { m, label } = order[k], side = found && beside(found, order[k]), on = isSelected(m);
+    return found && svg("g.label", { "data-of": m.index, "data-m": m.index },
+      found.leader && line(...found.leader, { class: "leader" }),
+      text(found.place[side], found.place[3] - 2, label,
+        { class: on ? "halo strong" : "halo muted", "text-anchor": side ? "end" : null }));
+  });
 }
 // A name left of its point ends there (index 2 of its place), one right of it begins there (index 0).
 const beside = ({ place }, p) => (place[0] + place[2]) / 2 < p.px - 1 ? 2 : 0;
@@ -817,7 +855,8 @@ function brush(canvas, box, done) {
   let start = null, drawn = null;
   const place = event => {
     const at = canvas.getBoundingClientRect();
-    return [Math.max(box.left, Math.min(box.right, event.clientX - at.left)), Math.max(box.top, Math.min(box.bottom, event.clientY - at.top))];
+    return [Math.max(box.left, Math.min(box.right, event.clientX - at.left)),
+      Math.max(box.top, Math.min(box.bottom, event.clientY - at.top))];
   };
   canvas.addEventListener("pointerdown", event => {
     if (event.target.closest(".pick")) return;
@@ -899,7 +938,8 @@ function drawMap() {
   fill(part("map", "figure"),
     svg("svg", { width, height, role: "tree", "aria-label": "Models, each under the one it was made from",
       "aria-multiselectable": "true", onkeydown: event => mapKey(event, all.rows) },
-      all.rows.map(({ m }) => rect(0, spot(m)[1] - 13, width, 26, { rx: 5, class: isSelected(m) ? "band on" : "band", "data-m": m.index })),
+      all.rows.map(({ m }) => rect(0, spot(m)[1] - 13, width, 26,
+        { rx: 5, class: isSelected(m) ? "band on" : "band", "data-m": m.index })),
       heads, titles, edges, all.rows.map((r, i) => mapNode(r, i, plan))),
     html("ul.keys", mapKeys(plan)));
   fill(part("map", ".behind"), behind("map-table", "Every measurement as a table", () => table("Every measurement",
@@ -939,7 +979,8 @@ function mapNode({ m, depth }, i, { spot, radius, painted, colours, shown, wide,
   const label = short ? m.label.slice(above.length) : m.label;
   const said = describe(m, [chosen.size, painted]);
   const node = svg("g.pick", { id: `map-${m.index}`, "data-m": m.index, role: "treeitem", "aria-level": depth + 1,
-    "aria-selected": String(isSelected(m)), "aria-description": said.replaceAll("\n", "; "), tabindex: i === reached ? 0 : -1,
+    "aria-selected": String(isSelected(m)), "aria-description": said.replaceAll("\n", "; "),
+    tabindex: i === reached ? 0 : -1,
     onclick: event => { reached = i; click(m, event); } },
     rect(1, cy - 13, width - 2, 26, { class: "ring", rx: 5, fill: "transparent" }),
     isSelected(m) && path(shape(operationName(m), r + 3),
@@ -950,7 +991,8 @@ function mapNode({ m, depth }, i, { spot, radius, painted, colours, shown, wide,
   return hint(node, [said, settingsOf(m)].filter(Boolean).join("\n"));
 }
 function mapCell(m, metric, left, cy, room, narrow) {
-  const v = value(m, metric), string = measured(m, metric) === null || undivided(m, metric) ? "–" : show(metric, measured(m, metric));
+  const v = value(m, metric), lacking = measured(m, metric) === null || undivided(m, metric);
+  const string = lacking ? "–" : show(metric, measured(m, metric));
   const words = text(left + room, cy + 4, string, { "text-anchor": "end", class: v === null ? "muted" : null });
   if (narrow || v === null) return words;
   const most = Math.max(isShare(metric) ? 1 : 0,
@@ -981,9 +1023,10 @@ function differences() {
   const list = selected();
   if (list.length < 2) return html("p.missing", "Select two models or more to see what differs.");
   const keys = [...new Set(list.flatMap(m => Object.keys(m.operation?.parameters || {})))];
+  const lacks = (m, metric) => measured(m, metric) === null && !undivided(m, metric);
   const columns = [["made from", m => parent(m)?.label ?? "nothing"], ["by", operationName],
     ...keys.map(key => [key, m => words(own(m.operation?.parameters, key) ?? "–")]),
-    ...study.metrics.map(n => [nameOf(n.name), m => measured(m, n.name) === null && !undivided(m, n.name) ? "–" : withInterval(m, n.name)])];
+    ...study.metrics.map(n => [nameOf(n.name), m => lacks(m, n.name) ? "–" : withInterval(m, n.name)])];
   const differ = columns.map(([name, of]) => [name, list.map(of)]).filter(([, row]) => new Set(row).size > 1);
   const same = columns.filter(([name]) => !differ.some(d => d[0] === name)).map(([name]) => name);
   return [table("What differs", ["model", ...differ.map(([name]) => name)],
@@ -994,144 +1037,178 @@ function differences() {
 // ---------------------------------------------------------------------------------------------------------- 10. Tests
 
 function drawTests() {
-  const rows = study.comparisons || [], place = part("tests", "figure"), noise = study.noise || [];
-  const kinds = [...new Set(rows.map(row => row.what))];
-  const what = kinds.includes(chosen.what) || chosen.what === "any" ? chosen.what : kinds.includes(HELD_OUT) ? HELD_OUT : kinds[0];
-  fill(part("tests", ".controls"), kinds.length > 0 && picker("tests-what", "measured on",
-    [...kinds.map(k => [k, k]), ["any", `all ${rows.length} comparisons`]], what, v => choose({ what: v }, ["tests"])));
+  const rows = study.comparisons || [], noise = study.noise || [], kinds = [...new Set(rows.map(row => row.what))];
+  const usual = kinds.includes(HELD_OUT) ? HELD_OUT : kinds[0];
+  const what = kinds.includes(chosen.what) || chosen.what === "any" ? chosen.what : usual;
+  const options = [...kinds.map(k => [k, k]), ["any", `all ${rows.length} comparisons`]];
+  fill(part("tests", ".controls"),
+    kinds.length > 0 && picker("tests-what", "measured on", options, what, v => choose({ what: v }, ["tests"])));
   fill(part("tests", ".pairs"), claimTable(), pairTable());
-  if (!rows.length) {
-    fill(place, missing("Comparisons"));
-    return;
-  }
   const shown = rows.filter(row => what === "any" || row.what === what);
-  const floor = Math.max(0, ...noise.map(row => Math.abs(row.difference)));
-  const far = Math.max(0.01, ...[...shown, ...noise].map(row => Math.abs(row.difference)), ...numbers(shown.map(row => row.detectable)));
-  const axis = onAxis(-far * 1.06, far * 1.06), points = v => `${signed(100 * v, 1)}`;
-  const cells = row => {
-    const m = byId.get(row.model), yes = row.p_holm !== undefined && row.p_holm < 0.05;
+  fill(part("tests", "figure"), rows.length ? testTable(shown, noise, what) : missing("Comparisons"));
+}
+const points = v => typeof v === "number" ? signed(100 * v, 1) : plain(v);              // a share as percentage points
+const span = ends => numbers(ends || []).length === 2 && html("span.ends", shareRange(ends));
+const heads = (first, ...others) => html("thead", html("tr", html("th", { scope: "col" }, first),
+  others.map(inside => html("th.n", { scope: "col" }, inside))));
+
+function testTable(shown, noise, what) {
+  const sizes = [...shown, ...noise].map(row => Math.abs(row.difference));
+  const far = 1.06 * Math.max(0.01, ...sizes, ...numbers(shown.map(row => row.detectable)));
+  const axis = onAxis(-far, far), floor = Math.max(0, ...noise.map(row => Math.abs(row.difference)));
+  const picture = (m, row, yes) => strip(
+    rect(across(axis(-floor)), 2, across(floor / far), 16, { class: "floor" }), rulesOf(axis, [0]),
+    number(row.detectable) !== null && [-row.detectable, row.detectable].map(v =>
+      line(across(axis(v)), 5, across(axis(v)), 15, { class: "seen" })),
+    estimate(m || models[0], row.difference, null, axis, !yes));
+  const cell = (label, inside) => html("td.n.third", { "data-label": label }, inside);
+  const one = row => {
+    const m = byId.get(row.model), tested = number(row.p_holm) !== null, yes = tested && row.p_holm < 0.05;
+    const about = [(what === "any" || !tested) && row.what,
+      row.base !== row.model && `against ${byId.get(row.base)?.label ?? row.base}`, `${plain(row.items)} items`];
     return html("tr", { "data-m": m?.index },
-      html("th", { scope: "row" }, m ? named(m) : row.model,
-        html("span.sub", [what === "any" || row.p_holm === undefined ? row.what : "", row.base !== row.model && `against ${byId.get(row.base)?.label ?? row.base}`,
-          `${plain(row.items)} items`].filter(Boolean).join(", "))),
-      html("td.wide", { "data-label": "difference, points" }, strip(rect(across(axis(-floor)), 2, across(2 * floor / (far * 2.12)), 16, { class: "floor" }),
-        rulesOf(axis, [0]), number(row.detectable) !== null && [-1, 1].map(s => line(across(axis(s * row.detectable)), 5, across(axis(s * row.detectable)), 15, { class: "seen" })),
-        estimate(m || models[0], row.difference, null, axis, !yes))),
-      html("td.n.third", { "data-label": "points" }, points(row.difference)),
-      html("td.n.third", { "data-label": "gained" }, plain(row.gained)), html("td.n.third", { "data-label": "lost" }, plain(row.lost)),
-      html("td.n.third", { "data-label": "p" }, probability(row.p)),
-      html("td.n.third", { "data-label": "corrected p" }, row.p_holm === undefined ? "–" : html(yes ? "b" : "span", probability(row.p_holm))),
-      html("td.n.third", { "data-label": "could be seen" }, number(row.detectable) === null ? "–" : `±${(100 * row.detectable).toFixed(1)}`));
+      html("th", { scope: "row" }, m ? named(m) : row.model, html("span.sub", about.filter(Boolean).join(", "))),
+      html("td.wide", { "data-label": "difference, points" }, picture(m, row, yes)),
+      cell("points", points(row.difference)), cell("gained", plain(row.gained)), cell("lost", plain(row.lost)),
+      cell("p", probability(row.p)),
+      cell("corrected p", tested ? html(yes ? "b" : "span", probability(row.p_holm)) : "–"),
+      cell("could be seen", number(row.detectable) === null ? "–" : `±${(100 * row.detectable).toFixed(1)}`));
   };
-  const head = html("thead", html("tr", html("th", { scope: "col" }, "model"),
-    html("th", { scope: "col" }, "difference, points", ticksOf(axis, [-far, 0, far], v => v === 0 ? "0" : points(v))),
-    ["points", "gained", "lost", "p", "corrected p", "could be seen"].map(h => html("th.n", { scope: "col" }, h))));
-  fill(place, html("table.tests.stack", head, html("tbody", shown.map(cells),
-    noise.length > 0 && html("tr.break", html("th", { colspan: 8, scope: "colgroup" }, "Where nothing should differ: the noise floor")),
-    noise.map(cells))),
-  html("p.note", "Filled: the corrected p is below 0.05. Shaded: the largest difference of the noise floor. Ticks: what could be seen. "
-    + "A test counts flips between the two models; an interval of displaced also carries the error of what was lost, so the two can differ."));
+  const picked = ["difference, points", ticksOf(axis, [-far / 1.06, 0, far / 1.06], v => v === 0 ? "0" : points(v))];
+  return [html("table.tests.stack",
+    heads("model", picked, "points", "gained", "lost", "p", "corrected p", "could be seen"),
+    html("tbody", shown.map(one), noise.length > 0 && html("tr.break",
+      html("th", { colspan: 8, scope: "colgroup" }, "Where nothing should differ: the noise floor")), noise.map(one))),
+  html("p.note", "Filled: the corrected p is below 0.05. Shaded: the largest difference of the noise floor. Ticks: "
+    + "what could be seen. A test counts the flips between two models. An interval of displaced also carries the error "
+    + "of what was lost, so the two can differ.")];
 }
 function pairTable() {
   if (!study.pairs?.length) return null;
   const name = id => byId.has(id) ? named(byId.get(id)) : id;
   return [html("h3", "Repair against repair"),
-    html("p.note", "Difference of the displaced shares, with its 95 % interval; non-inferior: the interval lies above the margin of −5 points that was stated before the run."),
-    html("div.scroll", html("table", html("thead", html("tr", ["repair", "against", "difference, points", "verdict"].map(h => html("th", { scope: "col" }, h)))),
-      html("tbody", study.pairs.map(({ a, b, difference, interval: ends, verdict }) => html("tr", html("th", { scope: "row" }, name(a)), html("td", name(b)),
-        html("td", typeof difference === "number" ? signed(100 * difference, 1) : plain(difference), numbers(ends || []).length === 2 && html("span.ends", shareRange(ends))),
-        html("td", verdict))))))];
+    html("p.note", "Difference of the displaced shares, with its 95 % interval; non-inferior: the interval lies above "
+      + "the margin of −5 points that was stated before the run."),
+    table("Repair against repair", ["repair", "against", "difference, points", "verdict"], study.pairs.map(pair =>
+      [name(pair.a), name(pair.b), [points(pair.difference), span(pair.interval)], pair.verdict]))];
 }
 function claimTable() {
   if (!study.claims?.length) return null;
-  return [html("h3", "What was claimed before the run"), html("div.scroll", html("table.claims.stack",
-    html("thead", html("tr", ["claim", "estimate", "p", "corrected p", "verdict"].map(h => html("th", { scope: "col" }, h)))),
-    html("tbody", study.claims.map(c => html("tr", html("th", { scope: "row" }, html("b", c.name), html("span.sub", c.statement)),
-      html("td.half", { "data-label": "estimate" }, typeof c.estimate === "number" ? tenths(c.estimate) : plain(c.estimate),
-        numbers(c.interval || []).length === 2 && html("span.ends", shareRange(c.interval))),
-      html("td.half", { "data-label": "p" }, probability(c.p)), html("td.half", { "data-label": "corrected p" }, probability(c.p_holm)),
-      html("td.half", { "data-label": "verdict" }, html("b", c.verdict)))))))];
+  return [html("h3", "What was claimed before the run"),
+    table("Claims", ["claim", "estimate", "p", "corrected p", "verdict"], study.claims.map(c =>
+      [[html("b", c.name), html("span.sub.claim", c.statement)],
+        [typeof c.estimate === "number" ? tenths(c.estimate) : plain(c.estimate), span(c.interval)],
+        probability(c.p), probability(c.p_holm), html("b", c.verdict)]))];
 }
 
 // --------------------------------------------------------------------------------------------------- 11. By attribute
 
 function drawAttributes() {
-  const able = models.filter(m => m.attributes), asked = models.filter(m => m.tasks), splits = [...new Set(asked.flatMap(m => Object.values(m.tasks).flatMap(Object.keys)))];
-  const split = splits.includes(chosen.tasks) ? chosen.tasks : splits.includes("heldout") ? "heldout" : splits[0];
-  const grid = (corner, list, names, of) => {
-    const found = list.map(m => names.map(n => of(m, n) || [null])), all = numbers(found.flat().map(v => v[0]));
-    return heat({ corner, rows: list.map(named), cols: names, values: found.map(row => row.map(v => v[0] ?? null)),
-      low: Math.min(0, ...all), high: Math.max(1, ...all), inside: percent,
-      hints: (i, j) => numbers(found[i][j]).length === 3 ? `${list[i].label}, ${names[j]}\n${tenths(found[i][j][0])} (${shareRange(found[i][j].slice(1))})` : null });
+  const able = models.filter(m => m.attributes), asked = models.filter(m => m.tasks);
+  const splits = [...new Set(asked.flatMap(m => Object.values(m.tasks).flatMap(Object.keys)))];
+  const usual = splits.includes("heldout") ? "heldout" : splits[0];
+  const split = splits.includes(chosen.tasks) ? chosen.tasks : usual;
+  const score = (m, task) => Object.values(own(own(m.tasks, task), split) || {})[0];    // the task's first measurement
+  fill(part("attributes", ".controls"), splits.length > 1 && picker("tasks-split", "people of the tasks",
+    splits.map(s => [s, s]), split, v => choose({ tasks: v }, ["attributes"])));
+  fill(part("attributes", "figure"), html("div.small-multiples",
+    html("div", able.length ? scores("recall", able, "attributes", (m, n) => own(m.attributes, n))
+      : missing("Recall by attribute")),
+    asked.length > 0 && html("div", scores(`tasks, ${split}`, asked, "tasks", score))));
+}
+// A heat map of [mean, low, high] of each model and name; `of` finds them.
+function scores(corner, list, key, of) {
+  const names = [...new Set(list.flatMap(m => Object.keys(m[key])))];
+  const found = list.map(m => names.map(n => of(m, n) || [null])), all = numbers(found.flat().map(v => v[0]));
+  const hints = (i, j) => {
+    const [mean, ...ends] = found[i][j];
+    return numbers(ends).length === 2 ? `${list[i].label}, ${names[j]}\n${tenths(mean)} (${shareRange(ends)})` : null;
   };
-  const names = (list, key) => [...new Set(list.flatMap(m => Object.keys(m[key])))];
-  const score = (m, task) => Object.values(own(own(m.tasks, task), split) || {})[0];
-  fill(part("attributes", ".controls"), splits.length > 1 && picker("tasks-split", "people of the tasks", splits.map(s => [s, s]), split, v => choose({ tasks: v }, ["attributes"])));
-  fill(part("attributes", "figure"), able.length ? grid("recall", able, names(able, "attributes"), (m, n) => own(m.attributes, n)) : missing("Recall by attribute"),
-    asked.length > 0 && [html("h3", `Tasks, ${split} people`), grid("score", asked, names(asked, "tasks"), score)]);
+  const values = found.map(row => row.map(v => v[0] ?? null));
+  return heat({ corner, rows: list.map(m => named(m)), cols: names, values,
+    low: Math.min(0, ...all), high: Math.max(1, ...all), inside: percent, hints });
 }
 
 // ----------------------------------------------------------------------------------------------- 12. Dose and response
 
-const DOSE = { bits: "bits a weight", sparsity: "share of zeros", "prompt-length": "tokens of the prompt", rank: "rank of LoRA" };
-const DASHES = [null, "6 3", "2 3", "9 3 2 3", "1 5", "12 4"], MARKS = ["dense", "quantize", "LoRA", "prune", "prompt", "prefix"];
+const DOSE = { bits: "bits a weight", sparsity: "share of zeros", "prompt-length": "tokens of the prompt",
+  rank: "rank of LoRA", damage: "damage" };
+const RATIOS = ["prompt-length", "rank"];                   // drawn on a logarithm
+const DASHES = [null, "6 3", "2 3", "9 3 2 3", "1 5", "12 4"];
+const MARKS = ["dense", "quantize", "LoRA", "prune", "prompt", "prefix"];
 
 function drawSweeps() {
   const sweeps = Object.entries(study.sweeps || {}).filter(([, sweep]) => sweep.points?.length);
-  const place = part("sweeps", "figure"), name = sweeps.some(([n]) => n === chosen.sweep) ? chosen.sweep : sweeps.find(([n]) => n === "damage")?.[0] ?? sweeps[0]?.[0];
+  const names = sweeps.map(([name]) => name), usual = names.includes("damage") ? "damage" : names[0];
+  const name = names.includes(chosen.sweep) ? chosen.sweep : usual;
   if (!name) {
     fill(part("sweeps", ".controls"));
     fill(part("sweeps", ".behind"));
-    fill(place, missing("Sweeps", "python -m study sweep bits adds one."));
+    fill(part("sweeps", "figure"), missing("Sweeps", "python -m study sweep bits adds one."));
     return;
   }
   const points = study.sweeps[name].points, damage = points.some(p => p.displaced);
-  const able = damage ? ["displaced", "relearned"] : ["recall_heldout", "recall_seen", "recall_novel", "perplexity"].filter(k => points.some(p => own(p, k) !== null));
-  const measure = able.includes(chosen.measure) ? chosen.measure : able[0];
-  const label = { relearned: "re-learned", displaced: "displaced" }[measure] || nameOf(measure);
-  fill(part("sweeps", ".controls"), picker("sweep-of", "varied", sweeps.map(([n]) => [n, n === "damage" ? "damage" : DOSE[n] || n]), name, v => choose({ sweep: v }, ["sweeps"])),
-    picker("sweep-measure", "measured", able.map(k => [k, nameOf(k)]), measure, v => choose({ measure: v }, ["sweeps"])));
-  const panels = damage ? [...new Set(points.map(p => p.repair))] : [null];
-  const span = p => Array.isArray(own(p, measure)) ? p[measure] : [own(p, measure)];
+  const measures = damage ? ["displaced", "relearned"]
+    : [...RECALLS.map(([n]) => n), "perplexity"].filter(n => points.some(p => own(p, n) !== null));
+  const measure = measures.includes(chosen.measure) ? chosen.measure : measures[0];
+  fill(part("sweeps", ".controls"),
+    picker("sweep-of", "varied", names.map(n => [n, DOSE[n] || n]), name, v => choose({ sweep: v }, ["sweeps"])),
+    picker("sweep-measure", "measured", measures.map(n => [n, nameOf(n)]), measure,
+      v => choose({ measure: v }, ["sweeps"])));
+  const share = damage || measure.startsWith("recall"), sayShare = v => `${plain(100 * v)} %`;
+  const found = points.map(p => {
+    const [mean, low = null, high = null] = [own(p, measure)].flat();
+    const panel = damage ? p.repair : "", x = damage ? p.lost : p.x;
+    return { series: p.series, panel, level: String(p.x), x, mean, low, high };
+  }).filter(p => number(p.x) !== null && number(p.mean) !== null);
+  const x = { name: damage ? "held-out recall that was lost" : DOSE[name] || name, log: RATIOS.includes(name),
+    text: damage || name === "sparsity" ? sayShare : plain, values: found.map(p => p.x) };
+  const held = v => share ? Math.max(-0.5, Math.min(1.5, v)) : v;                       // see scatter()
+  const y = { name: nameOf(measure), text: share ? sayShare : plain,
+    values: found.flatMap(p => numbers([p.mean, p.low, p.high]).map(held)) };
+  const role = damage || RATIOS.includes(name) ? "repaired" : "compressed";
+  const panels = [...new Set(found.map(p => p.panel))];
   const width = panels.length > 1 && pageWidth > 900 ? (pageWidth - 36) / 2 : Math.min(pageWidth, 820);
-  const xOf = p => damage ? p.lost : p.x, all = points.filter(p => number(xOf(p)) !== null && number(span(p)[0]) !== null);
-  const series = panel => [...new Set(points.map(p => p.series))].map((s, k) => ({ name: s, dash: DASHES[k % DASHES.length], mark: MARKS[k % MARKS.length],
-    points: all.filter(p => p.series === s && (panel === null || p.repair === panel)).map(p => [xOf(p), ...span(p), p.x]).sort((a, b) => a[0] - b[0]) }))
-    .filter(s => s.points.length);
-  const role = damage || ["prompt-length", "rank"].includes(name) ? "repaired" : "compressed", share = damage || measure.startsWith("recall");
-  const look = { width, role, x: { name: damage ? "share of held-out recall that was lost" : DOSE[name] || name, log: ["prompt-length", "rank"].includes(name),
-    text: damage || name === "sparsity" ? v => `${plain(100 * v)} %` : plain, values: all.map(xOf) },
-  y: { name: label, text: share ? v => `${plain(100 * v)} %` : plain, values: all.flatMap(p => span(p).map(v => share ? Math.max(-0.5, Math.min(1.5, v)) : v)) } };
-  fill(place, html("div.small-multiples", panels.map(panel => html("div", panel !== null && html("h3", panel), lines(series(panel), look)))));
-  fill(part("sweeps", ".behind"), behind("sweep-table", "The lines as a table", () => table("Sweep", ["series", ...(damage ? ["repair", "level", "lost"] : [name]), label],
-    points.map(p => [p.series, ...(damage ? [p.repair, String(p.x), tenths(p.lost)] : [plain(p.x)]),
-      share ? `${tenths(span(p)[0])}${numbers(span(p)).length === 3 ? ` (${shareRange(span(p).slice(1))})` : ""}` : plain(span(p)[0])]))));
+  fill(part("sweeps", "figure"), html("div.small-multiples", panels.map(panel => html("div", panel && html("h3", panel),
+    lines(found.filter(p => p.panel === panel), { width, role, x, y })))));
+  fill(part("sweeps", ".behind"), behind("sweep-table", "The lines as a table", () => table("Sweep",
+    ["series", ...(damage ? ["repair", "level"] : []), x.name, y.name, "95 % interval"],
+    found.map(p => [p.series, ...(damage ? [p.panel, p.level] : []), x.text(p.x),
+      share ? tenths(p.mean) : plain(p.mean),
+      numbers([p.low, p.high]).length === 2 ? shareRange([p.low, p.high]) : "–"]))));
 }
 // Lines with bands and their names at the right end; series differ by dash, mark and name, not by colour.
-function lines(series, { width, role, x: across, y: up }) {
-  const height = Math.max(280, Math.min(400, width * 0.55)), room = Math.max(...series.map(s => textWidth(s.name))) + 20;
+function lines(found, { width, role, x: across, y: up }) {
+  const series = [...new Set(found.map(p => p.series))].map((name, k) => ({ name, dash: DASHES[k % DASHES.length],
+    mark: MARKS[k % MARKS.length], points: found.filter(p => p.series === name).sort((a, b) => a.x - b.x) }));
+  const height = Math.max(280, Math.min(400, width * 0.55));
   const y = scaleOf(up.values, [height - 50, 30]), left = Math.max(...y.ticks.map(t => textWidth(up.text(t)))) + 14;
-  const narrow = room > width * 0.36, box = { left, right: width - (narrow ? 10 : room), top: 30, bottom: height - 50 };
-  const x = scaleOf(across.values, [box.left, box.right], across.log), held = v => Math.max(box.top - 4, Math.min(box.bottom + 4, y(v)));
-  const paint = { fill: `var(--${role})`, stroke: `var(--${role})` };
-  const band = ({ points }) => {
-    const some = points.filter(p => numbers(p.slice(2, 4)).length === 2);
-    if (some.length < 2) return null;
-    return path("M" + [...some.map(p => `${x(p[0])},${held(p[3])}`), ...some.reverse().map(p => `${x(p[0])},${held(p[2])}`)].join("L") + "Z",
-      { fill: `var(--${role})`, opacity: 0.14 });
+  const room = Math.max(...series.map(s => textWidth(s.name))) + 20, narrow = room > width * 0.36;
+  const box = { left, right: width - (narrow ? 10 : room), top: 30, bottom: height - 50 };
+  const x = scaleOf(across.values, [box.left, box.right], across.log);
+  const held = v => Math.max(box.top - 4, Math.min(box.bottom + 4, y(v))), hue = `var(--${role})`;
+  const stroke = s => ({ stroke: hue, "stroke-width": 1.8, "stroke-dasharray": s.dash, fill: "none" });
+  const mark = s => path(shape(s.mark, 4), { fill: hue, stroke: hue });
+  const band = s => {
+    const some = s.points.filter(p => numbers([p.low, p.high]).length === 2);
+    const edge = [...some.map(p => [x(p.x), held(p.high)]), ...[...some].reverse().map(p => [x(p.x), held(p.low)])];
+    return some.length > 1 && path(`M${edge.join("L")}Z`, { fill: hue, opacity: 0.14 });
   };
-  const ends = series.map(s => held(s.points.at(-1)[1])), places = apart(ends, 15);
-  const drawn = series.map((s, k) => svg("g", path("M" + s.points.map(p => `${x(p[0])},${held(p[1])}`).join("L"),
-    { fill: "none", stroke: `var(--${role})`, "stroke-width": 1.8, "stroke-dasharray": s.dash }),
-  s.points.map(p => hint(svg("g", { transform: `translate(${x(p[0])} ${held(p[1])})` }, path(shape(s.mark, 4), paint)),
-    `${s.name}, ${typeof p.at(-1) === "string" ? p.at(-1) : across.text(p[0])}\n${up.name} ${up.text(p[1])}${p.length > 3 && number(p[2]) !== null ? ` (${up.text(p[2])} to ${up.text(p[3])})` : ""}`)),
-  !narrow && [Math.abs(places[k] - ends[k]) > 6 && line(x(s.points.at(-1)[0]) + 6, ends[k], box.right + 8, places[k], { class: "leader" }),
-    text(box.right + 10, places[k] + 4, s.name, { class: "halo" })]));
-  const bands = series.map(s => band({ points: [...s.points] }));
-  return [svg("svg", { width, height, role: "img", "aria-label": `${up.name} against ${across.name}: ${series.map(s => s.name).join(", ")}` },
-    axes(box, x, y, across.name, up.name, across.text, up.text), bands, drawn),
-  narrow && html("ul.keys", series.map(s => html("li.key", svg("svg", { width: 34, height: 14, "aria-hidden": "true" },
-    line(0, 7, 34, 7, { stroke: `var(--${role})`, "stroke-width": 1.8, "stroke-dasharray": s.dash }), svg("g", { transform: "translate(17 7)" }, path(shape(s.mark, 4), paint))), s.name)))];
+  const said = (s, p) => [`${s.name}, ${p.panel ? `${p.level}, ` : ""}${across.name} ${across.text(p.x)}`,
+    `${up.name} ${up.text(p.mean)}` + (p.low === null ? "" : ` (${up.text(p.low)} to ${up.text(p.high)})`)].join("\n");
+  const ends = series.map(s => held(s.points.at(-1).mean)), places = apart(ends, 15);
+  const name = (s, k) => [Math.abs(places[k] - ends[k]) > 6
+    && line(x(s.points.at(-1).x) + 6, ends[k], box.right + 8, places[k], { class: "leader" }),
+  text(box.right + 10, places[k] + 4, s.name, { class: "halo" })];
+  const drawn = series.map((s, k) => [path("M" + s.points.map(p => [x(p.x), held(p.mean)]).join("L"), stroke(s)),
+    s.points.map(p => hint(svg("g", { transform: `translate(${x(p.x)} ${held(p.mean)})` }, mark(s)), said(s, p))),
+    !narrow && name(s, k)]);
+  const key = s => html("li.key", svg("svg", { width: 34, height: 14, "aria-hidden": "true" },
+    line(0, 7, 34, 7, stroke(s)), svg("g", { transform: "translate(17 7)" }, mark(s))), s.name);
+  return [svg("svg", { width, height, role: "img",
+    "aria-label": `${up.name} against ${across.name}: ${series.map(s => s.name).join(", ")}` },
+  axes(box, x, y, across.name, up.name, across.text, up.text), series.map(band), drawn),
+  narrow && html("ul.keys", series.map(key))];
 }
 
 // --------------------------------------------------------------------------------------------------------- 13. Answers
@@ -1158,7 +1235,8 @@ function drawBehaviours() {
     return;
   }
   const [, a, b] = chosen.show.match(/^flip (\d+) (\d+)$/) || [];
-  const options = filters(inQuestion(), shown, [models[a], models[b]]), filter = options.find(f => f.key === chosen.show) || options[0];
+  const options = filters(inQuestion(), shown, [models[a], models[b]]);
+  const filter = options.find(f => f.key === chosen.show) || options[0];
   const pool = bitsWhere(facts.length, i => !chosen.split || facts[i].split === chosen.split);
   drawFilters(options, filter, pool);
 
@@ -1181,8 +1259,9 @@ function drawBehaviours() {
 }
 function drawFilters(options, filter, pool) {
   const splits = [...new Set(facts.map(f => f.split))], controls = part("behaviours", ".controls");
+  const damaged = models.filter(m => isCompressed(m) || m.kind === "control");
   const list = [
-    picker("facts-of", "compression in question", modelOptions(models.filter(m => isCompressed(m) || m.kind === "control")), inQuestion().id,
+    picker("facts-of", "compression in question", modelOptions(damaged), inQuestion().id,
       v => choose({ of: v, page: "1" })),
     picker("facts-show", "show", options.map(f => [f.key, `${f.words} (${plain(size(pool, f.set))})`]),
       filter.key, v => turn({ show: v })),
@@ -1191,7 +1270,7 @@ function drawFilters(options, filter, pool) {
   let search = document.getElementById("search");
   if (!search) {                                            // put in place once: moving the box would lose its caret
     let waiting = null;
-    const look = () => choose({ q: search.value, page: "1" }, ["behaviours"], true);      // no step of Back for a letter
+    const look = () => choose({ q: search.value, page: "1" }, ["behaviours"], true);    // no step of Back for a letter
     search = html("input", { id: "search", type: "search", placeholder: "person, attribute, answer",
       oninput: () => { clearTimeout(waiting); waiting = setTimeout(look, 150); } });
     fill(controls, list, html("label", "search", search));
@@ -1201,31 +1280,44 @@ function drawFilters(options, filter, pool) {
 // How the log-probability of the right answer moved, as a histogram; dragging over it keeps the facts of that range.
 function drawChange(shown, list) {
   const able = shown.filter(m => m !== root(m)), place = part("behaviours", ".change");
-  const m = able.find(o => o.id === chosen.change) || able[0], wide = 5;
+  const m = able.find(o => o.id === chosen.change) || able[0];
   const moved = m ? new Map(list.map(i => [i, gain(m, i)]).filter(([, v]) => v !== null)) : new Map();
   if (!moved.size) {
     fill(place);
     return list;
   }
-  const [low, high] = [chosen.from, chosen.to].map((v, k) => v === "" || !Number.isFinite(Number(v)) ? [-Infinity, Infinity][k] : Number(v));
-  const bins = Array.from({ length: 41 }, () => 0), bin = v => Math.max(0, Math.min(40, Math.round((v + wide) / wide * 20)));
-  for (const v of moved.values()) bins[bin(v)]++;
-  const width = Math.min(pageWidth, 620), height = 110, x = v => 10 + (v + wide) / (2 * wide) * (width - 20);
-  const step = (width - 20) / 40, most = Math.max(...bins), tall = n => n ? Math.max(2, Math.sqrt(n / most) * 68) : 0;
-  const box = { left: 10 - step / 2, right: width - 10 + step / 2, top: 4, bottom: 80 };
-  const canvas = svg("svg", { width, height, role: "img", style: "touch-action: pan-y",
-    "aria-label": `Change of the right answer's log-probability in ${m.label}, ${count(moved.size, "fact")}` },
-  bins.map((n, k) => hint(rect(x(-wide) + (k - 0.45) * step, 80 - tall(n), step * 0.9, tall(n), { class: (k - 20) / 20 * wide >= low - 0.13 && (k - 20) / 20 * wide <= high + 0.13 ? "bin" : "bin out" }),
-    `${count(n, "fact")}: Δ ${k === 0 ? "below " : k === 40 ? "above " : ""}${signed((k - 20) / 20 * wide)}`)),
-  line(x(0), 4, x(0), 80, { class: "zero" }), line(box.left, 80, box.right, 80, { class: "zero" }),
-  [-4, -2, 0, 2, 4].map(v => text(x(v), 96, v === 0 ? "0" : signed(v, 0), { class: "muted", "text-anchor": "middle" })),
-  text(0, 110, "← less likely", { class: "muted" }), text(width, 110, "likelier →", { class: "muted", "text-anchor": "end" }));
-  brush(canvas, box, ({ left, right }) => turn({ from: ((left - 10) / (width - 20) * 2 * wide - wide).toFixed(2), to: ((right - 10) / (width - 20) * 2 * wide - wide).toFixed(2) }));
-  const limit = (key, label) => html("label", label, html("input", { id: `change-${key}`, type: "number", step: 0.1, value: chosen[key],
-    onchange: event => turn({ [key]: event.target.value }) }));
-  fill(place, html("div.controls", picker("change-of", "change Δ in", modelOptions(able), m.id, v => turn({ change: v })), limit("from", "from"), limit("to", "to"),
-    button("change-all", "all changes", () => turn({ from: "", to: "" }), chosen.from === "" && chosen.to === "")), canvas);
-  return low === -Infinity && high === Infinity ? list : list.filter(i => moved.has(i) && moved.get(i) >= low && moved.get(i) <= high);
+  const limit = (v, otherwise) => v === "" || !Number.isFinite(Number(v)) ? otherwise : Number(v);
+  const low = limit(chosen.from, -Infinity), high = limit(chosen.to, Infinity);
+  const box = (key, label) => html("label.short", label, html("input", { id: `change-${key}`, type: "number", step: 0.1,
+    value: chosen[key], onchange: event => turn({ [key]: event.target.value }) }));
+  fill(place, html("div.controls",
+    picker("change-of", "change Δ in", modelOptions(able), m.id, v => turn({ change: v })),
+    box("from", "from"), box("to", "to"),
+    button("change-all", "all changes", () => turn({ from: "", to: "" }), chosen.from === "" && chosen.to === "")),
+  changes([...moved.values()], low, high, `Change of the right answer's log-probability in ${m.label}`));
+  const inside = i => moved.has(i) && moved.get(i) >= low && moved.get(i) <= high;
+  return low === -Infinity && high === Infinity ? list : list.filter(inside);
+}
+function changes(values, low, high, label) {
+  const FAR = 5, BINS = 40, middle = k => (k / BINS * 2 - 1) * FAR;                     // the last bins hold all beyond
+  const bins = Array.from({ length: BINS + 1 }, () => 0);
+  for (const v of values) bins[Math.max(0, Math.min(BINS, Math.round((v / FAR + 1) / 2 * BINS)))]++;
+  const width = Math.min(pageWidth, 620), base = 80, most = Math.max(...bins), step = (width - 20) / BINS;
+  const x = v => 10 + (v / FAR + 1) / 2 * (width - 20), value = at => ((at - 10) / (width - 20) * 2 - 1) * FAR;
+  const tall = n => n ? Math.max(2, Math.sqrt(n / most) * 68) : 0;
+  const kept = k => middle(k) >= low - FAR / BINS && middle(k) <= high + FAR / BINS;
+  const said = (n, k) => `${count(n, "fact")}: Δ ${{ 0: "below ", [BINS]: "above " }[k] || ""}${signed(middle(k))}`;
+  const canvas = svg("svg", { width, height: 110, role: "img", style: "touch-action: pan-y",
+    "aria-label": `${label}, ${count(values.length, "fact")}` },
+  bins.map((n, k) => hint(rect(x(middle(k)) - step * 0.45, base - tall(n), step * 0.9, tall(n),
+    { class: kept(k) ? "bin" : "bin out" }), said(n, k))),
+  line(x(0), 4, x(0), base, { class: "zero" }), line(0, base, width, base, { class: "zero" }),
+  [-4, -2, 0, 2, 4].map(v => text(x(v), 96, v ? signed(v, 0) : "0", { class: "muted", "text-anchor": "middle" })),
+  text(0, 110, "← less likely", { class: "muted" }),
+  text(width, 110, "likelier →", { class: "muted", "text-anchor": "end" }));
+  brush(canvas, { left: 0, right: width, top: 4, bottom: base }, ({ left, right }) =>
+    turn({ from: value(left).toFixed(2), to: value(right).toFixed(2) }));
+  return canvas;
 }
 function factTable(rows, shown, list) {
   const head = (key, label, below, m = null) => {
@@ -1255,8 +1347,8 @@ function flips(shown, pool) {
   const values = shown.map(a => shown.map(b => a === b ? null : size(rightOf(a), pool, rightOf(b))));
   const inside = (n, i, j) => html("button", { id: `flip-${shown[i].index}-${shown[j].index}`, type: "button",
     "aria-label": `${n} facts: ${shown[i].label} right, ${shown[j].label} wrong` }, String(n));
-  return heat({ corner: "right ↓ wrong →", rows: shown.map(named), cols: shown.map(m => m.label), values, low: 0,
-    high: Math.max(1, ...values.flat()), inside });
+  return heat({ corner: "right ↓ wrong →", rows: shown.map(m => named(m)), cols: shown.map(m => m.label), values,
+    low: 0, high: Math.max(1, ...values.flat()), inside });
 }
 
 // --------------------------------------------------------------------------------------------------------- 14. Layers
@@ -1332,7 +1424,8 @@ function similarity() {
   return [
     html("p.note", "A row is a layer, a column a head, the last column the layer's output; 1 is the same as dense."),
     html("p.note.key", html("span", plain(low)), html("span.ramp"), html("span", plain(high))),
-    html("div.small-multiples", grids.map(({ m, ...grid }) => html("div", html("h4", { "data-m": m.index }, icon(m), m.label),
+    html("div.small-multiples", grids.map(({ m, ...grid }) => html("div",
+      html("h4", { "data-m": m.index }, icon(m), m.label),
       heat({ ...grid, corner: "layer", low, high, inside: two }))))];
 }
 
@@ -1341,7 +1434,8 @@ function similarity() {
 function drawIdp() {
   const able = models.filter(m => m.idp), place = part("idp", "figure");
   const m = able.find(o => o.id === chosen.idp) || able.find(o => repaired(o) === inQuestion()) || able[0];
-  fill(part("idp", ".controls"), m && picker("idp-of", "model", modelOptions(able), m.id, v => choose({ idp: v }, ["idp"])));
+  fill(part("idp", ".controls"),
+    m && picker("idp-of", "model", modelOptions(able), m.id, v => choose({ idp: v }, ["idp"])));
   if (!m) {
     fill(place, missing("Dynamic prompting"));
     return;
@@ -1368,12 +1462,13 @@ function prompts(taken, byAttribute) {
 }
 // The rule beside its floors and ceilings: what other ways to choose reach with the same prompts and questions.
 function choices(m, selectors) {
-  const span = (ends, f) => numbers(ends || []).length === 2 ? ends.map(f).join(" to ") : "not measured";
+  const say = (ends, f) => numbers(ends || []).length === 2 ? ends.map(f).join(" to ") : "not measured";
   const bar = ({ recall, interval: ends }) => strip(rulesOf(whole, [0, 0.5, 1]),
     number(recall) !== null && estimate(m, recall, numbers(ends || []).length === 2 ? ends : null, whole));
-  const head = ["choice", "held-out recall", ticksOf(whole, [0, 0.5, 1], v => v === 1 ? "100 %" : String(100 * v)), "95 % interval", "points over the paper's rule", "extra passes"];
+  const head = ["choice", "held-out recall", ["drawn", ticksOf(whole, [0, 0.5, 1], ofHundred)], "95 % interval",
+    "points over the paper's rule", "extra passes"];
   return table("Ways to choose", head, selectors.map(s => [s.name, tenths(s.recall), html("div.bar-cell", bar(s)),
-    span(s.interval, tenths), span(s.over_rule, v => signed(100 * v, 1)), plain(s.extra_passes)]));
+    say(s.interval, tenths), say(s.over_rule, points), plain(s.extra_passes)]));
 }
 function cloud(m, all) {
   const points = all.filter(p => numbers(p).length === 2);
@@ -1416,8 +1511,9 @@ function drawMade() {
 
 // ---------------------------------------------------------------------------------------------------------- 17. Start
 
-const VIEWS = { verdict: drawVerdict, tradeoffs: drawTradeoffs, map: drawMap, tests: drawTests, attributes: drawAttributes,
-  sweeps: drawSweeps, behaviours: drawBehaviours, layers: drawLayers, idp: drawIdp, made: drawMade };
+const VIEWS = { verdict: drawVerdict, tradeoffs: drawTradeoffs, map: drawMap, tests: drawTests,
+  attributes: drawAttributes, sweeps: drawSweeps, behaviours: drawBehaviours, layers: drawLayers, idp: drawIdp,
+  made: drawMade };
 const CHOSEN_VIEWS = ["tradeoffs", "map", "behaviours", "layers", "idp"];        // those that show what is selected
 
 function drawChosen() {
@@ -1425,9 +1521,10 @@ function drawChosen() {
   const chip = m => html("button.chip", { id: `chip-${m.index}`, type: "button", "data-m": m.index,
     "aria-label": `${m.label}: take out of the selection`, onclick: () => select(list.filter(s => s !== m)) },
     icon(m), m.label, html("span", { "aria-hidden": "true" }, "×"));
-  const box = html("details", { id: "chips" }, html("summary", list.length ? html("b", `${list.length} selected`) : "Nothing is selected: click a model below.",
-    list.length > 0 && html("span.names", list.map(m => m.label).join(", "))),
-  html("div.chips", list.length > 1 && button("select-none", "clear", () => select([])), list.map(chip)));
+  const box = html("details", { id: "chips" },
+    html("summary", list.length ? html("b", `${list.length} selected`) : "Nothing is selected: click a model below.",
+      list.length > 0 && html("span.names", list.map(m => m.label).join(", "))),
+    html("div.chips", list.length > 1 && button("select-none", "clear", () => select([])), list.map(chip)));
   box.open = opened.has("chips");
   box.addEventListener("toggle", () => opened[box.open ? "add" : "delete"]("chips"));
   fill(place, box);
@@ -1451,15 +1548,18 @@ function goTo(view) {
   document.getElementById(`${view}-h`)?.focus({ preventScroll: true });
 }
 function drawHeader() {
-  const verdicts = study.verdicts || [], bases = [...new Set(verdicts.map(v => v.base))].filter(id => byId.has(id)).map(id => byId.get(id));
+  const { hypothesis, name } = study, verdicts = study.verdicts || [], claims = study.claims || [];
+  const bases = [...new Set(verdicts.map(v => v.base))].filter(id => byId.has(id)).map(id => byId.get(id));
   const outcome = m => html("li", { "data-m": m.index }, html("b", m.label),
     verdicts.filter(v => v.base === m.id).map(v => html("span", v.text)));
-  fill(document.getElementById("kicker"), [study.name, count(models.length, "model"), facts.length > 0 && count(facts.length, "fact")].filter(Boolean).join(" · "));
+  const claim = c => html("li", html("b", `${c.name}: ${c.verdict}`), html("span", c.statement));
+  const about = [name, count(models.length, "model"), facts.length > 0 && count(facts.length, "fact")];
+  fill(document.getElementById("kicker"), about.filter(Boolean).join(" · "));
   fill(document.getElementById("folded"),
-    (study.hypothesis || study.claims?.length > 0) && html("details", html("summary", "What was stated before the run"),
-      study.hypothesis && html("p.quote", study.hypothesis),
-      study.claims?.length > 0 && html("ul.outcome", study.claims.map(c => html("li", html("b", `${c.name}: ${c.verdict}`), html("span", c.statement))))),
-    bases.length > 0 && html("details", html("summary", `What was found, ${count(verdicts.length, "sentence")}`), html("ul.outcome", bases.map(outcome))));
+    (hypothesis || claims.length > 0) && html("details", html("summary", "What was stated before the run"),
+      hypothesis && html("p.quote", hypothesis), claims.length > 0 && html("ul.outcome", claims.map(claim))),
+    bases.length > 0 && html("details", html("summary", `What was found, ${count(verdicts.length, "sentence")}`),
+      html("ul.outcome", bases.map(outcome))));
 }
 function drawNavigation() {
   const views = [...document.querySelectorAll("main > section")];
@@ -1489,6 +1589,8 @@ async function start() {
   drawHeader();
   drawNavigation();
   listenToPointer();
+  for (const row of document.querySelectorAll("#picture [data-model]"))
+    if (byId.has(row.dataset.model)) row.setAttribute("data-m", byId.get(row.dataset.model).index);
   part("behaviours", ".flips").addEventListener("click", pressFlip);
   const measure = () => { pageWidth = part("map", "figure").clientWidth; };
   measure();

@@ -1,4 +1,4 @@
-"""As much of W3C WebDriver as the test of the page needs: JSON over local HTTP, through chromedriver, without a package."""
+"""As much of W3C WebDriver as the test of the page needs: JSON over local HTTP, through chromedriver, no package."""
 import json
 import socket
 import subprocess

@@ -173,7 +173,8 @@ def with_everything(seed=1, people=40):
             repair, extra = SIZES[rtag]
             rows = invented_answers(rng, [(p["split"], p["person"], p["attribute"], p["question"], p["gold"],
                                            rng.random()) for p in predictions[:15 * people]], f"{cid}+{rtag}", 0.2)
-            metrics, intervals = invented_metrics(rng, rows, base["metrics"]["bytes"] + 4 * extra, 3.7, .2, extra, False)
+            size = base["metrics"]["bytes"] + 4 * extra
+            metrics, intervals = invented_metrics(rng, rows, size, 3.7, .2, extra, False)
             half = 0.012 if kind == "control" else 0.02 / max(0.05, 1 - after) + 0.01
             for name, k in (("displaced", 0), ("relearned", 1)):
                 value = shares and shares[k] + rng.gauss(0, half / 4)
@@ -191,19 +192,21 @@ def with_everything(seed=1, people=40):
     for m in models:
         low = m["metrics"]["recall_heldout"]
         m["attributes"] = {a: [low, low - .04, low + .04] for a in ATTRIBUTES}
-        m["tasks"] = {t: {s: {"acc": [rng.uniform(.2, .9), .1, .95]} for s in SPLITS} for t in ("four-way", "last word")}
+        m["tasks"] = {task: {split: {"acc": [rng.uniform(.2, .9), .1, .95]} for split in SPLITS}
+                      for task in ("four-way", "last word")}
         for name in ("knowledge_seen", "knowledge_heldout", "knowledge_novel", "format_heldout"):
             m["metrics"][name] = -rng.expovariate(2)
             m["intervals"][name] = [m["metrics"][name] - .05, m["metrics"][name] + .05]
     study["metrics"] += [{"name": n, "label": label, "unit": u, "higher_is_better": up} for n, label, u, up in MORE]
     study["operations"] += [{"name": n, "description": n} for n in ("fine-tune", "add", "biases")]
-    study["comparisons"] = [comparison(rng, m, what) for m in models[1:] for what in ("recall, seen", "recall, held-out")]
+    study["comparisons"] = [comparison(rng, m, what) for m in models[1:]
+                            for what in ("recall, seen", "recall, held-out")]
     study["noise"] = [{"what": "asked again in reverse", "model": "dense", "base": "dense", "items": 2500, "gained": 1,
                        "lost": 0, "difference": 0.0004, "p": 1.0}]
     names = ("a prompt brings facts back", "a pool beats one prompt", "prompts equal weights", "GPTQ leaves less")
     study["claims"] = [{"name": n, "statement": f"We claim that {n}.", "estimate": e, "interval": [e - .03, e + .03],
                         "p": p, "p_holm": min(1, 4 * p), "verdict": v} for n, e, p, v in
-                       zip(names, (.05, .01, -.12, .3), (.001, .4, .9, 1e-9), ("holds", "open", "does not hold", "holds"))]
+                       zip(names, (.05, .01, -.12, .3), (.001, .4, .9, 1e-9), ("holds", "open", "fails", "holds"))]
     study["pairs"] = [{"a": "gptq-3+prompt 8", "b": "gptq-3+biases", "difference": -.12, "interval": [-.17, -.07],
                        "verdict": "inferior"}]
     study["sweeps"] = {"bits": {"settings": {}, "points": [

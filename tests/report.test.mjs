@@ -41,9 +41,11 @@ test("sets of facts count as lists do", () => {
 test("filters are what they say", () => {
   const right = id => packed.answers[id].said.map((k, i) => (k === 0) !== packed.answers[id].odd.includes(i));
   const c = models.find(m => m.id === "gptq-3"), [dense, small] = ["dense", "gptq-3"].map(right);
-  const broken = facts.map((_, i) => dense[i] && !small[i]), lora = right("gptq-3+lora"), others = ["prompt", "prefix", "idp"].map(r => right(`gptq-3+${r}`));
+  const broken = facts.map((_, i) => dense[i] && !small[i]), lora = right("gptq-3+lora");
+  const others = ["prompt", "prefix", "idp"].map(r => right(`gptq-3+${r}`));
   const list = report.filters(c, [models[0], c], [models[0], c]), set = key => list.find(f => f.key === key).set;
-  const same = (key, expected) => facts.forEach((_, i) => assert.equal(report.has(set(key), i), expected(i), `${key} ${i}`));
+  const same = (key, expected) =>
+    facts.forEach((_, i) => assert.equal(report.has(set(key), i), expected(i), `${key} ${i}`));
   same("all", () => true);
   same("differ", i => dense[i] !== small[i]);
   same("broken", i => broken[i]);
@@ -63,7 +65,8 @@ test("the share of right answers leaves out what nobody can know", () => {
 });
 
 test("roles: grey is the dense model, blue compressed, orange repaired", () => {
-  assert.deepEqual(["dense", "gptq-3", "gptq-3+idp"].map(id => report.roleOf(models.find(m => m.id === id))), ["dense", "compressed", "repaired"]);
+  const role = id => report.roleOf(models.find(m => m.id === id));
+  assert.deepEqual(["dense", "gptq-3", "gptq-3+idp"].map(role), ["dense", "compressed", "repaired"]);
 });
 
 test("scales go through their ends, and a logarithm has a place for 0", () => {
@@ -81,8 +84,10 @@ test("scales go through their ends, and a logarithm has a place for 0", () => {
 test("a label is nearest to its own point, and none lies on another", () => {
   let seed = 7;
   const random = () => (seed = seed * 16807 % 2147483647) / 2147483647;
-  const points = Array.from({ length: 40 }, (_, k) => ({ px: 40 + random() * 900, py: 30 + random() * 400, label: `model ${k}` }));
-  const width = string => 7 * string.length, placed = report.placeLabels(points, { left: 0, right: 1000, top: 0, bottom: 460 }, width);
+  const points = Array.from({ length: 40 },
+    (_, k) => ({ px: 40 + random() * 900, py: 30 + random() * 400, label: `model ${k}` }));
+  const box = { left: 0, right: 1000, top: 0, bottom: 460 };
+  const placed = report.placeLabels(points, box, string => 7 * string.length);
   const far = ([l, t, r, b], p) => Math.hypot(Math.max(l - p.px, 0, p.px - r), Math.max(t - p.py, 0, p.py - b));
   assert.ok(placed.filter(Boolean).length > 30);
   placed.forEach((found, k) => {
