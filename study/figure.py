@@ -38,7 +38,7 @@ STYLE = """
 .repairs .repair { fill: #c2570c; stroke: #c2570c } .repairs .control { fill: #66666c; stroke: #66666c }
 .repairs .halo { paint-order: stroke; stroke: #fcfbf8; stroke-width: 4px }
 .repairs .hollow { fill: #fcfbf8 } .repairs .ci { stroke: #1c1c1e; stroke-width: 1.3; fill: none }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
 .repairs .paper, .repairs .hollow { fill: #131417 } .repairs text { fill: #ecebe7 } .repairs .small { fill: #a9a8ae }
 .repairs .halo { stroke: #131417 } .repairs .rule { stroke: #3a3c43 }
 .repairs .bracket { stroke: #a9a8ae } .repairs .ci { stroke: #ecebe7 }

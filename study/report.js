@@ -550,7 +550,8 @@ function estimate(m, v, ends, axis, hollow = false) {
 }
 const ofHundred = v => v === 1 ? "100 %" : String(100 * v);
 const ticksOf = (axis, values, label) => svg("svg.ticks", { width: "100%", height: 14, "aria-hidden": "true" },
-  values.map(v => text(across(axis(v)), 11, label(v), { "text-anchor": "middle", class: "muted" })));
+  values.map(v => text(across(axis(v)), 11, label(v),
+    { "text-anchor": axis(v) < 0.02 ? "start" : axis(v) > 0.98 ? "end" : "middle", class: "muted" })));
 const rulesOf = (axis, values) => values.map(v => line(across(axis(v)), 1, across(axis(v)), 19, { class: "rule" }));
 
 // A heat map is a table: numbers in cells, darker for more. Read aloud, it is still a table. Up to SWITCH the ink is
@@ -1495,6 +1496,7 @@ function drawMade() {
   const times = study.times || [], most = Math.max(0, ...numbers(times.map(t => t.seconds)));
   const timed = () => table("Times", ["step", "took", "made or reused"],
     times.map(t => [t.step, meter(t.seconds, most, seconds(t.seconds)), t.reused ? "reused" : "made"]));
+  const example = o => models.find(m => m.operation?.name === o.name) || o.name;
   const better = { true: "higher is better", false: "lower is better" };
   fill(part("made", "figure"), html("div.columns",
     block("Run", pairs({ command: study.command ?? "not recorded", created: study.created ?? "not recorded",
@@ -1504,7 +1506,7 @@ function drawMade() {
     block("Versions", pairs(study.versions)),
     block("Settings", pairs(study.settings)),
     block("Operations", html("dl", [...operations.values()].map(o =>
-      [html("dt", html("span.key", icon(o.name), o.name)), html("dd", o.description || "")]))),
+      [html("dt", html("span.key", icon(example(o)), o.name)), html("dd", o.description || "")]))),
     block("Measurements", html("dl", study.metrics.map(n => [html("dt", nameOf(n.name)), html("dd", n.description || "",
       html("span.sub", [n.unit, better[n.higher_is_better]].filter(Boolean).join(", ")))])))));
 }

@@ -113,7 +113,7 @@ def test_nothing_leaves_the_picture_or_is_too_small(study):
         assert start >= -1 and start + long <= width + 12 and 0 < y <= height, string
     drawn = figure.draw(study).replace("http://www.w3.org/2000/svg", "")
     assert "http" not in drawn and "<script" not in drawn
-    assert "@media (prefers-color-scheme: dark)" in figure.STYLE
+    assert "@media screen and (prefers-color-scheme: dark)" in figure.STYLE
 
 
 def test_an_old_file_says_by_its_comparisons_what_is_confirmed(study):
