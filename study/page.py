@@ -27,6 +27,7 @@ from study.results import (check, confirmed, estimate, is_control, number, read_
 
 RESULTS, PAGE = "out/results.json", "out/report.html"
 PARTS = {name: Path(__file__).with_name(f"report.{name}") for name in ("html", "css", "js")}
+POINTS = 250  # of a pool, at most, that the page draws
 QUESTION = "When a language model is compressed, is its knowledge forgotten or only displaced?"
 
 
@@ -67,22 +68,34 @@ def best_repair(study):
     base, model = max(able, key=lambda pair: (sure[pair[1]["id"]] is True, estimate(pair[1], "displaced")[0]))
     share, low, high = (f"{100 * x:.0f}".replace("-", "−") for x in estimate(model, "displaced"))
     extra = number(model["metrics"].get("extra_parameters"))
-    return (f"{model.get('tag') or model['id']} brings back most: {share} % "
-            f"(95 % interval {low} to {high}) of the held-out recall that "
-            f"{base.get('tag') or base['id']} took" + (f", with {extra:,.0f} extra parameters" if extra else "")
-            + ("." if sure[model["id"]] else "; the corrected test does not confirm it."))
+    recalls = [number(m["metrics"].get("recall_heldout")) for m in (base, model)]
+    says = f"{model.get('tag') or model['id']} on {base.get('tag') or base['id']} brings back most: "
+    if None not in recalls:
+        says += "held-out recall goes from {:.1f} to {:.1f} %, ".format(*(100 * x for x in recalls))
+    says += f"{share} % (95 % interval {low} to {high}) of what was lost"
+    if extra:
+        says += f", with {extra:,.0f} extra parameters"
+    return says + ("." if sure[model["id"]] else "; the corrected test does not confirm it.")
 
 
 # ---- answers: one line a model and fact in the file; in the page one row a fact, one column a model
 
+STEP = 20  # a log-probability x is kept as round(STEP ln(1 + |x|)): to 0.025 near 0, to 2.5 % far from it
+
+
 def fold(predictions, study):
-    """The predictions as the page holds them, at a twentieth of their size.
+    """The predictions as the page holds them, at a fiftieth of their size: (a dict, bytes).
 
     `words` holds every string once; word k is words[k - 1], and 0 is none. `facts` are columns, a word a fact: split,
     person, attribute, gold answer, then the question as what stands before the person's name and after it (0: the
-    question does not name them). `answers`, for each model: `said`, a word a fact (0: the gold answer's own text);
-    `odd`, the facts where being right is not the same as saying that text; `logprob`, in hundredths of a nat, as the
-    difference from the model's base where both are numbers. The columns of a base stand before those made from it.
+    question does not name them). `said` holds, for each attribute, the words that any model answered.
+
+    `columns` are the models, each after its base: its id; `odd`, the facts where being right is not the same as saying
+    the gold text; `strange`, the log-probabilities that are no numbers, {fact: what else}; and `logprob`, whether any
+    was measured. The bytes are, model by model, a whole number a fact for what it said (0: the same as its base; 1: the
+    gold text; else 2 + its place in `said`), then one for its log-probability: the difference of its code (see STEP)
+    from its base's. Seven bits a byte, the lowest first, the eighth bit set while more follow; the sign is the lowest.
+
     Raises ValueError when a model answers a fact twice, or answers only some of the facts: the file was cut off.
     """
     words, rows, answers = {}, {}, {}
@@ -101,66 +114,101 @@ def fold(predictions, study):
         row, mine = rows.setdefault(fact, len(rows)), answers.setdefault(p["model"], {})
         if row in mine:
             raise ValueError(f"predictions: {p['model']!r} answers {p['question']!r} twice")
-        said = 0 if p["answer"] == p["gold"] else word(p["answer"])
-        mine[row] = (said, p["correct"] != (said == 0), hundredths(p.get("logprob")))
+        mine[row] = (word(p["answer"]), p["correct"], p.get("logprob"))
 
-    columns, logprobs = {}, {}
-
-    def depth(model):
-        return 0 if base[model] is None else 1 + depth(base[model])
-
-    for model in sorted(answers, key=depth):
-        mine = answers[model]
+    facts, said, columns, out, codes = list(rows), {}, [], bytearray(), {None: [0] * len(rows)}
+    depth = {None: -1}
+    for model in answers:
+        chain = [model]
+        while chain[-1] is not None:
+            chain.append(base[chain[-1]])
+        depth[model] = len(chain)
+    for model in sorted(answers, key=depth.get):
+        mine, before = answers[model], answers.get(base[model], {})
         if len(mine) != len(rows):
             raise ValueError(f"predictions: {model!r} answers {len(mine)} of {len(rows)} facts; was the file cut off?")
-        said, odd, logprobs[model] = zip(*(mine[row] for row in range(len(rows))))
-        before = logprobs.get(base[model]) or [None] * len(rows)
-        moved = [x if number(x) is None or number(b) is None else x - b for x, b in zip(logprobs[model], before)]
-        columns[model] = {"said": list(said), "odd": [row for row, is_odd in enumerate(odd) if is_odd],
-                          "logprob": moved}
-    return {"words": list(words), "facts": [list(column) for column in zip(*rows)], "answers": columns}
+        column = {"id": model, "odd": [], "strange": {}, "logprob": any(x is not None for _, _, x in mine.values())}
+        codes[model] = []
+        for row, (_, _, attribute, gold, _, _) in enumerate(facts):
+            answer, correct, logprob = mine[row]
+            place = said.setdefault(attribute, {}).setdefault(answer, len(said[attribute]))
+            as_base = row in before and before[row][0] == answer
+            write_whole(out, 0 if as_base else 1 if answer == gold else 2 + place)
+            if correct != (answer == gold):
+                column["odd"].append(row)
+            if column["logprob"] and number(logprob) is None:
+                column["strange"][row] = logprob
+            codes[model].append(code(number(logprob) or 0.0))
+        if column["logprob"]:
+            for mine_code, base_code in zip(codes[model], codes.get(base[model], codes[None])):
+                moved = mine_code - base_code
+                write_whole(out, 2 * abs(moved) - (moved < 0))
+        columns.append(column)
+    return {"words": list(words), "facts": [list(column) for column in zip(*rows)], "columns": columns,
+            "said": {attribute: list(places) for attribute, places in said.items()}}, bytes(out)
 
 
-def hundredths(x):
-    return round(100 * x) if number(x) is not None else x
+def code(x):
+    return int(math.copysign(round(STEP * math.log1p(abs(x))), x))
+
+
+def write_whole(out, n):
+    """Append a whole number, seven bits a byte, the lowest first."""
+    while n >= 128:
+        out.append(n & 127 | 128)
+        n >>= 7
+    out.append(n)
 
 
 # ---- into the page
 
-def spoken(value):
-    """JSON has no NaN and no infinity; the page shows them as words, and draws nothing for them. Other floats keep six
+def spoken(value, digits=5):
+    """JSON has no NaN and no infinity; the page shows them as words, and draws nothing for them. Other floats keep five
     significant digits: more than any of our measurements has, at a third of the length."""
     if isinstance(value, float):
         if math.isnan(value):
             return "not a number"
         if math.isinf(value):
             return "infinite" if value > 0 else "minus infinite"
-        return float(f"{value:.6g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, list):
-        return [spoken(item) for item in value]
+        return [spoken(item, digits) for item in value]
     if isinstance(value, dict):
-        return {key: spoken(item) for key, item in value.items()}
+        return {key: spoken(item, digits) for key, item in value.items()}
     return value
 
 
 def embed(data):
-    """The data as JSON, deflated, in letters: a third of its length, and the browser inflates it by itself (its
-    DecompressionStream reads what zlib writes). None of base64's 64 letters means anything to HTML, so whatever the
-    names and answers hold, it can neither end the script nor be spoilt by an encoding."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
+    """Bytes, deflated, in letters; the browser inflates them by itself (its DecompressionStream reads what zlib
+    writes). None of base64's 64 letters means anything to HTML, so whatever the names and answers hold, it can neither
+    end the script nor be spoilt by an encoding."""
+    return base64.b64encode(zlib.compress(data, 9)).decode("ascii")
+
+
+def slim(model):
+    """A model without what the page does not draw: similarity text by text, and more points of a pool than eyes tell
+    apart."""
+    model = dict(model)
+    if isinstance(model.get("similarity"), dict):
+        model["similarity"] = {key: part for key, part in model["similarity"].items() if key != "texts"}
+    if isinstance(model.get("idp"), dict) and isinstance(model["idp"].get("points"), list):
+        points = model["idp"]["points"]
+        kept = points[::1 + (len(points) - 1) // POINTS] if points else points
+        model["idp"] = {**model["idp"], "points": spoken(kept, 3)}
+    return model
 
 
 def page(study, predictions):
     """The whole page as a string. Raises ValueError when the study or the predictions cannot be drawn."""
     check(study)
-    models = [{key: {k: v for k, v in part.items() if k != "texts"} if key == "similarity" and part else part
-               for key, part in model.items()} for model in study["models"]]  # text by text: more than the page shows
-    data = spoken({"study": {**study, "models": models}, "confirmed": confirmed(study)} | fold(predictions, study))
-    drawable = bool(repaired_bases(study))
+    facts, answers = fold(predictions, study)
+    data = {"study": {**study, "models": [slim(model) for model in study["models"]]}, "confirmed": confirmed(study),
+            "step": STEP, **facts}
+    text = json.dumps(spoken(data), separators=(",", ":"), allow_nan=False)
     slots = {"TITLE": figure.escape(title(study)), "NAME": figure.escape(study.get("name") or ""),
              "HEADLINE": figure.escape(headline(study)), "BEST": figure.escape(best_repair(study)),
-             "PICTURE": figure.draw(study) if drawable else "", "STUDY": embed(data),
+             "PICTURE": figure.draw(study) if repaired_bases(study) else "",
+             "STUDY": embed(text.encode("ascii")), "ANSWERS": embed(answers),
              "CSS": read_text(PARTS["css"]), "JS": read_text(PARTS["js"])}
     return re.sub("@@([A-Z]+)@@", lambda slot: slots[slot[1]], read_text(PARTS["html"]))
 

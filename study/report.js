@@ -8,13 +8,13 @@
 // elements are made by make(), text goes in as text.
 
 // ----------------------------------------------------------------------------------------------------- 1. The study
-// page.py's embed() says how the JSON became letters, and fold() how facts and answers are packed; here all of it is
-// unpacked, once.
+// study/page.py says how the study became letters (embed) and how facts and answers are packed (fold); here all of it
+// is unpacked, once.
 
 let study = { models: [], metrics: [], operations: [] }, models = [], facts = [], sure = {};
-let answers = new Map(), byId = new Map(), metrics = new Map(), operations = new Map();
+let step = 1, answers = new Map(), byId = new Map(), metrics = new Map(), operations = new Map();
 
-export function load(packed) {
+export function load(packed, bytes) {
   const word = k => packed.words[k - 1];
   const [splits = [], people, attributes, golds, befores, afters] = packed.facts;     // columns, a word a fact
   study = packed.study;
@@ -27,14 +27,30 @@ export function load(packed) {
   byId = new Map(models.map((m, i) => [m.id, Object.assign(m, { index: i })]));
   metrics = new Map(study.metrics.map(n => [n.name, n]));
   answers = new Map();
-  for (const [id, { said, odd, logprob }] of Object.entries(packed.answers)) {      // a base stands before its children
-    const right = bitsWhere(said.length, i => said[i] === 0);
+  let at = 0;
+  const whole = () => {                                     // the next whole number of the bytes
+    let n = 0, shift = 0;
+    while (bytes[at] & 128) {
+      n |= (bytes[at++] & 127) << shift;
+      shift += 7;
+    }
+    return n | bytes[at++] << shift;
+  };
+  for (const { id, odd, strange, logprob } of packed.columns) {                     // a base stands before its children
+    const base = answers.get(byId.get(id).base), said = [];
+    for (const [i, { gold }] of facts.entries()) {
+      const k = whole();
+      said.push(k === 0 ? base.said[i] : k === 1 ? gold : word(packed.said[attributes[i]][k - 2]));
+    }
+    const codes = logprob && Int16Array.from(facts, (_, i) => {
+      const n = whole();
+      return (base?.codes ? base.codes[i] : 0) + (n & 1 ? -(n + 1) / 2 : n / 2);
+    });
+    const right = bitsWhere(facts.length, i => said[i] === facts[i].gold);
     for (const i of odd) flip(right, i);
-    const before = answers.get(byId.get(id).base)?.hundredths;
-    const moved = (v, i) => typeof v === "number" && typeof before?.[i] === "number";
-    const hundredths = logprob.map((v, i) => moved(v, i) ? v + before[i] : v);
-    answers.set(id, { right, hundredths, words: said.map((k, i) => k === 0 ? facts[i].gold : word(k)) });
+    answers.set(id, { said, right, codes, strange });
   }
+  step = packed.step;
   // An operation that is used but not listed (Compress and Compare's own examples have some) comes after the listed.
   const listed = study.operations.map(o => o.name), used = models.map(m => m.operation?.name).filter(Boolean);
   const unlisted = [...new Set(used)].filter(name => !listed.includes(name)).map(name => ({ name }));
@@ -90,12 +106,13 @@ const value = (m, metric) => undivided(m, metric) ? null : number(measured(m, me
 
 const answered = m => answers.has(m.id);
 const rightOf = m => answers.get(m.id).right;
-const correct = (m, i) => has(rightOf(m), i);
-const logprob = (m, i) => {
-  const v = answers.get(m.id).hundredths[i];
-  return typeof v === "number" ? v / 100 : v;
+export const correct = (m, i) => has(rightOf(m), i);
+export const logprob = (m, i) => {
+  const { codes, strange } = answers.get(m.id);
+  if (!codes || i in strange) return codes ? strange[i] : null;
+  return Math.sign(codes[i]) * Math.expm1(Math.abs(codes[i]) / step);
 };
-const answer = (m, i) => answers.get(m.id).words[i];
+export const answer = (m, i) => answers.get(m.id).said[i];
 // How much likelier the right answer became, against the dense model.
 function gain(m, i) {
   const before = answered(root(m)) ? number(logprob(root(m), i)) : null, after = number(logprob(m, i));
@@ -1086,12 +1103,15 @@ function testTable(shown, noise, what) {
 }
 function pairTable() {
   if (!study.pairs?.length) return null;
-  const name = id => byId.has(id) ? named(byId.get(id)) : id;
+  const name = (base, id) => {                             // by its id, or by its tag and that of what was repaired
+    const m = byId.get(id) || models.find(m => m.tag === id && parent(m)?.tag === base);
+    return m ? named(m) : [base, id].filter(Boolean).join(" + ");
+  };
   return [html("h3", "Repair against repair"),
     html("p.note", "Difference of the displaced shares, with its 95 % interval; non-inferior: the interval lies above "
       + "the margin of −5 points that was stated before the run."),
     table("Repair against repair", ["repair", "against", "difference, points", "verdict"], study.pairs.map(pair =>
-      [name(pair.a), name(pair.b), [points(pair.difference), span(pair.interval)], pair.verdict]))];
+      [name(pair.base, pair.a), name(pair.base, pair.b), [points(pair.difference), span(pair.interval)], pair.verdict]))];
 }
 function claimTable() {
   if (!study.claims?.length) return null;
@@ -1339,7 +1359,8 @@ function factTable(rows, shown, list) {
 }
 function answerCell(m, i) {
   const change = m === root(m) ? null : gain(m, i), log = logprob(m, i);
-  const moved = change !== null ? `Δ ${signed(change)}` : log !== null && `log p ${two(log)}`;
+  const tenth = v => typeof v === "number" ? fixed(v, 1) : plain(v);                    // as finely as they are kept
+  const moved = change !== null ? `Δ ${signed(change, 1)}` : log !== null && `log p ${tenth(log)}`;
   return html("td.half", { "data-label": m.label },
     html(correct(m, i) ? "span.right" : "span.wrong", answer(m, i) || "(nothing)"), moved && html("span.sub", moved));
 }
@@ -1581,12 +1602,13 @@ function drawNavigation() {
   }, { rootMargin: "-25% 0px -70% 0px" });                  // a view is current while it crosses a line near the top
   views.forEach(view => watcher.observe(view));
 }
-async function inflate(letters) {
+function inflate(id) {
+  const letters = document.getElementById(id).textContent;
   const bytes = Uint8Array.from(atob(letters), letter => letter.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text();
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
 }
 async function start() {
-  load(JSON.parse(await inflate(document.getElementById("study").textContent)));
+  load(await inflate("study").json(), new Uint8Array(await inflate("answers").arrayBuffer()));
   DEFAULTS = defaults();
   drawHeader();
   drawNavigation();

@@ -4,8 +4,9 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import * as report from "./report.mjs";
 
-const packed = JSON.parse(readFileSync("packed.json", "utf8"));
-const { models, facts } = report.load(packed);
+const packed = JSON.parse(readFileSync("packed.json", "utf8")), predictions = JSON.parse(readFileSync("predictions.json", "utf8"));
+const { models, facts } = report.load(packed, readFileSync("answers.bin"));
+const given = id => predictions.filter(p => p.model === id);                        // in the order of the facts
 
 test("an interval shows on which side of 0 it ends", () => {
   assert.equal(report.shareRange([-0.0013, 0.0646]), "−0.1 to 6.5");
@@ -20,6 +21,14 @@ test("probabilities keep two digits, and small ones their power", () => {
   assert.equal(report.probability(1), "1");
   assert.equal(report.probability(3.2e-12), "3 × 10⁻¹²");
   assert.equal(report.probability(null), "not measured");
+});
+
+test("answers are unpacked", () => {
+  for (const m of models) given(m.id).forEach((p, i) => {
+    assert.equal(report.answer(m, i), p.answer);
+    assert.equal(report.correct(m, i), p.correct);
+    assert.ok(Math.abs(report.logprob(m, i) - p.logprob) < 0.03 * (1 - p.logprob));
+  });
 });
 
 test("sets of facts count as lists do", () => {
@@ -39,7 +48,7 @@ test("sets of facts count as lists do", () => {
 });
 
 test("filters are what they say", () => {
-  const right = id => packed.answers[id].said.map((k, i) => (k === 0) !== packed.answers[id].odd.includes(i));
+  const right = id => given(id).map(p => p.correct);
   const c = models.find(m => m.id === "gptq-3"), [dense, small] = ["dense", "gptq-3"].map(right);
   const broken = facts.map((_, i) => dense[i] && !small[i]), lora = right("gptq-3+lora");
   const others = ["prompt", "prefix", "idp"].map(r => right(`gptq-3+${r}`));
@@ -57,8 +66,8 @@ test("filters are what they say", () => {
 
 test("the share of right answers leaves out what nobody can know", () => {
   const all = facts.map((_, i) => i), novel = all.filter(i => facts[i].split === "novel");
-  const known = all.filter(i => facts[i].split !== "novel"), said = packed.answers.dense;
-  const right = known.filter(i => (said.said[i] === 0) !== said.odd.includes(i)).length;
+  const known = all.filter(i => facts[i].split !== "novel");
+  const right = known.filter(i => given("dense")[i].correct).length;
   assert.ok(novel.length > 5);
   assert.equal(report.shareRight(models[0], all), right / known.length);
   assert.equal(report.shareRight(models[0], novel), null);
