@@ -209,8 +209,13 @@ def page(study, predictions):
              "HEADLINE": figure.escape(headline(study)), "BEST": figure.escape(best_repair(study)),
              "PICTURE": figure.draw(study) if repaired_bases(study) else "",
              "STUDY": embed(text.encode("ascii")), "ANSWERS": embed(answers),
-             "CSS": read_text(PARTS["css"]), "JS": read_text(PARTS["js"])}
+             "CSS": read_text(PARTS["css"]), "JS": lean(read_text(PARTS["js"]))}
     return re.sub("@@([A-Z]+)@@", lambda slot: slots[slot[1]], read_text(PARTS["html"]))
+
+
+def lean(code):
+    """The code without lines of comment and without indents: a seventh shorter. The readable form is report.js."""
+    return re.sub(r"^ *(//.*\n)?", "", code, flags=re.MULTILINE)
 
 
 def write_report(results=RESULTS, out=PAGE):

@@ -152,7 +152,7 @@ export const signed = (v, digits = 2) => (v > 0 ? "+" : v < 0 ? "−" : "") + Ma
 const count = (n, word) => `${plain(n)} ${word}${n === 1 ? "" : "s"}`;
 const raised = digits => [...digits].map(d => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join("");
 export const probability = p => typeof p !== "number" ? plain(p) : p >= 0.001 ? minus(String(Number(p.toPrecision(2))))
-  : p === 0 ? "0" : p.toExponential(0).replace(/e-(\d+)/, (_, power) => ` × 10⁻${raised(power)}`);
+  : p === 0 ? "< 10⁻³⁰⁰" : p.toExponential(0).replace(/e-(\d+)/, (_, power) => ` × 10⁻${raised(power)}`);
 
 function bytes(v) {
   const power = Math.min(3, Math.floor(Math.log10(Math.max(Math.abs(v), 1)) / 3));
@@ -1068,15 +1068,17 @@ function drawTests() {
 const points = v => typeof v === "number" ? signed(100 * v, 1) : plain(v);              // a share as percentage points
 const span = ends => numbers(ends || []).length === 2 && html("span.ends", shareRange(ends));
 const heads = (first, ...others) => html("thead", html("tr", html("th", { scope: "col" }, first),
-  others.map(inside => html("th.n", { scope: "col" }, inside))));
+  others.map(inside => html(Array.isArray(inside) ? "th" : "th.n", { scope: "col" }, inside))));
 
 function testTable(shown, noise, what) {
-  const sizes = [...shown, ...noise].map(row => Math.abs(row.difference));
-  const far = 1.06 * Math.max(0.01, ...sizes, ...numbers(shown.map(row => row.detectable)));
+  // Repairs bring back less than compression took: the axis is theirs, and what was taken an arrow at its edge.
+  const repairs = shown.filter(row => byId.has(row.model) && isRepaired(byId.get(row.model)));
+  const scaled = repairs.length ? repairs : shown, sizes = scaled.flatMap(row => [row.difference, row.detectable]);
+  const far = 1.06 * Math.max(0.01, ...numbers([...sizes, ...noise.map(row => row.difference)]).map(Math.abs));
   const axis = onAxis(-far, far), floor = Math.max(0, ...noise.map(row => Math.abs(row.difference)));
   const picture = (m, row, yes) => strip(
     rect(across(axis(-floor)), 2, across(floor / far), 16, { class: "floor" }), rulesOf(axis, [0]),
-    number(row.detectable) !== null && [-row.detectable, row.detectable].map(v =>
+    number(row.detectable) !== null && row.detectable < far && [-row.detectable, row.detectable].map(v =>
       line(across(axis(v)), 5, across(axis(v)), 15, { class: "seen" })),
     estimate(m || models[0], row.difference, null, axis, !yes));
   const cell = (label, inside) => html("td.n.third", { "data-label": label }, inside);
@@ -1097,8 +1099,8 @@ function testTable(shown, noise, what) {
     heads("model", picked, "points", "gained", "lost", "p", "corrected p", "could be seen"),
     html("tbody", shown.map(one), noise.length > 0 && html("tr.break",
       html("th", { colspan: 8, scope: "colgroup" }, "Where nothing should differ: the noise floor")), noise.map(one))),
-  html("p.note", "Filled: the corrected p is below 0.05. Shaded: the largest difference of the noise floor. Ticks: "
-    + "what could be seen. A test counts the flips between two models. An interval of displaced also carries the error "
+  html("p.note", "Filled: the corrected p is below 0.05. An arrow: beyond the axis. Shaded: the largest difference of "
+    + "the noise floor. Ticks: what could be seen. A test counts the flips between two models. An interval of displaced also carries the error "
     + "of what was lost, so the two can differ.")];
 }
 function pairTable() {

@@ -83,6 +83,9 @@ def check(study):
         known[part] = set(names)
     if not known["models"]:
         raise ValueError("models is empty: there is nothing to show")
+    field(study, "name", str, "results", optional=True)
+    for i, row in enumerate(field(study, "comparisons", list, "results", optional=True) or []):
+        must_be(row, dict, f"comparisons[{i}]")
     for operation in study["operations"]:
         if operation.get("kind") not in (None, "compress", "repair"):
             raise ValueError(f"operation {operation['name']!r} must compress or repair, got {operation['kind']!r}")
@@ -106,7 +109,8 @@ def check_model(model, known):
     operation = field(model, "operation", dict, me, optional=True)
     if operation is not None:
         field(operation, "name", str, f"{me}, operation")
-    field(model, "tag", str, me, optional=True)
+    for key in ("tag", "kind", "reference"):
+        field(model, key, str, me, optional=True)
     measured = field(model, "metrics", dict, me)
     intervals = field(model, "intervals", dict, me, optional=True) or {}
     for name in (*measured, *intervals):
@@ -141,8 +145,9 @@ def confirmed(study):
     """{model id: whether the corrected test says that it gained on held-out people}; None where nothing was tested."""
     tests = {}
     for row in study.get("comparisons") or []:
-        if row.get("what") == HELD_OUT:
-            tests[row.get("model")] = row["p_holm"] < 0.05 and row["difference"] > 0
+        p, difference = number(row.get("p_holm")), number(row.get("difference"))
+        if row.get("what") == HELD_OUT and None not in (p, difference):
+            tests[row.get("model")] = p < 0.05 and difference > 0
     return {m["id"]: m["confirmed"] if "confirmed" in m else tests.get(m["id"]) for m in study["models"]}
 
 

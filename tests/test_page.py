@@ -356,6 +356,9 @@ BAD = {
     "operation 'LoRA' must compress or repair, got 'mend'": change(["operations", 2, "kind"], "mend"),
     "model 'gptq-3', operation has no 'name'": change(["models", 1, "operation"], {"parameters": {}}),
     "has 'two\\nlines', which is not among the metrics": change(["models", 1, "metrics", "two\nlines"], "x"),
+    "model 'gptq-3', 'reference' must be a string": change(["models", 1, "reference"], ["dense"]),
+    "results, 'name' must be a string": change(["name"], 7),
+    "comparisons[0] must be an object": change(["comparisons"], [7]),
     "models lists 'dense' twice": change(["models", 1, "id"], "dense"),
     "metrics lists 'bytes' twice": change(["metrics", 1, "name"], "bytes"),
     "has 'speed', which is not among the metrics": change(["models", 1, "metrics", "speed"], 1.0),
@@ -904,6 +907,18 @@ def test_back_goes_back(browser, everything):
     browser.js("history.back()")
     time.sleep(0.3)
     assert len(selection(browser)) > 2 and browser.js("return location.hash") == ""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_link_leads_to_its_view(browser, usual, everything, width):
+    look(browser, width)
+    browser.open(everything[2])
+    for view in ("made", "attributes", "verdict"):
+        browser.js("document.querySelector(`nav a[href='#view=${arguments[0]}']`).click()", view)
+        time.sleep(0.4)
+        top, end = browser.js("""const at = document.querySelector(`#${arguments[0]} h2`).getBoundingClientRect();
+            return [at.top, document.querySelector('.bar').getBoundingClientRect().bottom]""", view)
+        assert end <= top < 500, (view, top, end)
 
 
 def test_a_model_lights_up_in_every_view(browser, everything):
