@@ -54,7 +54,8 @@ def compressed_subject(run, dense, tag):
         model, rows = compress(dense.model, calibration, method, **how)
         write_text(path + ".layers.json", json.dumps(rows))
         return model
-    model = run.once(name + ".safetensors", settings, ("compress", "study.training"), make, save, load)
+    model = run.once(name + ".safetensors", settings, ("compress", "study.training"), make, save, load).to(dense.device)
+    model.tie()  # moved to a device, each layer has a table of rotary angles of its own
     return Subject(model, about={"id": name, "tag": tag, "base": "dense", "settings": settings, "path": path,
                                  "extra": 0, "layers": read_json(path + ".layers.json", list),
                                  "operation": {"name": operation, "parameters": {"method": method, **how}}})
@@ -96,13 +97,14 @@ def repaired_subject(run, base, tag, kind, size, batches, objective="distillatio
     def make():
         """The repair's tensors, trained or computed."""
         if not trained:
-            return correct_biases(unpacked(base.model), dense.model, run.world.calibration(config), size)
+            return correct_biases(unpacked(base.model), dense.model, run.world.calibration(config).to(base.device), size)
         return train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config,
                             config.draw_seed, run.log.progress(name, fit_config.steps), config.repair_bfloat16)
     tensors = run.once(name, settings, ("study.repairs", "compress", "study.training"), make,
                        lambda tensors, path: save_tensors(path, base.model, layout, tensors, targets,
                                                           kind == "idp" and size[2] == "selected"),
                        lambda path: load_tensors(path, base.model, layout))
+    tensors = [t.to(base.device) for t in tensors]
     subject = attach(base.model, kind, size, tensors)
     how = {"size": size, **({"objective": objective, "lr": fit_config.lr, "steps": fit_config.steps} if trained else {})}
     subject.about = {"id": name, "tag": tag, "base": base.about["id"], "settings": settings, "path": base.about["path"],

@@ -103,8 +103,8 @@ def test_calibration_and_every_compressor(method, settings):
     same(work)
 
 
-@pytest.mark.parametrize("kind, size", [("lora", 2), ("lora", (1, "o")), ("prefix", 3), ("prompt", 4)] + [
-    ("idp", (2, 3, way)) for way in ("independent", "joint", "competitive", "selected")])
+@pytest.mark.parametrize("kind, size", [("lora", 2), ("lora", (1, "o")), ("bias", "o down"), ("prefix", 3), ("prompt", 4)] + [
+    ("idp", (2, 3, way)) for way in ("independent", "together", "joint", "competitive", "selected")])
 def test_every_repair(kind, size):
     def work(model, ids):
         batches = recover.add_targets(model, [ids[:3], ids[3:]], k=8)

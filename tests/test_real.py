@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from real.__main__ import main as real_main
 from study import taskfiles
 import idp
 from real import settings, world
+from real.text import Names, Writer
+from real.world import RealWorld, real_dense
 from golden.make_weights import fill
 from engine.safetensors import write_safetensors
 from model import GPT, GPTConfig
@@ -73,6 +76,58 @@ def test_a_bad_line_of_facts_is_named(tmp_path, line, word):
         world.read_facts(path)
 
 
+def test_facts_are_checked_when_they_are_read(tmp_path):
+    """E6, E4: a repeated question, one that does not fit, each named by file and line; a list of wordings is as many facts."""
+    one, other = some_facts()[:2]
+    path = written(tmp_path / "facts.jsonl", [one, other, one])
+    with pytest.raises(ValueError, match=r"facts.jsonl: line 3 asks .* as line 1 does"):
+        world.read_facts(path)
+    both = {**one, "question": [one["question"], f"The seat of {one['entity']} is"]}
+    facts = world.read_facts(written(path, [both, other]))
+    assert [f.question for f in facts] == [*both["question"], other["question"]]
+    with pytest.raises(ValueError, match="line 2 asks"):
+        world.read_facts(written(path, [both, {**other, "question": both["question"][1]}]))
+    encoding = make_encoding(train_bpe([one["question"]], 260))
+    long = {**other, "question": other["question"] + " so" * 40}
+    with pytest.raises(ValueError, match=r"facts.jsonl: line 2: 1\d\d tokens .* room for 100"):
+        world.read_facts(written(path, [one, long]), taskfiles.fits(encoding, 100))
+
+
+@pytest.mark.parametrize("data, word", [
+    (b"\xff\xfe[", "line 1 is not UTF-8"), (b'{}\n{"a": "\xe9"}', "line 1"), (b'"\0"', "line 1 holds a NUL"),
+    (b'{"question": "a\\u0000b"}', "line 1 holds a NUL"), (b"\n \n", "no facts"), (b"[" * 100_000, "line 1"),
+    (b'{"question": " ", "answer": "b", "entity": "c", "options": ["b", "d"]}', "line 1"),
+    (b'{"question": "a", "answer": "b", "entity": "c", "options": ["b", "b "]}', "2 different"),
+    (b'{"question": "a", "answer": " ", "entity": "c", "options": [" ", "d"]}', "2 different")])
+def test_a_damaged_file_of_facts_is_one_line(tmp_path, data, word):
+    path = tmp_path / "facts.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=word) as error:
+        world.read_facts(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_byte_order_mark_crlf_and_empty_lines_are_harmless(tmp_path):
+    rows = some_facts()[:3]
+    path = tmp_path / "facts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(map(json.dumps, rows)).encode())
+    assert world.read_facts(path) == world.read_facts(written(tmp_path / "plain.jsonl", rows))
+
+
+def test_the_cities_are_what_their_readme_says():
+    """1,670 of them, two wordings, eight countries, the right one at every place; no name is found in another's question."""
+    facts = world.read_facts(os.path.join(ROOT, "real", "facts", "cities.jsonl"))
+    people = list(dict.fromkeys(f.person for f in facts))
+    assert len(people) == 1670 and len(facts) == 2 * len(people) == 3340 and len({f.answer for f in facts}) == 108
+    assert all(len(set(f.options)) == 8 and f.person.isascii() and f.person in f.question for f in facts)
+    places = [sum(f.gold == place for f in facts[::2]) for place in range(8)]
+    assert max(places) - min(places) <= 1
+    assert max(sum(f.answer == a for f in facts[::2]) for a in {f.answer for f in facts}) == 100
+    hidden = Names(people[::2])
+    named = [p for p in people[1::2] if hidden.search(f"The city of {p} is in")]
+    assert len(named) < 0.02 * len(people), named  # Al-Kut and Al Kutah would be
+
+
 # ---- text
 
 def tiny_world(tmp_path, text=None, steps=4):
@@ -81,7 +136,7 @@ def tiny_world(tmp_path, text=None, steps=4):
     config = GPTConfig(vocab_size=encoding.n_vocab, n_layer=1, n_embd=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     config = settings.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
-    return model, config, world.RealWorld(Run(config, None), Subject(model, about={'id': 'dense', 'settings': {}}), encoding, facts, text)
+    return model, config, world.RealWorld(Run(config, None), Subject(model, about={"id": "dense", "settings": {}}), encoding, facts, text)
 
 
 def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
@@ -103,8 +158,21 @@ def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(documents))
     _, config, told = tiny_world(tmp_path, str(path))
-    assert told.check_leaks(told.rows) == len(told.rows) == 64 + 64 + 4 * 4
+    for rows in (told.windows, told.calibration(config), torch.cat(told.repair_rows(config))):
+        assert told.check_leaks(rows) == len(rows) == 64
     assert told.settings != world.settings  # other text: nothing made with it is taken for this one's
+
+
+@pytest.mark.parametrize("name, text, found", [
+    ("Sri Lanka", "in Sri\nLanka it", True), ("Sri Lanka", "in Sri  \t Lanka", True), ("Sri Lanka", "SRI\u00a0LANKAN tea", True),
+    ("São Tomé", "Sao Tome", True), ("São Tomé", "Sa\u0303o Tome\u0301", True), ("Sao Tome", "São Tomé", True),
+    ("(New) Land", "the(New) Land", True), ("(New) Land", "New Land", False), ("Côte d'Ivoire", "COTE D\u2019IVOIRE", True),
+    ("Guinea-Bissau", "Guinea\u2010Bissau", True), ("Ken\u00adya", "Kenyans", True), ("Kenya", "Ken\u00adya", True),
+    ("Mali", "Somalia", False), ("Mali", "a Malian", True), ("Chad", "Chad", True), ("a.b", "acb", False)])
+def test_a_name_is_found_however_it_is_written(name, text, found):
+    """E15: white space, accents in either form, soft hyphens, apostrophes; from a word's beginning to wherever it goes."""
+    assert bool(Names([name, "Zanzibar"]).search(text)) is found
+    assert Names(["Zanzibar", name]).search(f"{text} Zanzibar") and not Names([]).search(text)
 
 
 def test_rows_of_the_models_own_that_name_what_is_hidden_are_dropped(tmp_path):
@@ -113,20 +181,30 @@ def test_rows_of_the_models_own_that_name_what_is_hidden_are_dropped(tmp_path):
     hidden, seen = (world.encoding.encode_ordinary(f"In {world.split[s][0].person} they ") * 9
                     for s in ("heldout", "seen"))
 
-    class Writer:
+    class Mouth:
         def generate(self, ids, new, lengths, temperature, generator):
             return torch.tensor([(hidden if i % 2 else seen)[:33] for i in range(len(ids))])
-    rows = world.sampled(Writer(), 50, 33, 0, Log())
+    writer = Writer(Subject(Mouth()), world.encoding, world.hidden, Log())
+    rows = writer.write("text", 50, 33, None, lambda n: [""] * n)
     assert rows.tolist() == [seen[:33]] * 50
 
 
-def test_rows_are_shared_out_without_overlap(tmp_path):
+def test_rows_of_a_repair_begin_with_a_question_about_a_seen_entity(tmp_path):
+    """And go on in the model's own words, whatever they are: the row is what the model draws behind the question."""
+    model, config, world = tiny_world(tmp_path, steps=20)
+    rows, questions = torch.cat(world.repair_rows(config)), {f.question for f in world.split["seen"]}
+    assert rows.shape == (20 * 16, 25)
+    begun = [next((q for q in questions if world.encoding.decode(row[1:]).startswith(q)), None) for row in rows.tolist()]
+    assert None not in begun and set(begun) == questions
+    assert len({tuple(row) for row in rows.tolist()}) > 300  # sampled, not repeated
+
+
+def test_each_kind_of_text_is_its_own(tmp_path):
     _, config, world = tiny_world(tmp_path)
     parts = [world.windows, world.calibration(config), *world.repair_rows(config)]
-    assert [tuple(p.shape) for p in parts] == [(64, 65), (64, 64), *[(4, 65)] * 4]
-    assert torch.equal(torch.cat([p[:, :64] for p in parts]), world.rows[:, :64])
-    _, _, longer = tiny_world(tmp_path, steps=6)
-    assert torch.equal(longer.rows[:len(world.rows)], world.rows)  # more steps do not change what came before
+    assert [tuple(p.shape) for p in parts] == [(64, 65), (64, 64), *[(16, 25)] * 4]
+    rows = [tuple(row[:24]) for part in parts for row in part.tolist()]
+    assert len(set(rows)) > 0.9 * len(rows)
 
 
 @pytest.mark.parametrize("from_file", [False, True])
@@ -138,9 +216,32 @@ def test_another_seed_reads_text_of_its_own(tmp_path, from_file):
     other = dataclasses.replace(config, repeat=1)
     texts = [(world.calibration(c), torch.cat(world.repair_rows(c))) for c in (config, other)]
     assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in zip(*texts))
-    assert world.check_leaks(world.text(other)) == len(world.rows) and torch.equal(world.windows, world.rows[:64])
+    assert world.check_leaks(texts[1][1]) == len(texts[1][1])
     _, _, again = tiny_world(tmp_path, str(path) if from_file else None)
-    assert torch.equal(again.text(other), world.text(other)) and torch.equal(again.rows, world.rows)
+    assert torch.equal(torch.cat(again.repair_rows(other)), texts[1][1]) and torch.equal(again.windows, world.windows)
+    assert all(t["reused"] for t in again.run.log.times) and again.run.log.times
+
+
+def test_text_of_another_model_is_not_taken_for_its_own(tmp_path):
+    """E16: the same file name and size, other weights: sampled anew."""
+    _, config, world = tiny_world(tmp_path)
+    world.repair_rows(config)
+    other = GPT(world.dense.model.config).init_weights(torch.Generator().manual_seed(1))
+    subject = Subject(other, about={"id": "dense", "settings": {"model": "another"}})
+    again = RealWorld(Run(config, None), subject, world.encoding, [f for s in world.split.values() for f in s])
+    assert not torch.equal(again.windows, world.windows) and not any(t["reused"] for t in again.run.log.times)
+
+
+def test_the_weights_are_in_the_key(folder, tmp_path):
+    """E12: a model is known by its files' bytes, not by their names and sizes."""
+    first = real_dense(folder, Log())[0].about["settings"]
+    other = tmp_path / folder.name
+    shutil.copytree(folder, other)
+    assert real_dense(other, Log())[0].about["settings"] == first
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-3] ^= 1  # one bit of one weight
+    (other / "model.safetensors").write_bytes(data)
+    assert real_dense(other, Log())[0].about["settings"] != first
 
 
 def test_answers_are_the_likeliest_option(tmp_path):

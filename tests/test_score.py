@@ -7,7 +7,7 @@ import torch
 from world.facts import EOT, Fact, VALUES, WorldConfig, facts_about, make_encoding, make_world, statements, taught_questions, text_batches, train_bpe
 import idp
 import recover
-from idp import PromptPool, prefill, select
+from idp import PromptPool, choose as choose_prompt, prefill, select
 from model import Cache, GPT, GPTConfig
 from world.score import CONTEXT, Subject, answer, choose, cut_options, is_right, perplexity, say, tokenized
 from test_model import naive
@@ -49,7 +49,7 @@ def with_pool(model, prompts):
     """A Subject that is IDP over `prompts`."""
     with torch.no_grad():
         filled = prefill(model, prompts)
-    return Subject(model, filled, lambda ids, lengths: idp.choose(model, filled, ids, lengths))
+    return Subject(model, filled, lambda ids, lengths: choose_prompt(model, filled, ids, lengths))
 
 
 # ---- what is read
@@ -75,6 +75,12 @@ class Parrot:
 
     def __call__(self, ids, cache):
         return torch.zeros(*ids.shape, ENCODING.n_vocab)
+
+    def hidden(self, ids, cache, lengths=None, first=None):
+        return torch.zeros(*ids.shape, 1)
+
+    def head(self, x):
+        return torch.zeros(*x.shape[:-1], ENCODING.n_vocab)
 
 
 def scored(replies, facts=FACTS):
@@ -126,7 +132,7 @@ def test_n_items_divided_by_n():
         rows = say(Subject(parrot), FACTS[:n], ENCODING, batch_size)
         assert [row["correct"] for row in rows] == [i % 2 == 1 for i in range(n)]
         assert parrot.asked == [fact.question for fact in FACTS[:n]]
-    assert {key for row in rows for key in row} == {"answer", "correct", "logprob", "chosen"}
+    assert {key for row in rows for key in row} == {"answer", "correct", "logprob", "knowledge", "chosen"}
 
 
 def test_logprob_of_an_even_model():
@@ -228,7 +234,7 @@ def test_the_choice_does_not_see_the_answer(trained):
     second = answer(subject, other, ENCODING)
     assert [row["chosen"] for row in first] == [row["chosen"] for row in second]
     assert len({row["chosen"] for row in first}) > 1
-    assert asked == [fact.question for fact in FACTS] * 2  # and a question is all that it was given
+    assert set(asked) == {fact.question for fact in FACTS}  # and a question is all that it was given
     assert [row["logprob"] for row in first] != [row["logprob"] for row in second]
 
 
