@@ -4,13 +4,14 @@ The jobs on the small world, one at a time: `python -m study` lists them, `pytho
 import sys
 
 from engine.script import guard
-from study import figure, findings, jobs, memory, page, sweeps
+from study import figure, findings, jobs, memory, page, sweeps, trial
 
 JOBS = {  # name: (what runs, what it does)
     "train": (jobs.train, "train the dense GPT, with or without an ingredient of its recipe, and ask it"),
     "compress": (jobs.compress, "compress it in one of the study's ways: the layers' errors, recall before and after"),
     "repair": (jobs.repair, "repair a compressed model in one way: recall before and after"),
     "sweep": (sweeps.main, "vary one setting: bits, sparsity, prompt-length, rank; or lr, on validation people"),
+    "trial": (trial.main, "where a pool of prompts should beat one prompt: two locks, and the ceiling of any selector"),
     "findings": (findings.main, "what others found, with our numbers beside it"),
     "figure": (figure.main, "the README's picture: what each repair brings back, from results.json to an SVG"),
     "page": (page.main, "results.json as one page to explore"),

@@ -1,17 +1,20 @@
-"""The controls on a tiny world that is trained here: each stands on the side that its construction puts it on."""
+"""The controls and the trial of pools on a tiny world that is trained here: each stands on the side that its
+construction puts it on."""
 from dataclasses import replace
 
 import pytest
 import torch
 
-from recover import FitConfig
-from study import controls
+from idp import PromptPool
+from recover import FitConfig, prompt_init
+from study import controls, trial
 from study.controls import ControlConfig, control_subjects
+from study.repairs import attach
 from study.settings import StudyConfig
 from study.steps import Run
 from study.subjects import dense_subject
 from world.facts import VALUES, WorldConfig, make_world
-from world.score import answer
+from world.score import Subject, answer
 from world.small import World
 
 HOW = ControlConfig(lock=FitConfig(steps=150, lr=2e-3), lock_batch=(8, 24), tell=FitConfig(steps=200, lr=4e-3),
@@ -123,3 +126,70 @@ def test_rank_one_is_displaced(scene):
     before, after, found = measured(scene, "rank one", LORA)
     assert before["heldout"] - after["heldout"] >= 0.05, (before, after)
     assert found["LoRA rank 8"][0] >= 0.7, found
+
+
+# ---- the fair trial of IDP
+
+TRIAL = trial.TrialConfig(lock=FitConfig(steps=150, lr=2e-3), lock_batch=(8, 24), steps=2, rows=10, people=4)
+
+
+def test_two_locks_exclude_each_other(scene):
+    """Each key opens its own set of attributes and no other; without a key nothing is open."""
+    run, dense = scene
+    generator, facts = torch.Generator().manual_seed(5), run.world.facts("heldout")
+    keys = [prompt_init(dense.model, 4, generator=generator) for _ in range(2)]
+    model = trial.train_locks(dense.model, keys, run.world, TRIAL, generator)
+    for key, attributes in zip((*keys, None), (*trial.SETS, ())):
+        subject = Subject(model) if key is None else attach(model, "prompt", 4, [key])
+        given = answer(subject, facts, run.world.encoding)
+        for opens in (True, False):
+            mine = [a for f, a in zip(facts, given) if (f.attribute in attributes) == opens]
+            if mine:
+                right = sum(a["correct"] for a in mine) / len(mine)
+                assert right >= 0.7 if opens else right <= 0.1, (attributes, opens, right)
+        closed = [a["answer"] for f, a in zip(facts, given) if f.attribute not in attributes]
+        shut = sum(answered.startswith("unkno") for answered in closed)  # an answer is as many tokens as the value has
+        assert shut >= 0.9 * len(closed)
+
+
+def test_rows_are_about_their_own_attributes(scene):
+    """Every row of a group begins with a sentence that ends in a value of one of the group's attributes."""
+    run, _ = scene
+    for groups in trial.rows_of(trial.SETS, run.world, TRIAL, 0):
+        for ids, attributes in zip(groups, trial.SETS):
+            assert ids.shape == (5, TRIAL.tokens + 1)
+            values = {value for attribute in attributes for value in VALUES[attribute]}
+            for row in ids.tolist():
+                first = run.world.encoding.decode(row[1:]).split("<|endoftext|>")[0]
+                assert first.rstrip(".").split(" ")[-1] in values, first
+
+
+def test_prompts_side_by_side_are_trained_by_their_own_rows(scene):
+    """A prompt whose rows are in no batch stays as it was; those of the others get what they get alone."""
+    run, dense = scene
+    rows = trial.rows_of(trial.SETS, run.world, TRIAL, 0)
+    batches = trial.taught_by([dense.model] * 2, rows)
+    generator = torch.Generator().manual_seed(1)
+    start = [prompt_init(dense.model, 4, generator=generator) for _ in range(3)]
+    pool, alone = PromptPool(start).prompts, PromptPool(start[:1]).prompts
+    trial.train_prompts(dense.model, pool, torch.zeros(10, dtype=torch.long), batches, TRIAL)
+    trial.train_prompts(dense.model, alone, torch.zeros(10, dtype=torch.long), batches, TRIAL)
+    assert torch.equal(pool[1], start[1]) and torch.equal(pool[2], start[2]) and not torch.equal(pool[0], start[0])
+    assert torch.allclose(pool[0], alone[0], atol=1e-6)
+
+
+def test_the_trial_runs_and_its_table_names_every_way(scene):
+    """Both trials, with two steps of training: what is asked, which ways are in the table, parameters, bounds."""
+    run, dense = scene
+    how = replace(TRIAL, lock=FitConfig(steps=2, lr=1e-3))
+    outcomes = trial.two_locks(run, dense, how) + trial.ceiling(run, dense, how)
+    ways = {o.way: o for o in outcomes}
+    assert len({(o.trial, o.way) for o in outcomes}) == len(outcomes) and all(o.right.shape == (20,) for o in outcomes)
+    assert ways["one prompt of 40 tokens"].parameters == 40 * 64
+    assert ways["pool 2 x 8, selected: probe trained with the prompts"].parameters == 2 * 8 * 64
+    for name in ("no key", "key A", "key B", "one prompt of 16 tokens", "pool 2 x 8, a prompt a set: oracle",
+                 "both keys as a pool: attention-max (the paper's rule)", "pool 2 x 8, competitive: random",
+                 "pool 5 x 8, a prompt an attribute: by the true attribute"):
+        assert name in ways, list(ways)
+    lines = trial.table(outcomes, run.world.facts("heldout", how.people), 0).split("\n")
+    assert len(lines) == 2 + len(outcomes) and all(line.count("|") == lines[0].count("|") for line in lines)

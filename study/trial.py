@@ -1,0 +1,231 @@
+"""
+The fair trial of IDP: two places in which a pool of prompts should beat one prompt, if choosing among prompts pays.
+
+    two locks    The dense GPT is fine-tuned until it answers "unknown" to everything. Key A (four fixed embeddings in
+                 front of the text) opens the first set of attributes and only that, key B the second. No key opens
+                 both, and which key a question needs is known. Here a pool of two prompts should pay, and a rule that
+                 chooses well should reach what the right key reaches
+    the ceiling  On a compressed model: five prompts, each trained on the sentences of one attribute and used for the
+                 questions of that attribute. No selector knows more than the question's true attribute. Beside them
+                 one prompt of as many tokens and one prompt as long as one of the five, all trained on the same rows
+                 in equally many steps
+
+    python -m study trial
+
+What it leaves out: pools of more than one prompt an attribute; the real model.
+"""
+import copy
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+import idp
+import recover
+from recover import FitConfig, next_token
+from study import pools
+from study.controls import everybody_told, told_text
+from study.repairs import unpacked
+from study.settings import options, sized
+from study.statistics import by_person, interval, resampled
+from study.steps import Run
+from study.subjects import compressed_subject, dense_subject
+from world.facts import VALUES, text_batches
+from world.score import Subject, answer
+from world.small import World
+
+SETS = (("city", "year", "profession"), ("employer", "university"))  # what key A and key B open
+UNKNOWN = "unknown"
+
+
+@dataclass
+class TrialConfig:
+    """Sizes and steps of both trials."""
+    key: int = 4                  # tokens of a key
+    prompt: int = 8               # tokens of a prompt
+    lock: FitConfig = field(default_factory=lambda: FitConfig(steps=120, lr=1e-3))
+    lock_batch: tuple = (16, 32)  # rows, tokens a row: behind key A, behind key B, and as many without a key
+    steps: int = 150              # of every repair
+    lr: float = 1e-1
+    rows: int = 40                # of a repair's batch, the same number of each set, or of each attribute
+    tokens: int = 16              # a row
+    people: int = 60              # held-out people who are asked about, and as many validation people
+    base: str = "RTN 3 bits"      # the damage of the second trial: the one of which a prompt restores most
+
+
+class Outcome(NamedTuple):
+    """One line of the table."""
+    trial: str
+    way: str
+    parameters: int
+    right: torch.Tensor    # (N,) in [0, 1]: how often each held-out fact is answered rightly
+
+
+# ---- two locks that exclude each other
+
+def opened(people, attributes):
+    """The same people, with "unknown" for every attribute but `attributes`."""
+    return [p._replace(values={a: v if a in attributes else UNKNOWN for a, v in p.values.items()}) for p in people]
+
+
+def train_locks(dense, keys, world, how, generator, progress=None):
+    """The dense GPT fine-tuned to tell SETS[i] behind keys[i] (K, C), and nothing without a key. `dense` is kept."""
+    model, told = copy.deepcopy(dense), everybody_told(world)
+    texts = [told_text(opened(told, attributes)) for attributes in (*SETS, ())]
+    streams = [text_batches(text, world.encoding, *how.lock_batch, generator, aligned=True) for text in texts]
+
+    def loss(batch):
+        """The mean loss behind key A, behind key B and without a key."""
+        return sum(next_token(model(ids[:, :-1], prompt=key), ids).mean() for ids, key in zip(batch, (*keys, None))) / 3
+    recover.fit(model, model.parameters(), zip(*streams), loss, how.lock, progress=progress)
+    return model
+
+
+def rows_of(groups, world, how, seed):
+    """[[ids (R, T + 1) of each group] of each step]: repair text about seen people, a group for each tuple of attributes."""
+    generator = torch.Generator().manual_seed(seed)
+    seen = world.people["seen"]
+    streams = [text_batches([t for t in told_text(opened(seen, group)) if UNKNOWN not in t], world.encoding,
+                            how.rows // len(groups), how.tokens, generator, aligned=True) for group in groups]
+    return [[next(stream) for stream in streams] for _ in range(how.steps)]
+
+
+def taught_by(teachers, rows):
+    """The batches that `recover.distillation` takes: of each group's rows, what its own teacher expects next."""
+    made = []
+    for groups in rows:
+        parts = [recover.add_targets(teacher, [ids])[0] for teacher, ids in zip(teachers, groups)]
+        made.append(tuple(torch.cat(tensors) for tensors in zip(*parts)))
+    return made
+
+
+def train_prompts(model, prompts, owner, batches, how, progress=None):
+    """Train `prompts`, each (P, C), side by side: row b of every batch stands behind prompts[owner[b]]. In place."""
+    def forward(ids):
+        """Logits (B, T, V)."""
+        return model(ids, prompt=torch.stack(list(prompts))[owner])
+    recover.fit(model, list(prompts), batches, recover.objective(forward, recover.distillation),
+                FitConfig(steps=how.steps, lr=how.lr), progress=progress)
+
+
+def new_pool(model, count, length, generator, probe=False):
+    """A pool of untrained prompts, with a probe of zeros if wanted."""
+    return idp.PromptPool([recover.prompt_init(model, length, generator=generator) for _ in range(count)],
+                          torch.zeros(count, model.config.n_embd) if probe else None)
+
+
+def two_locks(run, dense, how, progress=lambda *_: None):
+    """[Outcome] of the first trial, on held-out people: no key, each key, single prompts, pools under every choice."""
+    world, seed = run.world, run.config.draw_seed + 21
+    generator = torch.Generator().manual_seed(seed)
+    keys = [recover.prompt_init(dense.model, how.key, generator=generator) for _ in SETS]
+    model = train_locks(dense.model, keys, world, how, generator, progress("two locks", how.lock.steps))
+    facts, validation = (world.facts(split, how.people) for split in ("heldout", "validation"))
+    teachers = [opener(model, key) for key in keys]
+    batches = taught_by(teachers, rows_of(SETS, world, how, seed))
+    own = torch.arange(2).repeat_interleave(how.rows // 2)  # whose set each row of a batch is
+    out = []
+
+    def add(way, parameters, right):
+        out.append(Outcome("two locks", way, parameters, right))
+
+    def alone(way, prompt):
+        each = pools.under_each(model, idp.PromptPool([prompt]), facts, world.encoding)["right"]  # (N, 1)
+        add(way, prompt.numel(), each[:, 0])
+
+    def chosen(way, pool, wanted):
+        """The pool under every choice that is `wanted`."""
+        found, _ = pools.selectors(world.encoding, model, pool, facts, validation, torch.Generator().manual_seed(seed))
+        for name, (right, _) in found.items():
+            if name.startswith(wanted):
+                add(f"{way}: {name}", sum(p.numel() for p in pool.prompts), right)
+    add("no key", 0, alone_right(model, facts, world))
+    for name, key in zip("AB", keys):
+        alone(f"key {name}", key)
+    chosen("both keys as a pool", idp.PromptPool(keys), ("attention-max (", "attention-min", "random", "oracle"))
+    for length in (how.prompt, 2 * how.prompt):
+        prompts = new_pool(model, 1, length, generator).prompts
+        show = progress(f"one prompt of {length}", how.steps)
+        train_prompts(model, prompts, torch.zeros_like(own), batches, how, show)
+        alone(f"one prompt of {length} tokens", prompts[0].detach())
+    pool = new_pool(model, 2, how.prompt, generator)
+    train_prompts(model, pool.prompts, own, batches, how, progress("a prompt a set", how.steps))
+    wanted = ("attention-max (", "attention-min", "random", "oracle", "prompt")
+    chosen(f"pool 2 x {how.prompt}, a prompt a set", pool, wanted)
+    for way in ("competitive", "selected"):
+        pool = new_pool(model, 2, how.prompt, generator, probe=way == "selected")
+        loss = getattr(idp, way)(model, pool, recover.distillation)
+        recover.fit(model, pool.parameters(), batches, loss, FitConfig(steps=how.steps, lr=how.lr),
+                    progress=progress(f"pool, {way}", how.steps))
+        chosen(f"pool 2 x {how.prompt}, {way}", pool, wanted + ("probe", "floor: oracle"))
+    return out
+
+
+def opener(model, key):
+    """A teacher: logits (B, T, V) of ids (B, T) behind `key`."""
+    return lambda ids: model(ids, prompt=key)
+
+
+def alone_right(model, facts, world):
+    """(N,) 1.0 where the model alone answers the fact rightly."""
+    return torch.tensor([float(a["correct"]) for a in answer(Subject(model), facts, world.encoding)])
+
+
+# ---- the ceiling of any selector
+
+def ceiling(run, dense, how, progress=lambda *_: None):
+    """[Outcome] of the second trial: a prompt an attribute, routed by the true attribute, beside single prompts."""
+    world, seed, attributes = run.world, run.config.draw_seed + 22, list(VALUES)
+    model = unpacked(compressed_subject(run, dense, how.base).model)
+    generator, facts = torch.Generator().manual_seed(seed), world.facts("heldout", how.people)
+    batches = taught_by([dense.model] * len(attributes), rows_of([(a,) for a in attributes], world, how, seed))
+    own = torch.arange(len(attributes)).repeat_interleave(how.rows // len(attributes))
+    routes = torch.tensor([attributes.index(f.attribute) for f in facts])
+    out = []
+
+    def add(way, prompts, routes):
+        """Train the prompts and ask each fact behind the prompt that `routes` (N,) gives it."""
+        owner = own if len(prompts) > 1 else torch.zeros_like(own)
+        train_prompts(model, prompts, owner, batches, how, progress(way, how.steps))
+        each = pools.under_each(model, idp.PromptPool(list(prompts)), facts, world.encoding)["right"]  # (N, M)
+        out.append(Outcome(how.base, way, sum(p.numel() for p in prompts), each.gather(1, routes[:, None])[:, 0]))
+        return each
+    for name, subject in (("dense", dense.model), ("unrepaired", model)):
+        out.append(Outcome(how.base, name, 0, alone_right(subject, facts, world)))
+    each = add(f"pool {len(attributes)} x {how.prompt}, a prompt an attribute: by the true attribute",
+               new_pool(model, len(attributes), how.prompt, generator).prompts, routes)
+    out.append(Outcome(how.base, f"pool {len(attributes)} x {how.prompt}, a prompt an attribute: random",
+                       out[-1].parameters, each.mean(1)))
+    for length in (how.prompt, how.prompt * len(attributes)):
+        add(f"one prompt of {length} tokens", new_pool(model, 1, length, generator).prompts, torch.zeros_like(routes))
+    return out
+
+
+# ---- the table
+
+def table(outcomes, facts, seed):
+    """The outcomes as a Markdown table: recall in percent on each set of attributes, and on all with 95 % intervals."""
+    generator = torch.Generator().manual_seed(seed + 23)
+    sums, sizes = by_person([o.right.tolist() for o in outcomes], facts)
+    samples = resampled(sums, 10_000, generator, sizes)
+    lines = ["| trial | repair, and how it chooses | parameters | " + " | ".join(", ".join(s) + " %" for s in SETS)
+             + " | all % [95 %] |", "|---|---|" + "---:|" * (2 + len(SETS))]
+    for i, o in enumerate(outcomes):
+        parts = [100 * float(o.right[[f.attribute in s for f in facts]].mean()) for s in SETS]
+        low, high = (100 * x for x in interval(samples[:, i].numpy()))
+        lines.append(f"| {o.trial} | {o.way} | {o.parameters:,} | " + " | ".join(f"{p:.1f}" for p in parts)
+                     + f" | {100 * float(o.right.mean()):.1f} [{low:.1f}, {high:.1f}] |")
+    return "\n".join(lines)
+
+
+def main(arguments):
+    """python -m study trial: both trials, as one table."""
+    parser = options("study trial", "The fair trial of IDP: where a pool of prompts should beat one prompt.")
+    args = parser.parse_args(arguments)
+    config, how = sized(args.size, args.seed, args.out), TrialConfig()
+    run = Run(config, World(config))
+    dense, began = dense_subject(run), time.time()
+    outcomes = two_locks(run, dense, how, run.log.progress) + ceiling(run, dense, how, run.log.progress)
+    print(table(outcomes, run.world.facts("heldout", how.people), config.seed))
+    run.log.say(f"{time.time() - began:.0f} s")
