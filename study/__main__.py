@@ -4,7 +4,7 @@ The jobs on the small world, one at a time: `python -m study` lists them, `pytho
 import sys
 
 from engine.script import guard
-from study import figure, findings, jobs, memory, page, sweeps, trial
+from study import figure, findings, jobs, mechanism, memory, page, sweeps, trial
 
 JOBS = {  # name: (what runs, what it does)
     "train": (jobs.train, "train the dense GPT, with or without an ingredient of its recipe, and ask it"),
@@ -12,6 +12,7 @@ JOBS = {  # name: (what runs, what it does)
     "repair": (jobs.repair, "repair a compressed model in one way: recall before and after"),
     "sweep": (sweeps.main, "vary one setting: bits, sparsity, prompt-length, rank; or lr, on validation people"),
     "trial": (trial.main, "where a pool of prompts should beat one prompt: two locks, and the ceiling of any selector"),
+    "why": (mechanism.main, "why one compressor's damage is displaced and another's is not: the shape of layers' errors"),
     "findings": (findings.main, "what others found, with our numbers beside it"),
     "figure": (figure.main, "the README's picture: what each repair brings back, from results.json to an SVG"),
     "page": (page.main, "results.json as one page to explore"),
