@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from world.facts import EOT, Fact, VALUES, WorldConfig, facts_about, make_encoding, make_world, statements, taught_questions, text_batches, train_bpe
-import idp
 import recover
 from idp import PromptPool, choose as choose_prompt, prefill, select
 from model import Cache, GPT, GPTConfig
