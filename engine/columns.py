@@ -2,7 +2,7 @@
 The fast sweep over the columns of a weight: GPTQ and SparseGPT as `compress.py` runs them on a model.
 
 The algorithms themselves are `gptq_loop` and `sparsegpt_loop` in compress.py: read those first. Here are the same
-numbers (in float64 no code differs, tests hold the two together) in about a seventh of the time.
+numbers (in float64 no code differs, tests hold the two together), five to eight times as fast at 768 x 768.
 
 One factorization instead of three. The papers factor H, invert it, and factor the inverse. We factor once: H = R Rᵀ
 with R upper triangular, a Cholesky factorization read from the last row up. Then U = R⁻¹, as (R⁻¹)ᵀ R⁻¹ = (R Rᵀ)⁻¹,
