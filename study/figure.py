@@ -21,7 +21,7 @@ RESULTS, FIGURE = "out/results.json", "out/figure.svg"
 
 # Everything is in units of the viewBox: at a width of 360 pixels a unit is 0.86 pixels and the text 11 pixels high.
 WIDTH, ROW, HEAD = 420, 16, 25
-PANELS = {"displaced": (112, 262), "relearned": (280, 414)}  # left and right edge
+PANELS = {"displaced": (134, 268), "relearned": (284, 414)}  # left and right edge
 LOW, HIGH = -0.25, 1.25                                      # the range of both axes; what lies outside is an arrow
 NAMES = {"displaced": "displaced", "relearned": "re-learned"}
 KNOWN = {  # controls: the displaced share that each has by construction, and its name
@@ -33,7 +33,8 @@ KNOWN = {  # controls: the displaced share that each has by construction, and it
 # Colours mean roles: grey what is known by construction, orange a repair, as on the page.
 STYLE = """
 .repairs .paper { fill: #fcfbf8 } .repairs text { fill: #1c1c1e; font: 13px system-ui, sans-serif }
-.repairs .small { font-size: 11.5px; fill: #5b5a60 } .repairs .head { font-weight: 600 }
+.repairs .small { font-size: 11.5px; fill: #5b5a60 } .repairs .name { font-size: 12px }
+.repairs .head { font-weight: 600 }
 .repairs .rule { stroke: #d3d0c8 } .repairs .bracket { stroke: #5b5a60; fill: none; stroke-width: 1.5 }
 .repairs .repair { fill: #c2570c; stroke: #c2570c } .repairs .control { fill: #66666c; stroke: #66666c }
 .repairs .halo { paint-order: stroke; stroke: #fcfbf8; stroke-width: 4px }
@@ -137,7 +138,8 @@ def root(model, models):
 
 def row(model, base, sure, y):
     """One repair: its name and, in each panel, its dot with the interval over it."""
-    out = [text(14, y, model.get("tag") or model["id"])]
+    tag = model.get("tag") or model["id"]
+    out = [text(14, y, tag if len(tag) <= 20 else tag[:19] + "…", "name halo")]
     role = "control" if is_control(base) else "repair"
     relearned = estimate(model, "relearned")
     out += dot(*estimate(model, "displaced"), "displaced", role, sure, y - 4, model)

@@ -69,7 +69,7 @@ def best_repair(study):
     share, low, high = (f"{100 * x:.0f}".replace("-", "−") for x in estimate(model, "displaced"))
     extra = number(model["metrics"].get("extra_parameters"))
     recalls = [number(m["metrics"].get("recall_heldout")) for m in (base, model)]
-    says = f"{model.get('tag') or model['id']} on {base.get('tag') or base['id']} brings back most: "
+    says = f"Most comes back with {model.get('tag') or model['id']} on {base.get('tag') or base['id']}: "
     if None not in recalls:
         says += "held-out recall goes from {:.1f} to {:.1f} %, ".format(*(100 * x for x in recalls))
     says += f"{share} % (95 % interval {low} to {high}) of what was lost"

@@ -459,11 +459,11 @@ function shorten(string, width) {
 
 // Each operation has one shape everywhere; shapes of one radius have the same area.
 const LOOKS = { dense: "circle", control: "circle", quantize: "square", prune: "diamond", lora: "up", prompt: "down",
-  prefix: "hexagon", idp: "star", biases: "pentagon" };
+  prefix: "hexagon", idp: "star", biases: "pentagon", "bias correction": "diamond" };
 function lookOf(name) {
-  const shapes = ["pentagon", "hexagon", "square", "up", "diamond"];
-  const others = [...operations.keys()].filter(n => !Object.hasOwn(LOOKS, n.toLowerCase()));
-  return own(LOOKS, name.toLowerCase()) || shapes[others.indexOf(name) % shapes.length];
+  const known = n => own(LOOKS, n.toLowerCase()), names = [...operations.keys()], others = names.filter(n => !known(n));
+  const free = Object.keys(SHAPES).filter(s => s !== "circle" && !names.some(n => known(n) === s));
+  return known(name) || (free.length ? free : ["square"])[others.indexOf(name) % (free.length || 1)];
 }
 const colour = m => `var(--${roleOf(m)})`;
 const SHAPES = {                                            // corners, and by how many degrees they are turned
@@ -681,27 +681,32 @@ function fractionCell(m, metric, label) {
 // Recall asks for the answer in words; knowledge compares its probability with those of the other values, so that being
 // asked in another form changes nothing. The rest of what a repair gains is format.
 function knowledgeTable() {
-  const columns = [["displaced", "displaced, by recall"], ["displaced_knowledge", "by knowledge"],
-    ["relearned", "re-learned, by recall"], ["relearned_knowledge", "by knowledge"]];
-  const levels = ["knowledge_heldout", "format_heldout", "knowledge_novel"]
-    .filter(n => models.some(m => value(m, n) !== null));
-  const rows = models.filter(m => isRepaired(m) && value(m, "displaced_knowledge") !== null);
-  if (!rows.length && !levels.length) return null;
-  const shown = columns.filter(([n]) => rows.some(m => value(m, n) !== null));
-  const change = (m, n) => {
-    const after = value(m, n), before = parent(m) ? value(parent(m), n) : null;
-    return html("td.third", { "data-label": `change of ${nameOf(n)}` }, after !== null && before !== null
-      ? html("span.v", signed(after - before, digitsFor([after - before], 2))) : html("span.missing", "–"));
+  const told = m => value(m, "displaced_knowledge") !== null || value(m, "gain_knowledge") !== null;
+  const rows = models.filter(m => isRepaired(m) && told(m));
+  if (!rows.length) return null;
+  const some = ([n]) => rows.some(m => value(m, n) !== null);
+  const shares = [["displaced", "displaced, recall"], ["displaced_knowledge", "displaced, knowledge"],
+    ["relearned_knowledge", "re-learned, knowledge"]].filter(some);
+  const gains = [["gain_knowledge", "gain in knowledge, nats"], ["gain_format", "gain in format, nats"]].filter(some);
+  const reach = numbers(rows.flatMap(m => gains.flatMap(([n]) => [value(m, n), ...(interval(m, n) || [])])));
+  const low = Math.min(0, ...reach), high = Math.max(0, ...reach), margin = 0.05 * (high - low);
+  const nats = onAxis(low - margin, high + margin);
+  const ticks = steps(low, high).filter((_, k, all) => all.length < 5 || k % 2 === 0);
+  const head = ([, label], axis, values, say) => html("th", { scope: "col" }, label, ticksOf(axis, values, say));
+  const gain = (m, [n, label]) => {
+    const v = value(m, n), ends = interval(m, n), digits = digitsFor([v || 0, ...(ends || [])], 2);
+    return html("td.half", { "data-label": label }, html("span.v", v === null ? "–" : signed(v, digits)),
+      ends && html("span.ends", ends.map(u => fixed(u, digits)).join(" to ")),
+      v !== null && strip(rulesOf(nats, [0]), estimate(m, v, ends, nats, ends && ends[0] <= 0 && ends[1] >= 0)));
   };
   return [html("h3", "Knowing apart from format"),
     html("p.note", "Recall counts answers given in words. Knowledge is the log-probability of the right value among "
-      + "the values of its attribute, format the rest. Changes are against the model that was repaired; of people in "
-      + "no text nobody can know more, so that column should stand at 0."),
+      + "the values of its attribute, so it does not change with how an answer is put. Gain: what the repair adds on "
+      + "held-out people, in nats, split into knowledge and the rest, format."),
     html("table.verdict.stack", html("thead", html("tr", html("th", { scope: "col" }, "model"),
-      shown.map(([, label]) => html("th", { scope: "col" }, label, ticksOf(fraction, [0, 0.5, 1], ofHundred))),
-      levels.map(n => html("th", { scope: "col" }, `change of ${nameOf(n)}`)))),
+      shares.map(s => head(s, fraction, [0, 0.5, 1], ofHundred)), gains.map(g => head(g, nats, ticks, v => plain(v))))),
     html("tbody", rows.map(m => html("tr", { "data-m": m.index }, html("th", { scope: "row" }, named(m)),
-      shown.map(([n, label]) => fractionCell(m, n, label)), levels.map(n => change(m, n))))))];
+      shares.map(([n, label]) => fractionCell(m, n, label)), gains.map(g => gain(m, g))))))];
 }
 
 // ------------------------------------------------------------------------------------------------------ 8. Trade-offs
@@ -749,7 +754,9 @@ function drawTradeoffs() {
 }
 function unnamed(points) {
   const n = points.filter(p => p.named === false).length;
-  return n > 0 && html("p.note", `${count(n, "point")} without a name, for want of room: point at one, or zoom in.`);
+  const said = [!chosen.zoom && tied(points) && "Models of nearly the same value across stand side by side.",
+    n > 0 && `${count(n, "point")} without a name, for want of room: point at one, or zoom in.`].filter(Boolean);
+  return said.length > 0 && html("p.note", said.join(" "));
 }
 // Which models are not in the picture, and why.
 function absent(both) {
@@ -779,7 +786,7 @@ function scatter(points, best) {
     p.flat = interval(p.m, chosen.x)?.map(v => x(hold(chosen.x, v)));
     p.high = interval(p.m, chosen.y)?.map(v => y(hold(chosen.y, v)));
   }
-  spreadOut(points, box);
+  if (!zoom && tied(points)) spreadOut(points, box);
   const seen = p => p.px >= left && p.px <= box.right && p.py >= box.top && p.py <= box.bottom;
   const here = zoom ? points.filter(seen) : points;
   const stairs = best.filter(p => here.includes(p));
@@ -811,16 +818,25 @@ function scatter(points, best) {
   });
   return canvas;
 }
-// Models with one and the same value across, as repairs of one size have, stand side by side.
-function spreadOut(points, box) {
-  const places = [...new Set(points.map(p => p.px))].sort((a, b) => a - b);
-  const gaps = [Infinity, ...places.slice(1).map((v, k) => v - places[k]), Infinity];
-  const shifts = points.map(p => {
-    const same = points.filter(q => q.x === p.x), at = places.indexOf(p.px);
-    const room = 0.7 * Math.min(gaps[at], gaps[at + 1], 2 * (box.right - p.px) + 10);
-    return (same.indexOf(p) - (same.length - 1) / 2) * Math.min(14, room / same.length);
-  });
-  points.forEach((p, k) => { p.px += shifts[k]; });
+// Where most models share their value across with another, as repairs of one size do, those of nearly the same value
+// stand side by side: groups that would overlap become one, in the order of their values.
+const tied = points => 2 * points.filter(p => points.some(q => q !== p && q.x === p.x)).length > points.length;
+export function spreadOut(points, { left, right }) {
+  const step = Math.min(14, 0.5 * (right - left) / points.length), half = g => (g.length - 1) / 2 * step;
+  const middle = g => g.reduce((sum, p) => sum + p.px, 0) / g.length;
+  const groups = [];
+  for (const p of [...points].sort((a, b) => a.px - b.px)) {
+    groups.push([p]);
+    while (groups.length > 1) {
+      const [a, b] = groups.slice(-2);
+      if (middle(b) - middle(a) >= half(a) + half(b) + step) break;
+      groups.splice(-2, 2, [...a, ...b]);
+    }
+  }
+  for (const g of groups) {
+    const at = Math.max(left + half(g) + 6, Math.min(right - half(g) - 6, middle(g)));
+    g.map((_, i) => at + (i - (g.length - 1) / 2) * step).forEach((px, i) => { g[i].px = px; });
+  }
 }
 // Where a selected model came from: [the model it was made from, itself], when both are selected.
 function origins(points) {
@@ -835,13 +851,14 @@ function dot({ m, px, py, off, y }) {
     event.preventDefault();
     click(m, event);
   };
-  const mark = off ? (y < 0 ? "M-6,-3L0,6L6,-3Z" : "M-6,3L0,-6L6,3Z") : shape(operationName(m), 5);
+  const mark = off ? (y < 0 ? "M0,-6V5M-4,1L0,5L4,1" : "M0,6V-5M-4,-1L0,-5L4,-1") : shape(operationName(m), 5);
   return hint(svg("g.pick", { id: `dot-${m.index}`, "data-m": m.index, tabindex: 0, role: "button",
     "aria-pressed": String(on), "aria-label": said.replaceAll("\n", "; "), transform: `translate(${px} ${py})`,
     onclick: event => click(m, event), onkeydown: press },
     svg("circle.ring", { r: 12, fill: on ? "var(--tint)" : "transparent", stroke: on ? "var(--ink)" : "none",
       "stroke-width": 1.2 }),
-    path(mark, { class: "mark", fill: hollow ? "var(--paper)" : colour(m), stroke: colour(m), "stroke-width": 1.5 })),
+    path(mark, { class: "mark", fill: off ? "none" : hollow ? "var(--paper)" : colour(m), stroke: colour(m),
+      "stroke-width": off ? 2.2 : 1.5 })),
   said);
 }
 // The selected are named first, then the front, then the rest; one without room is left to the hint, and said.
@@ -928,7 +945,7 @@ function mapPlan({ rows, columns }) {
   const tilted = columns.some(c => textWidth(operationName(c.m)) > step - 6), top = tilted ? 66 : 30;
   const x = new Map(columns.map((c, j) => [c.column, 18 + j * step])), spots = new Map();
   let y = top - 14;
-  for (const r of rows) spots.set(r.m, [x.get(r.column), y += r.depth === 1 ? 34 : 26]);        // air between families
+  for (const r of rows) spots.set(r.m, [x.get(r.column), y += r.depth < 2 ? 34 : 26]);        // air between families
   const usual = metrics.has("recall_heldout") ? "recall_heldout" : chosen.y;
   const painted = chosen.colour === "operation" ? usual : chosen.colour;
   const shown = [...new Set(width < 900 ? [painted] : [chosen.size, painted])].filter(n => metrics.has(n));
@@ -1100,8 +1117,8 @@ function testTable(shown, noise, what) {
     html("tbody", shown.map(one), noise.length > 0 && html("tr.break",
       html("th", { colspan: 8, scope: "colgroup" }, "Where nothing should differ: the noise floor")), noise.map(one))),
   html("p.note", "Filled: the corrected p is below 0.05. An arrow: beyond the axis. Shaded: the largest difference of "
-    + "the noise floor. Ticks: what could be seen. A test counts the flips between two models. An interval of displaced also carries the error "
-    + "of what was lost, so the two can differ.")];
+    + "the noise floor. Ticks: what could be seen. A test counts the flips between two models. An interval of displaced "
+    + "also carries the error of what was lost, so the two can differ.")];
 }
 function pairTable() {
   if (!study.pairs?.length) return null;
@@ -1113,7 +1130,8 @@ function pairTable() {
     html("p.note", "Difference of the displaced shares, with its 95 % interval; non-inferior: the interval lies above "
       + "the margin of −5 points that was stated before the run."),
     table("Repair against repair", ["repair", "against", "difference, points", "verdict"], study.pairs.map(pair =>
-      [name(pair.base, pair.a), name(pair.base, pair.b), [points(pair.difference), span(pair.interval)], pair.verdict]))];
+      [name(pair.base, pair.a), name(pair.base, pair.b), [points(pair.difference), span(pair.interval)],
+        pair.verdict]))];
 }
 function claimTable() {
   if (!study.claims?.length) return null;

@@ -155,8 +155,9 @@ PLANNED = {  # base: (tag, kind, operation, recall after, {repair: (displaced, r
 SIZES = {"prompt 8": ("prompt", 768), "biases": ("biases", 768), "LoRA rank 1": ("LoRA", 6_912),
          "LoRA rank 8": ("LoRA", 55_296), "IDP 4 x 8": ("IDP", 3_072)}
 MORE = [(f"knowledge_{split}", f"knowledge, {split}", "nats", True) for split in SPLITS] + [
-    ("format_heldout", "format, heldout", "nats", True), ("displaced_knowledge", "displaced knowledge", "share", True),
-    ("relearned_knowledge", "re-learned knowledge", "share", False)]
+    ("gain_knowledge", "gain, knowledge", "nats", True), ("gain_format", "gain, format", "nats", True),
+    ("displaced_knowledge", "displaced, knowledge", "share", True),
+    ("relearned_knowledge", "re-learned, knowledge", "share", False)]
 
 
 def with_everything(seed=1, people=40):
@@ -194,8 +195,9 @@ def with_everything(seed=1, people=40):
         m["attributes"] = {a: [low, low - .04, low + .04] for a in ATTRIBUTES}
         m["tasks"] = {task: {split: {"acc": [rng.uniform(.2, .9), .1, .95]} for split in SPLITS}
                       for task in ("four-way", "last word")}
-        for name in ("knowledge_seen", "knowledge_heldout", "knowledge_novel", "format_heldout"):
-            m["metrics"][name] = -rng.expovariate(2)
+        gains = ("gain_knowledge", "gain_format") if m.get("kind") == "repaired" else ()
+        for name in (*(f"knowledge_{split}" for split in SPLITS), *gains):
+            m["metrics"][name] = rng.gauss(.1, .1) if name in gains else -rng.expovariate(2)
             m["intervals"][name] = [m["metrics"][name] - .05, m["metrics"][name] + .05]
     study["metrics"] += [{"name": n, "label": label, "unit": u, "higher_is_better": up} for n, label, u, up in MORE]
     study["operations"] += [{"name": n, "description": n} for n in ("fine-tune", "add", "biases")]
@@ -207,8 +209,8 @@ def with_everything(seed=1, people=40):
     study["claims"] = [{"name": n, "statement": f"We claim that {n}.", "estimate": e, "interval": [e - .03, e + .03],
                         "p": p, "p_holm": min(1, 4 * p), "verdict": v} for n, e, p, v in
                        zip(names, (.05, .01, -.12, .3), (.001, .4, .9, 1e-9), ("holds", "open", "fails", "holds"))]
-    study["pairs"] = [{"a": "gptq-3+prompt 8", "b": "gptq-3+biases", "difference": -.12, "interval": [-.17, -.07],
-                       "verdict": "inferior"}]
+    study["pairs"] = [{"base": "GPTQ 3 bits", "a": "prompt 8", "b": "biases", "difference": -.12,
+                       "interval": [-.17, -.07], "verdict": "inferior"}]
     study["sweeps"] = {"bits": {"settings": {}, "points": [
         {"series": s, "x": b, "perplexity": 4 + 9 / b, "perplexity_wrong_divisor": 4 + 9 / b,
          **{f"recall_{split}": [1 - k / b ** 2, .96 - k / b ** 2, 1.02 - k / b ** 2] for split in SPLITS}}

@@ -4,7 +4,8 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import * as report from "./report.mjs";
 
-const packed = JSON.parse(readFileSync("packed.json", "utf8")), predictions = JSON.parse(readFileSync("predictions.json", "utf8"));
+const packed = JSON.parse(readFileSync("packed.json", "utf8"));
+const predictions = JSON.parse(readFileSync("predictions.json", "utf8"));
 const { models, facts } = report.load(packed, readFileSync("answers.bin"));
 const given = id => predictions.filter(p => p.model === id);                        // in the order of the facts
 
@@ -113,6 +114,16 @@ test("a label is nearest to its own point, and none lies on another", () => {
 test("points that lie on each other get one label at most where no other place is nearer", () => {
   const points = [{ px: 50, py: 50, label: "a" }, { px: 50, py: 50, label: "b" }];
   assert.deepEqual(report.placeLabels(points, { left: 0, right: 300, top: 0, bottom: 300 }, () => 10), [null, null]);
+});
+
+test("points of nearly one value stand side by side, in their order and inside", () => {
+  const at = [100, 100, 100, 104, 300, 500, 500, 995, 999], points = at.map(px => ({ px }));
+  report.spreadOut(points, { left: 60, right: 1000 });
+  const now = points.map(p => p.px);
+  assert.equal(now[4], 300, "one that stands alone stays");
+  now.slice(1).forEach((px, k) => assert.ok(px - now[k] >= 13.9, `${k}: ${now}`));
+  assert.ok(now.every(px => px >= 60 && px <= 1000));
+  now.forEach((px, k) => assert.ok(Math.abs(px - at[k]) <= 30));
 });
 
 test("the front is what no other beats", () => {

@@ -1,8 +1,8 @@
 """The page against what it was given: it is parsed again and, where Chromium is installed, driven in it.
 
 The studies in here are INVENTED (invented.py), by a seeded generator: no number of them is a result. The page itself
-never shows a number that it did not read. The browser is driven through chromedriver's own protocol (browser.py), so the
-tests need no package: Debian has `chromium chromium-driver`. axe, the accessibility checker, runs where the npm package
+never shows a number that it did not read. The browser is driven through chromedriver's own protocol (browser.py), so
+the tests need no package: Debian has `chromium chromium-driver`. axe, the accessibility checker, runs where the npm package
 axe-core lies in node_modules or where AXE names its axe.min.js.
 """
 import base64
@@ -300,7 +300,7 @@ def test_the_best_repair_is_a_confirmed_one():
     best = where["rtn-3+LoRA rank 8"]
     share, (low, high) = best["metrics"]["displaced"], best["intervals"]["displaced"]
     assert page.best_repair(study) == (
-        "LoRA rank 8 on RTN 3 bits brings back most: held-out recall goes from 66.0 to "
+        "Most comes back with LoRA rank 8 on RTN 3 bits: held-out recall goes from 66.0 to "
         f"{100 * best['metrics']['recall_heldout']:.1f} %, {100 * share:.0f} % (95 % interval {100 * low:.0f} to "
         f"{100 * high:.0f}) of what was lost, with 55,296 extra parameters.")
     for m in study["models"]:
@@ -676,7 +676,7 @@ def test_axe_finds_nothing(browser, usual, everything, width, scheme):
     look(browser, width, scheme)
     browser.open(everything[2])
     browser.js("""document.querySelectorAll('details').forEach(d => { d.open = true; });
-        document.querySelectorAll('section').forEach(s => { s.style.contentVisibility = 'visible'; })""")  # all laid out
+        document.querySelectorAll('section').forEach(s => { s.style.contentVisibility = 'visible'; })""")
     browser.js(axe().read_text(encoding="utf-8") + "; window.axe = axe;")
     browser.js("""window.found = null; setTimeout(() => axe.run(document, { resultTypes: ['violations'] })
         .then(r => { window.found = r.violations.map(v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 200)]); }),
