@@ -13,13 +13,13 @@ from study.comparisons import flips_of
 from study.statistics import compare, holm
 
 MARGIN = 0.05  # of displaced: a repair that is worse by less counts as not worse (non-inferior)
-BASE, CRUDE = "GPTQ 3 bits", "RTN 3 bits"
+BASE, CRUDE = "GPTQ", "RTN"  # at the same bits: 3 by default, 2 with --quick
 PROMPT, LONG, POOL, EQUAL = "prompt 8", "prompt 32", "IDP 4 x 8", "biases"
 STATEMENTS = {
     "prompt": f"One prompt of 8 tokens brings back held-out facts that {BASE} took: displaced > 0.",
     "pool": f"{POOL}, chosen by attention, brings back more than one prompt of as many tokens, trained for as many steps.",
     "weights": f"One prompt is at most {MARGIN:.0%} worse than as many parameters in the weights (biases of o and down).",
-    "compressor": f"At 3 bits a prompt brings back a smaller share of what {BASE[:4]} took than of what {CRUDE[:3]} took.",
+    "compressor": f"At equal bits a prompt brings back a smaller share of what {BASE} took than of what {CRUDE} took.",
 }
 PAIRS = ((PROMPT, "LoRA rank 8"), (POOL, "LoRA rank 8"), (PROMPT, EQUAL), (POOL, LONG))
 
@@ -31,7 +31,7 @@ def claims(draws, displaced):
     draws      [rows] of the study's own group; displaced {id: Estimate or None} as add_shares gives it
     """
     ids = {(m["base"], m["tag"]): m["id"] for m in draws[0]}
-    bases = {m["tag"]: m["id"] for m in draws[0]}
+    bases = {m["tag"].split()[0]: m["id"] for m in draws[0] if m["base"] == draws[0][0]["id"]}
 
     def share(base, tag):
         """Estimate of displaced of one repair, None where it is missing."""

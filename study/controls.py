@@ -214,7 +214,7 @@ def control_subjects(run, dense, name, how=None):
     run   the study's; its world, seed and repair batch hold, the steps of a repair are `how.repair_steps`
     how   ControlConfig; default: the study's own
     """
-    how = how or ControlConfig()
+    how = how or ControlConfig(repair_steps=min(ControlConfig.repair_steps, run.config.repair_steps))
     control = CONTROLS[name](run, dense, how)
     made = []
 
