@@ -18,8 +18,11 @@ def facts(*right):
 
 def rows(measured=None, scored=None):
     """Rows as evaluate.ask makes them, of the models that were asked."""
-    return [{**m, "answers": (measured or {}).get(m["id"], {"seen": facts(1), "heldout": facts(1)}),
+    made = [{**m, "answers": (measured or {}).get(m["id"], {"seen": facts(1), "heldout": facts(1)}),
              "scores": (scored or {}).get(m["id"])} for m in MODELS if measured is None or m["id"] in measured]
+    for row in made:  # everybody is asked one fact: then the test is McNemar's
+        row["entities"] = {split: list(range(len(given))) for split, given in row["answers"].items()}
+    return made
 
 
 def asked(*people):
@@ -34,7 +37,7 @@ def test_comparisons_by_hand():
     measured = {"dense": {"seen": facts(*[1] * 8), "heldout": facts(*[1] * 6, 0, 0), "novel": facts(0)},
                 "small": {"seen": facts(*[1] * 8), "heldout": facts(*[0] * 8), "novel": facts(0)},
                 "back": {"seen": facts(0, 0, *[1] * 6), "heldout": facts(1, *[0] * 7), "novel": facts(0)}}
-    found = comparisons.comparisons(rows(measured))
+    found = comparisons.comparisons([rows(measured)], {})
     assert [(r["model"], r["base"], r["what"]) for r in found] == [
         ("small", "dense", "recall, seen"), ("small", "dense", "recall, held-out"),
         ("back", "small", "recall, seen"), ("back", "small", "recall, held-out")]
@@ -49,14 +52,14 @@ def test_what_is_detectable_among_many_tests():
     """Forty flips, two tests: what the power finds at 0.025."""
     measured = {name: {"seen": facts(*[1] * 100), "heldout": facts(*[right] * 40, *[0] * 60)}
                 for name, right in (("dense", 1), ("small", 0))}
-    found = comparisons.comparisons(rows(measured))
+    found = comparisons.comparisons([rows(measured)], {})
     assert found[1]["detectable"] == detectable(100, 40, 0.025) > detectable(100, 40)
 
 
 def test_tasks_are_compared_on_held_out_people_by_their_main_metric():
     scored = {"dense": {"four-way": {"heldout": [{"acc": 1.0, "acc_norm": 0.0}] * 4, "seen": []}},
               "small": {"four-way": {"heldout": [{"acc": 0.0, "acc_norm": 0.0}] * 4, "seen": []}}}
-    found = comparisons.comparisons(rows(scored=scored))  # "back" was asked no task
+    found = comparisons.comparisons([rows(scored=scored)], {"four-way": {"heldout": asked(*"abcd")}})  # "back" was asked no task
     row, = [row for row in found if not row["what"].startswith("recall")]
     assert (row["model"], row["what"]) == ("small", "four-way, held-out")
     assert (row["gained"], row["lost"], row["items"]) == (0, 4, 4)

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from study import comparisons, tables
 from study.costs import costs
 from study.repairs import unpacked
 from study.settings import StudyConfig
+from study.shares import add_attributes, add_shares
 from study.steps import Run
 from study.subjects import dense_subject
 from test_tables import cells
@@ -34,7 +34,7 @@ def tiny(out):
     """A study of seconds: the same path, a world of a few people."""
     world = WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600)
     config = StudyConfig(world=world, out=str(out))
-    config.full, config.gpt = True, {"n_layer": 1, "n_embd": 32, "n_head": 2}
+    config.full, config.gpt = False, {"n_layer": 1, "n_embd": 32, "n_head": 2}
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
     config.calibration, config.repair_batch, config.timing_rounds = (8, 32), (4, 24), 2
     config.task_items = 6
@@ -43,41 +43,37 @@ def tiny(out):
 
 # ---- forgotten or displaced
 
-def test_fractions_worked_by_hand():
-    """dense 80, compressed 60 / 50, repaired 75 / 60: seen 15 of 20 points, held-out 10 of 30."""
-    dense, small, back = ({"seen": a, "heldout": b} for a, b in ((.8, .8), (.6, .5), (.75, .6)))
-    displaced, relearned = evaluate.fractions(dense, small, back)
-    assert displaced == pytest.approx(1 / 3) and relearned == pytest.approx(0.75 - 1 / 3)
+def said(p=0.01, difference=0.1, displaced=(0.2, [0.1, 0.3]), relearned=(0.0, [-1.0, 1.0])):
+    """A verdict in words."""
+    names = ("displaced", "relearned")
+    model = {"metrics": dict(zip(names, (displaced[0], relearned[0]))),
+             "intervals": dict(zip(names, (displaced[1], relearned[1])))}
+    return evaluate.verdict(model, {"p_holm": p, "difference": difference})
 
 
-def test_nothing_lost_is_no_fraction():
-    same = {"seen": np.array(.5), "heldout": np.array(.5)}
-    displaced, _ = evaluate.fractions(same, same, same)
-    assert not np.isfinite(displaced) and evaluate.interval([displaced]) == [None, None]
+@pytest.mark.parametrize("p, difference, word", [(0.04, 0.1, "at least 10% was displaced"), (0.04, -0.1, "lost further"),
+                                                 (0.06, 0.1, "no held-out gain"), (1.0, 0.0, "no held-out gain")])
+def test_verdict_follows_from_the_corrected_test(p, difference, word):
+    """The corrected p must be below 0.05; an interval alone claims nothing."""
+    text = said(p, difference)
+    assert word in text.split(":")[0] and "displaced 20% [10%, 30%]" in text and "not told from zero" in text
 
 
-@pytest.mark.parametrize("tests, word", [
-    ([(0.04, 0.1)], "come back"), ([(0.04, -0.1)], "lost further"), ([(0.06, 0.1)], "not distinguishable"),
-    ([(0.04, 0.1), (0.01, 0.2)], "come back"), ([(0.04, 0.1), (0.06, 0.2)], "not distinguishable"),
-    ([(0.04, 0.1), (0.01, -0.2)], "not distinguishable"), ([(1.0, 0.0)], "not distinguishable")])
-def test_verdict_follows_from_the_corrected_tests(tests, word):
-    """Every seed's corrected p must be below 0.05, and all on one side; an interval alone claims nothing."""
-    model = {"metrics": {"displaced": 0.2, "relearned": 0.0},
-             "intervals": {"displaced": [0.1, 0.3], "relearned": [-1, 1]}}
-    said = evaluate.verdict(model, [{"p_holm": p, "difference": d} for p, d in tests])
-    assert word in said.split(";")[0] and "displaced 20% [10%, 30%]" in said and "seen facts gain as much" in said
+def test_nothing_lost_is_no_verdict():
+    assert "too little" in said(displaced=(None, [None, None]))
 
 
 def test_verdicts_say_what_they_could_have_seen():
     """Dense 90, compressed 50: a detectable difference of 4 points is a tenth of the 40 that were lost."""
-    models = [{"id": name, "base": base, "verdict": None,
-               "metrics": {"recall_heldout": r, "displaced": .5, "relearned": 0},
-                "intervals": {"displaced": [.4, .6], "relearned": [-1, 1]}}
-              for name, base, r in (("dense", None, .9), ("small", "dense", .5), ("back", "small", .7))]
-    row = {"model": "back", "what": "recall, held-out", "p_holm": 0.01, "difference": 0.2, "detectable": 0.04}
-    evaluate.add_verdicts(models, [[{**row, "what": "recall, seen"}, row, {**row, "model": "small"}]])
-    assert [m["verdict"] is None for m in models] == [True, True, False]
-    assert "come back, displaced 50% [40%, 60%], detectable from 10%;" in models[2]["verdict"]
+    rows = [{"id": name, "base": base, "verdict": None, "kind": kind, "confirmed": None,
+             "metrics": {"recall_heldout": r, "displaced": .5, "relearned": 0},
+             "intervals": {"displaced": [.4, .6], "relearned": [-1, 1]}}
+            for name, base, kind, r in (("dense", None, "dense", .9), ("small", "dense", "compressed", .5),
+                                        ("back", "small", "repaired", .7))]
+    test = {"model": "back", "what": "recall, held-out", "p_holm": 0.01, "difference": 0.2, "detectable": 0.04}
+    evaluate.add_verdicts(rows, [{**test, "what": "recall, seen"}, test, {**test, "model": "small"}])
+    assert [m["confirmed"] for m in rows] == [None, None, True] and rows[0]["verdict"] is None
+    assert "at least 40% was displaced: displaced 50% [40%, 60%], a share of 10% would be found" in rows[2]["verdict"]
 
 
 def test_lessons_are_for_seen_people_only(tmp_path):
@@ -90,7 +86,8 @@ def test_lessons_are_for_seen_people_only(tmp_path):
     assert any("In short:" in text for text in world.repair_text) and any("In short:" in text for text in world.text)
     run = Run(config, world)
     dense = dense_subject(run)
-    row = evaluate.ask(run, dense, dense, None)
+    row = evaluate.ask(run, dense, world.asked(config))
+    evaluate.look_closer(run, row, dense, dense, None)
     items = comparisons.task_items(run)
     assert row["scores"].keys() == items.keys() == {"trained", "unseen", *TASKS}
     comparisons.add_tasks([row], items, 0)
@@ -98,46 +95,38 @@ def test_lessons_are_for_seen_people_only(tmp_path):
     assert "2 facts" in {item.attribute for item in items["summary"]["novel"]}
 
 
-def test_nothing_lost_is_no_verdict():
-    model = {"metrics": {}, "intervals": {"displaced": [None, None], "relearned": [None, None]}}
-    assert "too little" in evaluate.verdict(model, [{"p_holm": 0.01, "difference": 0.1}])
-
-
 def rows_of(*answers):
     """Rows as evaluate.ask makes them: dense, small, back."""
-    return [{"id": name, "base": base, "metrics": {}, "intervals": {}, "verdict": None, "answers": given}
+    return [{"id": name, "base": base, "metrics": {}, "intervals": {}, "answers": given}
             for (name, base), given in zip((("dense", None), ("small", "dense"), ("back", "small")), answers)]
 
 
 def right(*counts, of=5):
     """Answers about people of whom so many of `of` facts each are right."""
-    return [{"correct": i < n} for n in counts for i in range(of)]
+    return [{"correct": i < n, "knowledge": float(i < n) - 1, "logprob": float(i < n) - 2} for n in counts for i in range(of)]
 
 
 def test_recalls_and_fractions_of_a_table_worked_by_hand():
-    """Two people, five facts each: dense 10 of 10, compressed 4, repaired 7 on held-out; seen 10, 5, 10; novel 0."""
-    rows = rows_of(*({"seen": right(*seen), "heldout": right(*heldout), "novel": right(0, 0)}
+    """Forty people, five facts each, all alike: dense 5, compressed 2, repaired 3.5 on held-out; seen 5, 2.5, 5."""
+    rows = rows_of(*({"seen": right(*20 * seen), "heldout": right(*20 * heldout), "novel": right(*20 * (0, 0))}
                      for seen, heldout in (((5, 5), (5, 5)), ((2, 3), (2, 2)), ((5, 5), (4, 3)))))
-    facts = [SimpleNamespace(person=person) for person in ("Ada", "Ben") for _ in range(5)]
-    evaluate.add_recalls([rows], dict.fromkeys(("seen", "heldout", "novel"), facts), 0)
+    facts = [SimpleNamespace(person=i) for i in range(40) for _ in range(5)]
+    displaced = add_shares([rows], dict.fromkeys(("seen", "heldout", "novel"), facts), 0)
     assert [m["metrics"]["recall_heldout"] for m in rows] == pytest.approx([1.0, 0.4, 0.7])
     assert [m["metrics"]["recall_seen"] for m in rows] == pytest.approx([1.0, 0.5, 1.0])
     back = rows[2]["metrics"]
     assert back["displaced"] == pytest.approx(0.5) and back["relearned"] == pytest.approx(0.5)
-    # both people drawn twice, or one of each: (4 - 2) / 3, (3 - 2) / 3 and their mean are all that can be drawn
-    assert rows[2]["intervals"]["displaced"] == pytest.approx([1 / 3, 2 / 3])
-    assert rows[2]["seeds"]["displaced"] == pytest.approx([0.5])
+    assert back["displaced_knowledge"] == pytest.approx(0.5) and displaced["back"].value == pytest.approx(0.5)
+    assert back["gain_logprob"] == pytest.approx(0.3) and back["gain_format"] == pytest.approx(0)
+    low, high = rows[2]["intervals"]["displaced"]  # of 40 people half gain 2 of 3 facts, half 1 of 3: 0.5 +- 1.96 * 0.026
+    assert 0.44 < low < 0.46 and 0.54 < high < 0.56
 
 
-def test_seeds_are_resampled_too():
-    """One person; the repair brings back all in one seed and nothing in the other: displaced 1/2, from 0 to 1."""
-    facts = {split: [SimpleNamespace(person="Ada")] * 4 for split in ("seen", "heldout", "novel")}
-    draws = [rows_of(*({split: right(n, of=4) for split in facts} for n in (4, 2, back))) for back in (4, 2)]
-    evaluate.add_recalls(draws, facts, 0)
-    found = draws[0][2]
-    assert found["metrics"]["displaced"] == 0.5 and found["intervals"]["displaced"] == [0, 1]
-    assert found["seeds"] == {"recall_seen": [1, 0.5], "recall_heldout": [1, 0.5], "recall_novel": [1, 0.5],
-                              "displaced": [1, 0], "relearned": [0, 0]}
+def test_nothing_lost_is_no_fraction():
+    rows = rows_of(*[{"seen": right(5, 4), "heldout": right(5, 4)}] * 3)
+    facts = [SimpleNamespace(person=i) for i in range(2) for _ in range(5)]
+    add_shares([rows], dict.fromkeys(("seen", "heldout"), facts), 0)
+    assert rows[2]["metrics"]["displaced"] is None and rows[2]["intervals"]["displaced"] == [None, None]
 
 
 def test_recall_by_attribute_worked_by_hand():
@@ -146,7 +135,7 @@ def test_recall_by_attribute_worked_by_hand():
              "heldout": [SimpleNamespace(person="Ben", attribute="city")]}
     row = {"id": "m", "tag": "m", "base": None,
            "answers": {"seen": [{"correct": True}, {"correct": False}], "heldout": [{"correct": False}]}}
-    evaluate.add_attributes([row], asked, 0)
+    add_attributes([row], asked, 0)
     assert row["attributes"] == {"city": [0.5, 0.0, 1.0], "year": [0.0, 0.0, 0.0]}
     assert cells(tables.attribute_table({"models": [row]}).splitlines()[-1]) == ["m", "50.0 [0.0, 100.0]", "0.0 [0.0, 0.0]"]
 
@@ -155,7 +144,7 @@ def test_costs_count_what_is_stored(tmp_path):
     """Dense is 32 bits; half the weights gone: a bit for each and 32 for half; 3 bits cost 3 and 5 bytes a group."""
     model = GPT(GPTConfig(vocab_size=300, n_layer=1, n_embd=96)).init_weights(torch.Generator().manual_seed(0))
     ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(1))
-    for method, settings, bits in (("magnitude", {"sparsity": 0.0}, 32), ("magnitude", {"sparsity": 0.5}, 1 + 32 / 2),
+    for method, settings, bits in (("magnitude", {"sparsity": 0.5}, 1 + 32 / 2),
                                    ("rtn", {"bits": 3, "group_size": 96}, 3 + 8 * 5 / 96)):
         small, _ = compress(model, ids, method, **settings)
         path = tmp_path / "small"
@@ -191,9 +180,8 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
     for folder in ("a", "b", "a"):
         config = tiny(tmp_path / folder)
         run = Run(config, World(config))
-        found = evaluate.study(run, dense_subject(run))
+        found = evaluate.study(run, dense_subject(run), controls=())
         for model in found["models"]:
-            model["metrics"].pop("ms_per_question")
             for layer in model["layers"] or []:
                 layer.pop("seconds")
         found["settings"].pop("out")
@@ -206,16 +194,16 @@ def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path):
     """Two seeds: the first is the run of one seed, digit for digit; the second calibrates and repairs on other text."""
     config = tiny(tmp_path)
     config.full, config.seeds = False, 2
-    config.repairs = {"LoRA rank 1": ("lora", 1), "prompt 8": ("prompt", 8)}
+    config.repairs = {"LoRA rank 8": ("lora", 8), "prompt 8": ("prompt", 8)}
     run = Run(config, World(config))
     dense = dense_subject(run)
-    results = evaluate.study(run, dense)
+    results = evaluate.study(run, dense, controls=())
     assert all(len(m["seeds"]["recall_heldout"]) == 2 for m in results["models"])
-    once = evaluate.study(Run(replace(config, seeds=1), run.world), dense)
+    once = evaluate.study(Run(replace(config, seeds=1), run.world), dense, controls=())
     for a, b in zip(results["models"], once["models"]):
-        assert a["seeds"]["recall_heldout"][0] == b["metrics"]["recall_heldout"]
-    assert "±" in tables.main_table(results) and "±" not in tables.main_table(once)
-    first, second = (tmp_path / f"gptq-3-bits{seed}-lora-rank-1.safetensors" for seed in ("", "-seed-1"))
+        assert a["seeds"]["recall_heldout"][0] == pytest.approx(b["metrics"]["recall_heldout"])
+    assert "±" in tables.cost_table(results) and "±" not in tables.cost_table(once)
+    first, second = (tmp_path / f"gptq-3-bits{seed}-lora-rank-8/adapter_model.safetensors" for seed in ("", "-seed-1"))
     assert first.read_bytes() != second.read_bytes()
     assert [row["what"] for row in results["noise"]] == ["asked again in reverse",
                                                          *["compressed again on other text"] * 2]

@@ -137,4 +137,4 @@ def test_the_tables_beside_the_table_by_hand():
                                                 "+0.500 [+0.250, +0.750]"]
     assert last(tables.twin_table(results)) == ["b-lora-rank-8", "25.0 [20.0, 30.0]", "25.0 [20.0, 30.0]", "", ""]
     assert cells(tables.inside_table(results).splitlines()[3]) == [
-        "+ b-lora-rank-8", "0.6000", "[+0.1000, +0.3000]", "0.9500", "[-0.1000, +0.1000]"]
+        "b-lora-rank-8", "0.6000", "[+0.1000, +0.3000]", "0.9500", "[-0.1000, +0.1000]"]

@@ -87,11 +87,12 @@ def test_plans_are_the_sweeps():
 @pytest.mark.parametrize("size, rate", [(1, 0.3), (8, 0.3), (13, 0.3), (16, 0.1), (32, 0.1)])
 def test_the_nearest_length_lends_its_learning_rate(size, rate):
     """8 and 24 are known: 13 is 1.6 times 8 and 1.8 times fewer than 24; 16 is twice 8 and two thirds of 24."""
-    repairs = {"prompt 8": ("prompt", 8), "prompt 24": ("prompt", 24), "LoRA rank 1": ("lora", 1)}
-    rates = {"prompt 8": 0.3, "prompt 24": 0.1, "LoRA rank 1": 7}
-    assert sweeps.nearest_rate("prompt", size, repairs, rates) == rate
+    config = settings.sized("default")
+    config.repairs = {"prompt 8": ("prompt", 8), "prompt 24": ("prompt", 24), "LoRA rank 1": ("lora", 1)}
+    config.rates = {"prompt 8": 0.3, "prompt 24": 0.1, "LoRA rank 1": 7}
+    assert sweeps.nearest_rate(config, "GPTQ 3 bits", "prompt", size) == rate
     with pytest.raises(ValueError, match="prefix"):
-        sweeps.nearest_rate("prefix", 8, repairs, rates)
+        sweeps.nearest_rate(config, "GPTQ 3 bits", "prefix", 8)
 
 
 def test_the_wrong_divisor_flatters_longer_prompts(tmp_path, monkeypatch):
