@@ -1,9 +1,10 @@
 """
 The job of `python compress.py --in MODEL --text FILE ...`: a checkpoint and a text in, a compressed checkpoint out.
 
-MODEL is any checkpoint that we can read: one of ours (.safetensors, its tokenizer tokens.tiktoken beside it), a
-Hugging Face folder, a .gguf file. The text is tokenized with the checkpoint's own tokenizer and cut into rows. The walk
-computes in float32; the result is written in the dtype of the checkpoint.
+MODEL is any checkpoint that we can read: one of ours (.safetensors, its tokenizer in it or in tokens.tiktoken beside
+it), a Hugging Face folder, a .gguf file; the result holds the tokenizer too. The text is tokenized with the
+checkpoint's own tokenizer and cut into rows. The walk computes in float32; the result is written in the dtype of the
+checkpoint.
 """
 import argparse
 import os
@@ -134,7 +135,7 @@ def compress_files(arguments, compress):
     print(HEADER)
     new, report = compress(model.float(), ids, progress=lambda row: print(layer_line(row), flush=True), **given)
     print(summary(report))
-    save(new.to(dtype), out)
+    save(new.to(dtype), out, encoding)
     size = os.path.getsize(out)
     print(f"{out}: {size:,} bytes with everything; {before:,} parameters take {4 * before / size:.2f} times as much in "
           f"float32, {2 * before / size:.2f} times in 16 bits")

@@ -12,18 +12,21 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from checkpoints.vocabulary import to_json
 from engine.safetensors import read_safetensors, write_safetensors
 from kernels import from_spec
 from model import GPT, GPTConfig
 
 
-def save(model, path):
+def save(model, path, encoding=None):
     """Write the model, compressed or not, to one safetensors file, whole or not at all.
 
     The metadata holds the config and how to rebuild each module that is no longer an nn.Linear (its `spec()`). The
     weight of a layer that `compress` pruned (`model.pruned`) is stored as one bit a weight and the values that remain,
     which is also how `load` knows it; a tied head is not stored twice. Raises ValueError, and writes nothing, for a
     model that `load` would not read.
+
+    encoding  the model's vocabulary, to be kept in the file too: `read_model` gives it back
     """
     if any(name.endswith(".base") for name, _ in model.named_modules()):
         raise ValueError("a model with LoRA or biases beside its layers is not one checkpoint: save the adapter alone, "
@@ -47,7 +50,8 @@ def save(model, path):
             tensors[name + ".values"] = t[kept]
         else:
             tensors[name] = t
-    write_safetensors(path, tensors, {"format": "pt", "config": json.dumps(config), "modules": json.dumps(specs)})
+    metadata = {"format": "pt", "config": json.dumps(config), "modules": json.dumps(specs)}
+    write_safetensors(path, tensors, metadata if encoding is None else {**metadata, "vocabulary": to_json(encoding)})
 
 
 def load(path):

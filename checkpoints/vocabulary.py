@@ -12,10 +12,11 @@ and split patterns other than GPT-2's, Llama 3's, Qwen2's and SmolLM's. Run it:
 import base64
 import json
 import os
+import re
 
 import tiktoken
 
-from checkpoints.encoding import EOT, byte_pairs
+from checkpoints.encoding import EOT, Vocabulary, byte_pairs
 from engine.script import read_json, whole_file
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -241,3 +242,56 @@ def load_ranks(path):
     if not all(bytes([b]) in ranks for b in range(256)):
         raise ValueError(f"{path}: {len(ranks)} tokens, and not every single byte among them")
     return ranks
+
+
+# ---- the vocabulary of one of our own checkpoints
+
+def in_checkpoint(path, metadata, size):
+    """The encoding of a checkpoint of ours: in its metadata, or tokens.tiktoken beside it; None without either."""
+    if "vocabulary" in metadata:
+        return from_json(path, metadata["vocabulary"], size)
+    beside = os.path.join(os.path.dirname(path), "tokens.tiktoken")
+    if not os.path.exists(beside):
+        return None
+    encoding = make_encoding(load_ranks(beside))
+    if encoding.n_vocab != size:
+        raise ValueError(f"{beside}: {encoding.n_vocab} tokens, {path} has {size}: not its vocabulary")
+    return encoding
+
+
+def to_json(encoding):
+    """A tiktoken.Encoding, a Vocabulary too, as text for the metadata of a checkpoint."""
+    def pairs(tokens):
+        return [[base64.b64encode(token).decode(), number] for token, number in tokens]
+    v = encoding if isinstance(encoding, Vocabulary) else Vocabulary(**encoding.__getstate__())
+    return json.dumps({"pattern": v._pat_str, "ranks": pairs(v._mergeable_ranks.items()), "special": v._special_tokens,
+                       "others": pairs((token, number) for number, token in v.others.items()), "added": v.added,
+                       "words": pairs(v.words.items()), "ids": list(v.ids.items()), "nfc": v.nfc, "bos": v.bos,
+                       "eos": v.eos}, separators=(",", ":"))
+
+
+def from_json(path, text, size):
+    """The Vocabulary that `to_json` wrote, for a model of `size` tokens; ValueError, naming the file, for another text.
+    """
+    def pairs(stored):
+        return [(base64.b64decode(token, validate=True), number) for token, number in stored]
+    try:
+        f = json.loads(text)
+        ranks, words, others = dict(pairs(f["ranks"])), dict(pairs(f["words"])), pairs(f["others"])
+        ids, special, (raw, normalized), ends = dict(f["ids"]), f["special"], f["added"], (f["bos"], f["eos"])
+        plain = re.sub(r"(\\x\{[0-9A-F]+\}-\\x\{[0-9A-F]+\})+\]", "]", f["pattern"])  # as before `without`
+        if plain not in (SMALL_SPLIT, DIGITS_SPLIT) and one_spelling(plain) not in SPELLED:
+            raise ValueError(f"the split pattern {plain!r} is not known")
+        own = [*ranks.values(), *special.values(), *(n for _, n in others)]  # each number once: tiktoken relies on it
+        numbers = [*own, *ids, *ids.values(), *raw.values(), *normalized.values(), *words.values(),
+                   *(end for end in ends if end is not None)]
+        if not all(type(n) is int and 0 <= n < size for n in numbers) or len(set(own)) < len(own):
+            raise ValueError("its tokens are numbered twice, or beyond the model's")
+        if not ids.keys() == set(ids.values()) <= set(ranks.values()) or not ranks or b"" in ranks or not all(
+                [*special, *raw, *normalized, "."]):
+            raise ValueError("its tokens contradict each other")
+        return Vocabulary(os.path.basename(path), pat_str=f["pattern"], mergeable_ranks=ranks, special_tokens=special,
+                          ids=ids, others={number: token for token, number in others}, words=words,
+                          added=(raw, normalized), nfc=f["nfc"] is True, size=size, bos=ends[0], eos=ends[1])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: no usable vocabulary in the file ({error})"[:300]) from None

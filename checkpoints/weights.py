@@ -449,7 +449,7 @@ def load_pretrained(path, dtype=torch.float32, tokenizer=True):
 def read_model(path, tokenizer=True, dtype=torch.float32):
     """(GPT, encoding or None) of any checkpoint there is: one of this study, a Hugging Face folder, a .gguf file.
 
-    The vocabulary of a checkpoint of this study is the file tokens.tiktoken beside it; without that file it is None.
+    The vocabulary of a checkpoint of this study is in it, or in the file tokens.tiktoken beside it, else it is None.
     tokenizer  False: leave the vocabulary alone
     dtype      as in `load_pretrained`; a checkpoint of this study keeps its own
     Raises ValueError, naming the file, for a damaged or unsupported checkpoint; OSError for a missing file.
@@ -457,11 +457,7 @@ def read_model(path, tokenizer=True, dtype=torch.float32):
     path = os.fspath(path)
     if os.path.isdir(path) or path.endswith(".gguf"):
         return load_pretrained(path, dtype, tokenizer)
-    model, beside = load(path), os.path.join(os.path.dirname(path), "tokens.tiktoken")
-    if not tokenizer or not os.path.exists(beside):
+    model = load(path)
+    if not tokenizer:
         return model, None
-    encoding = vocabulary.make_encoding(vocabulary.load_ranks(beside))
-    if encoding.n_vocab != model.config.vocab_size:
-        raise ValueError(f"{beside}: {encoding.n_vocab} tokens, {path} has {model.config.vocab_size}: not its "
-                         "vocabulary")
-    return model, encoding
+    return model, vocabulary.in_checkpoint(path, read_safetensors(path)[1], model.config.vocab_size)

@@ -10,10 +10,11 @@ import unicodedata
 import pytest
 
 from checkpoint_files import GOLDEN, gguf_bytes, refusal, tiny_gguf, write_folder
-from checkpoints import load_pretrained, vocabulary
+from checkpoints import load_pretrained, read_model, save, vocabulary
 from checkpoints.encoding import BYTES, byte_pairs
 from checkpoints.vocabulary import load_ranks, make_encoding, save_ranks
 from golden.make_weights import odd_texts, texts
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN["tokenizers"]))
@@ -412,3 +413,61 @@ def test_damaged_ranks_are_refused(tmp_path, lines, names):
     path.write_bytes(b"\n".join(lines) + b"\n" if lines else b"")
     with pytest.raises(ValueError, match=names):
         load_ranks(path)
+
+
+# ---- a vocabulary inside a checkpoint of ours
+
+def small_gpt(size):
+    return GPT(GPTConfig(vocab_size=size, context=8, n_layer=1, n_head=1, n_embd=4))
+
+
+@pytest.mark.parametrize("name", [*sorted(GOLDEN["tokenizers"]), *sorted(GOLDEN["variants"]), "small", "lacking"])
+def test_a_checkpoint_keeps_its_vocabulary(name, tmp_path):
+    if name == "small":
+        encoding = make_encoding(RANKS)
+    elif name == "lacking":  # bytes, so that characters are passed over
+        t = copy.deepcopy(GOLDEN["tokenizers"]["smollm"])
+        lacking = [c for c, b in BYTES.items() if b in (0x04, 0xF1)]
+        t["model"]["vocab"] = {token: i for i, token in enumerate(k for k in t["model"]["vocab"] if k not in lacking)}
+        encoding = in_folder(tmp_path, t)
+    else:
+        t = variant(name) if name in GOLDEN["variants"] else GOLDEN["tokenizers"][name]
+        encoding = in_folder(tmp_path, t, {"eos_token_id": 3})
+    save(small_gpt(400), tmp_path / "m.safetensors", encoding)
+    save_ranks(RANKS, tmp_path / "tokens.tiktoken")  # one beside it counts only where there is none inside
+    _, again = read_model(tmp_path / "m.safetensors")
+    for text in (*texts(), *odd_texts(), "a\x04b\U00050000c"):
+        ids = encoding.encode_ordinary(text)
+        assert again.encode_ordinary(text) == ids and again.decode(ids) == encoding.decode(ids)
+        assert again.encode(text + "<|endoftext|>", allowed_special="all") == encoding.encode(
+            text + "<|endoftext|>", allowed_special="all")
+    assert again.eot_token == encoding.eot_token and again.n_vocab == encoding.n_vocab
+    assert [getattr(again, end) for end in ("bos", "eos")] == [getattr(encoding, end, None) for end in ("bos", "eos")]
+    assert again.decode([399]) == "<|unused 399|>"
+    assert read_model(tmp_path / "m.safetensors", tokenizer=False)[1] is None
+
+
+def test_a_damaged_vocabulary_in_a_checkpoint_is_refused_by_name(tmp_path):
+    encoding = in_folder(tmp_path, variant("words"))
+    good = vocabulary.to_json(encoding)
+    f = json.loads(good)
+    pair = f["ranks"][0]
+    for changes in ({"pattern": "(a+)+$"}, {"pattern": None}, {"ranks": []}, {"ranks": [*f["ranks"], ["AAAA", 7]]},
+                    {"ranks": [pair, ["", 300]]}, {"ranks": [["!", 0]]}, {"ranks": 7}, {"special": {"": 379}},
+                    {"special": {"x": 5}}, {"special": {"x": 400}}, {"special": {"x": True}},
+                    {"others": [["YQ==", -1]]}, {"ids": [[1, 2]]}, {"ids": [[1, 2], [2, 3]]}, {"ids": [[399, 398], [398, 399]]}, {"bos": 400},
+                    {"eos": "x"}, {"added": [{}]}, {"added": [{"": 3}, {}]}, {"words": {"x": 1}}):
+        with pytest.raises(ValueError, match="^file: no usable vocabulary"):
+            vocabulary.from_json("file", json.dumps({**f, **changes}), 400)
+    with pytest.raises(ValueError, match="beyond the model's"):
+        vocabulary.from_json("file", good, encoding.n_vocab - 1)
+    r = random.Random(0)
+    for _ in range(300):
+        raw = bytearray(good.encode())
+        for _ in range(r.choice((1, 3))):
+            raw[r.randrange(len(raw))] = r.randrange(32, 127)
+        text = raw[:r.randrange(len(raw)) if r.random() < 0.2 else len(raw)].decode("utf-8", "replace")
+        try:
+            vocabulary.from_json("file", text, 400).encode_ordinary("the library")
+        except ValueError as error:
+            assert str(error).startswith("file: no usable vocabulary") and "\n" not in str(error)
