@@ -19,6 +19,7 @@ What it leaves out: training a vocabulary (world/facts.py has 25 lines of that),
 
 Source: Sennrich et al. 2016 (BPE, arXiv 1508.07909); Radford et al. 2019, section 2.2 (on bytes).
 """
+import functools
 import math
 import os
 import re
@@ -163,6 +164,7 @@ def first_of(tokens):
     return re.compile("|".join(map(re.escape, longest))).search if longest else lambda text, at=0: None
 
 
+@functools.lru_cache(maxsize=8)
 def python_pattern(pattern):
     r"""A split pattern for Python's `re`, which lacks \p{L} and \p{N}, and has other white space than tiktoken."""
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))

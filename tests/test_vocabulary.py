@@ -455,7 +455,8 @@ def test_a_damaged_vocabulary_in_a_checkpoint_is_refused_by_name(tmp_path):
     for changes in ({"pattern": "(a+)+$"}, {"pattern": None}, {"ranks": []}, {"ranks": [*f["ranks"], ["AAAA", 7]]},
                     {"ranks": [pair, ["", 300]]}, {"ranks": [["!", 0]]}, {"ranks": 7}, {"special": {"": 379}},
                     {"special": {"x": 5}}, {"special": {"x": 400}}, {"special": {"x": True}},
-                    {"others": [["YQ==", -1]]}, {"ids": [[1, 2]]}, {"ids": [[1, 2], [2, 3]]}, {"ids": [[399, 398], [398, 399]]}, {"bos": 400},
+                    {"others": [["YQ==", -1]]}, {"ids": [[1, 2]]}, {"ids": [[1, 2], [2, 3]]},
+                    {"ids": [[399, 398], [398, 399]]}, {"bos": 400},
                     {"eos": "x"}, {"added": [{}]}, {"added": [{"": 3}, {}]}, {"words": {"x": 1}}):
         with pytest.raises(ValueError, match="^file: no usable vocabulary"):
             vocabulary.from_json("file", json.dumps({**f, **changes}), 400)

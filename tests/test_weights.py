@@ -233,6 +233,14 @@ def test_the_whole_file_counts_before_an_index_of_shards(tmp_path):
     assert torch.equal(load_pretrained(folder)[0].wte.weight, others["transformer.wte.weight"])
 
 
+def test_of_two_rotary_bases_the_one_among_the_rotary_settings_counts(tmp_path):
+    """As in transformers; files of two versions at once have both."""
+    folder = write_folder(tmp_path / "m", "llama", rope_theta=77.0)
+    check_against(load_pretrained(folder)[0], GOLDEN["models"]["llama"], ARRAYS["llama"])
+    write_folder(folder, "llama", rope_theta=77.0, rope_parameters={"rope_type": "default"})
+    assert load_pretrained(folder)[0].config.rope_theta == 77.0
+
+
 def test_harmless_settings_are_passed_over(tmp_path):
     """Those of real files: SmolLM2's, Llama 3's, Qwen2.5's, GPT-2's and OPT's config.json."""
     for name, more in (
