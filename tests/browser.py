@@ -26,7 +26,7 @@ class Browser:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
                  "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
                  "--hide-scrollbars", "--window-size=1280,900", f"--user-data-dir={profile}"]
-        session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": {
+        session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": {"timeouts": {"script": 300_000},
             "goog:chromeOptions": {"binary": chromium, "args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}}})
         self.base += f"/session/{session['sessionId']}"
 
@@ -34,7 +34,7 @@ class Browser:
         data = json.dumps(body or {}).encode() if method == "POST" else None
         request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as error:
             raise AssertionError(json.load(error)["value"]["message"]) from None
