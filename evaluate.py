@@ -123,12 +123,15 @@ def own_group(run, dense):
     return subjects, draws
 
 
-def control_group(run, dense, name):
-    """[rows] of one control for each draw: its reference, the damaged model, the repairs; and what they were asked."""
+def control_group(run, dense, name, make=control_subjects):
+    """[rows] of one control for each draw: its reference, the damaged model, the repairs; and what they were asked.
+
+    make  (run, dense, name) -> (Control, its Subjects)
+    """
     draws = []
     for k in range(run.config.seeds):
         drawn = run.draw(k)
-        control, subjects = control_subjects(drawn, dense, name)
+        control, subjects = make(drawn, dense, name)
         rows = [ask(drawn, subject, control.facts, name) for subject in subjects]
         draws.append(rows)
         for row, first in zip(rows, draws[0]):
@@ -185,11 +188,11 @@ def context_check(run, dense):
 
 # ---- the main job
 
-def study(run, dense, files=None, controls=CONTROLS):
+def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjects):
     """The whole study of one dense model: what results.json holds, its rows still with their single answers.
 
     files     {task: its questions} to ask of every model beside the facts, see study/taskfiles.py
-    controls  the names of the kinds of damage that are known by construction
+    controls  the names of the kinds of damage that are known by construction, which `make_control` makes (control_group)
     """
     config, asked, seed = run.config, run.world.asked(run.config), run.config.seed
     subjects, draws = own_group(run, dense)
@@ -207,7 +210,7 @@ def study(run, dense, files=None, controls=CONTROLS):
             m["similarity"]["nearer"] = inside.nearer(m["similarity"]["texts"], where[m["base"]]["similarity"]["texts"],
                                                       seed + 8)
     for name in controls:
-        known, facts = control_group(run, dense, name)
+        known, facts = control_group(run, dense, name, make_control)
         add_shares(known, facts, seed)
         tests = comparisons(known, {})
         add_verdicts(known[0], tests)

@@ -6,19 +6,36 @@ The study on a real language model: the same compressors, repairs and statistics
     python -m real MODEL --facts mine.jsonl --text mine.txt --device cuda
     python -m real MODEL --task arc=ARC-Easy.jsonl               # tasks in the harness' layouts, study/taskfiles.py
 
-MODEL is a Hugging Face folder or a .gguf file. What the facts are and what is read: real/world.py and real/text.py.
+    python -m real MODEL --facts real/facts/cities.jsonl --device cuda --rows 64 --seeds 2 --rates --lock --jobs 10
+
+MODEL is a Hugging Face folder or a .gguf file. What the facts are and what is read: real/world.py and real/text.py; the
+lock, whose answer is known by construction: real/lock.py; rates: real/rates.py; pieces side by side: real/pieces.py. Every
+step is kept: the same command goes on where it was stopped.
 """
 import torch
 
 from engine.script import guard
 from evaluate import study
+from real.lock import TAG, lock_subjects
+from real.pieces import make_piece, set_rates, side_by_side
+from real.rates import faster_in_bfloat16
 from real.settings import FACTS, LONGEST, STEPS, real_config
 from real.world import RealWorld, read_facts, real_dense
 from study.publish import publish
 from study.settings import options
 from study.steps import Run
-from study.sweeps import sweep_rates
 from study.taskfiles import fits, named
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device_of(name):
+    """The torch.device called `name`; ValueError where there is none here."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
 
 
 def main():
@@ -33,7 +50,12 @@ def main():
     parser.add_argument("--rows", type=int, default=16, help="rows of 24 tokens in a step of a repair")
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="draw text and repairs K times")
     parser.add_argument("--device", default="cpu", help="where the model computes: cpu, cuda, mps")
-    parser.add_argument("--sweep", choices=["lr"], help="only try learning rates, on validation entities")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the model's weights")
+    parser.add_argument("--rates", action="store_true",
+                        help="find learning rates on validation entities, in place of those in real/settings.py")
+    parser.add_argument("--lock", action="store_true", help="also a lock, whose answer is known by construction")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side: on a GPU, 10")
+    parser.add_argument("--only", metavar="PIECE", help='make only these steps: "GPTQ 3 bits: biases, LoRA rank 8"')
     args = parser.parse_args()
 
     def job():
@@ -42,15 +64,22 @@ def main():
         read_facts(args.facts)  # what is wrong with a file is said before the model is read
         named(args.task)
         run = Run(config, None)
-        dense, encoding = real_dense(args.model, run.log, torch.device(args.device))
+        dense, encoding = real_dense(args.model, run.log, device_of(args.device), DTYPES[args.dtype])
         check = fits(encoding, dense.model.config.context - LONGEST)
         facts, files = read_facts(args.facts, check), named(args.task, check)
         run.world = RealWorld(run, dense, encoding, facts, args.text)
         dense.about["settings"] |= run.world.settings
+        config.repair_bfloat16 = faster_in_bfloat16(run, dense)
+        if args.only:
+            tag, _, repairs = args.only.partition(":")
+            return make_piece(run, dense, tag.strip(), [r.strip() for r in repairs.split(",") if r.strip()], args.rates)
         run.describe_reuse()
-        if args.sweep:
-            return sweep_rates(run, dense)
-        publish(run, dense, study(run, dense, files, controls=()))
+        if args.jobs > 1:
+            side_by_side(run, dense, args.jobs, args.lock)
+        if args.rates:
+            set_rates(run, dense, args.lock)
+        controls = (TAG,) if args.lock else ()
+        publish(run, dense, study(run, dense, files, controls, lock_subjects))
     guard(job, "real")
 
 

@@ -13,7 +13,8 @@ COMPRESSIONS = {
     "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 64}),
     "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
 }
-REPAIRS = {  # biases of 30 layers of o and down have 34,560 parameters, a pool of 4 x 16 has 36,864
+REPAIRS = {  # bias correction trains nothing; biases of 30 layers of o and down have 34,560 parameters, a pool of 4 x 16 has 36,864
+    "bias correction": ("correction", "o down"),
     "biases": ("bias", "o down"),
     "prompt 16": ("prompt", 16),
     "IDP 4 x 16": ("idp", (4, 16, "together")),

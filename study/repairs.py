@@ -2,7 +2,7 @@
 Every repair of the study, trained on a frozen compressed model, and the Subject that comes of it.
 """
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -21,9 +21,23 @@ def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=
 
     bfloat16  matrix products in bfloat16, all else and what is trained in float32: faster where the CPU has them
     """
-    with torch.autocast(model.wte.weight.device.type, torch.bfloat16, cache_enabled=False) if bfloat16 else nullcontext():
-        # a cached cast would outlive the step that changes what was cast
+    with products(model.wte.weight.device, bfloat16):
         return trained(unpacked(model), kind, size, batches, losses, fit_config, seed, progress)
+
+
+@contextmanager
+def products(device, bfloat16):
+    """How matrix products of training are computed while this is open: in bfloat16, or as they come, on a GPU in TF32
+    (float32 with 10 bits of mantissa in place of 23: 8 times as fast)."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        # a cached cast would outlive the step that changes what was cast
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if bfloat16 else nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def trained(model, kind, size, batches, losses, fit_config, seed, progress):

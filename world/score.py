@@ -247,7 +247,7 @@ def choose(subject, items, encoding, batch_size=None, start=None):
     picked_norm  the index of the highest divided by the option's characters, its leading space not counted: `acc_norm`
     chosen       row of the pool, by the question alone
 
-    batch_size  items at a time; default: 100, on a GPU 1,000
+    batch_size  items at a time; default: 100, on a GPU 200
     start       tokens in front of every question; default: end-of-text, behind which every document of training stands
 
     A question is computed once, however many options it has; of the options, only what stands behind it.
@@ -255,7 +255,7 @@ def choose(subject, items, encoding, batch_size=None, start=None):
     start = [encoding.eot_token] if start is None else start
     cuts = [cut_options(item, encoding, start) for item in items]
     sizes = [(len(question), max(map(len, options)) - 1) for question, options in cuts]
-    batch_size = batch_size or (1000 if subject.device and subject.device.type == "cuda" else 100)
+    batch_size = batch_size or (200 if subject.device and subject.device.type == "cuda" else 100)
     out = []
     for first, last in fitting(sizes, batch_size, subject.room()):
         out += choose_batch(subject, items[first:last], cuts[first:last], encoding)
