@@ -156,7 +156,8 @@ def test_added_tokens_normalizers_and_whole_words_give_the_original_ids(tmp_path
     for e in (encoding, pickle.loads(pickle.dumps(encoding))):
         for text, ids in zip(texts() + odd_texts(), GOLDEN["variants"][name]["ids"], strict=True):
             assert e.encode_ordinary(text) == e.encode(text) == ids, text
-            assert e.decode(ids) == (unicodedata.normalize("NFC", text) if encoding.nfc else text)
+            form = (lambda t: unicodedata.normalize("NFC", t)) if encoding.nfc else str
+            assert form(e.decode(ids)) == form(text)
             assert [e.encode_single_token(e.decode_single_token_bytes(i)) for i in ids] == ids
     for token in ("<think>", " library") if name in ("qwen2", "words") else ():
         if token.encode() in encoding.by_bytes:
@@ -174,6 +175,13 @@ def test_whole_words_count_only_where_merges_are_ignored(tmp_path):
     assert encoding.encode_ordinary("the library") == merged.encode_ordinary("the library")
     assert encoding.encode(" library") == merged.encode_ordinary(" library")  # and it is no special token either
     assert encoding.decode([whole]) == " library" and encoding.special_tokens_set == {"<|endoftext|>", "<|im_start|>"}
+
+
+def test_a_special_token_may_strip_its_neighbours(tmp_path):
+    """Ordinary text never makes it, so that its flags are of no account there."""
+    t = copy.deepcopy(GOLDEN["tokenizers"]["gpt2"])
+    t["added_tokens"][1].update(lstrip=True, rstrip=True, single_word=True)
+    assert [in_folder(tmp_path, t).encode_ordinary(text) for text in texts()] == GOLDEN["token_ids"]["gpt2"]
 
 
 def test_an_added_token_is_special_only_if_it_says_so(tmp_path):
@@ -384,6 +392,16 @@ def test_a_token_that_no_word_reaches_is_refused_unless_words_are_looked_up_whol
     encoding = byte_pairs("x", vocab, merges, vocabulary.GPT2_SPLIT, 400, whole=True)
     assert encoding.encode_ordinary("aabaa") == [vocab["aabaa"]]
     assert encoding.encode_ordinary("aabaab") == [vocab[part] for part in by_the_list(merges, "aabaab")]
+
+
+def test_what_is_built_on_a_token_made_in_two_ways_is_refused():
+    """aab is a | ab or aa | b, whichever comes to be; aa | aab is only one of the ways to aaaab."""
+    merges = [tuple(pair.split()) for pair in (
+        "a a", "b b", "a b", "a bb", "aa aa", "a ab", "aa b", "aa a", "a aa", "aa bb", "aab b", "a abb", "aa aab",
+        "ab aaaa")]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*BYTES, *map("".join, merges)]))}
+    with pytest.raises(ValueError, match=r"merge 12 .'aa', 'aab'."):
+        byte_pairs("x", vocab, merges, vocabulary.GPT2_SPLIT, 400)
 
 
 # ---- the small world's ranks

@@ -88,9 +88,10 @@ def texts():
 
 
 def odd_texts():
-    """Random strings with added tokens, parts of them, and characters that Unicode's form C changes."""
+    """Strings with added tokens, parts of them, and characters that Unicode's form C changes, or joins to a token."""
     r = random.Random(5)
-    return ["".join(r.choices(MORE_ATOMS, k=r.randint(1, 12))) for _ in range(200)]
+    fixed = ["<think>\u0338", "a<think>\u0338</think>b", "xA\u030a", "xÅ", "<thi<think>nk>", "     ", "A\u030ax\u030a"]
+    return fixed + ["".join(r.choices(MORE_ATOMS, k=r.randint(1, 12))) for _ in range(200)]
 
 
 def run(torch, model, ids, tokens):
@@ -186,8 +187,8 @@ def record_tokenizers(tokenizers, values):
 
 
 def record_variants(tokenizers, values):
-    """What is built on those vocabularies by changing a few entries of their files: the base, the entries, and the token
-    ids of `texts() + odd_texts()`.
+    """What is built on those vocabularies by changing a few entries of their files: the base, the entries, and the
+    token ids of `texts() + odd_texts()`.
 
     qwen2   one digit a word, NFC; two added tokens of text. spaces: added runs of spaces, found in the normalized text.
     removed another spelling of GPT-2's split, and a normalizer that does nothing. words: tokens that no merge makes.
@@ -247,7 +248,8 @@ def record_gguf(torch, transformers, gguf, values, arrays):
     shapes = dict(attn_q=(64, 64), attn_k=(32, 64), attn_v=(32, 64), attn_output=(64, 64), ffn_gate=(256, 64),
                   ffn_up=(256, 64), ffn_down=(64, 256))
     steps = {"Q4_0": [0.03], "Q4_1": [0.03, -0.2], "Q5_0": [0.015], "Q5_1": [0.015, -0.2], "Q8_0": [0.002],
-             "Q4_K": [0.0007, 0.004], "Q5_K": [0.00035, 0.004], "Q6_K": [0.0002]}  # the float16 numbers of a block: weights around 0.25
+             "Q4_K": [0.0007, 0.004], "Q5_K": [0.00035, 0.004], "Q6_K": [0.0002]}
+    # the float16 numbers of a block, so that weights are around 0.25
     t = values["tokenizers"]["smollm"]
     vocab = sorted(t["model"]["vocab"], key=t["model"]["vocab"].get)
     with tempfile.TemporaryDirectory() as folder:
