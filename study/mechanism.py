@@ -12,8 +12,8 @@ energy E|D x|^2 = trace(D H DT). Two questions about this energy:
 
 Rounding to nearest makes a D of independent errors, so D H^(1/2) has the directions of the inputs, and these are few.
 GPTQ and SparseGPT make D = E U, with E independent errors and U the Cholesky factor of the inverse Hessian: then
-D H DT = E ET, and the directions of the inputs are gone from it. What a small repair could bring back, error feedback has
-taken already.
+D H DT = E ET, and the directions of the inputs are gone from it. What a small repair could bring back, error feedback
+has taken already.
 
     python -m study why
 

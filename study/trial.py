@@ -83,7 +83,7 @@ def train_locks(dense, keys, world, how, generator, progress=None):
 
 
 def rows_of(groups, world, how, seed):
-    """[[ids (R, T + 1) of each group] of each step]: repair text about seen people, a group for each tuple of attributes."""
+    """[[ids (R, T + 1) of each group] of each step]: repair text about seen people, a group a tuple of attributes."""
     generator = torch.Generator().manual_seed(seed)
     seen = world.people["seen"]
     streams = [text_batches([t for t in told_text(opened(seen, group)) if UNKNOWN not in t], world.encoding,
@@ -92,21 +92,22 @@ def rows_of(groups, world, how, seed):
 
 
 def taught_by(teachers, rows):
-    """The batches that `recover.distillation` takes: of each group's rows, what its own teacher expects next."""
+    """The batches that `recover.distillation` takes: row b is of group b mod M, with what its own teacher expects next.
+
+    So idp.side_by_side trains each prompt of a pool of M on one group, and one prompt on all of them.
+    """
     made = []
     for groups in rows:
         parts = [recover.add_targets(teacher, [ids])[0] for teacher, ids in zip(teachers, groups)]
-        made.append(tuple(torch.cat(tensors) for tensors in zip(*parts)))
+        made.append(tuple(torch.stack(tensors, dim=1).flatten(0, 1) for tensors in zip(*parts)))
     return made
 
 
-def train_prompts(model, prompts, owner, batches, how, progress=None):
-    """Train `prompts`, each (P, C), side by side: row b of every batch stands behind prompts[owner[b]]. In place."""
-    def forward(ids):
-        """Logits (B, T, V)."""
-        return model(ids, prompt=torch.stack(list(prompts))[owner])
-    recover.fit(model, list(prompts), batches, recover.objective(forward, recover.distillation),
-                FitConfig(steps=how.steps, lr=how.lr), progress=progress)
+def train_pool(model, pool, way, batches, how, progress=None):
+    """Train a pool, or one prompt, in place; `way` names a loss of idp.py."""
+    loss = getattr(idp, way)(model, pool, recover.distillation)
+    recover.fit(model, pool.parameters(), batches, loss, FitConfig(steps=how.steps, lr=how.lr, clip_each=True),
+                progress=progress)
 
 
 def new_pool(model, count, length, generator, probe=False):
@@ -124,7 +125,6 @@ def two_locks(run, dense, how, progress=lambda *_: None):
     facts, validation = (world.facts(split, how.people) for split in ("heldout", "validation"))
     teachers = [opener(model, key) for key in keys]
     batches = taught_by(teachers, rows_of(SETS, world, how, seed))
-    own = torch.arange(2).repeat_interleave(how.rows // 2)  # whose set each row of a batch is
     out = []
 
     def add(way, parameters, right):
@@ -145,20 +145,14 @@ def two_locks(run, dense, how, progress=lambda *_: None):
         alone(f"key {name}", key)
     chosen("both keys as a pool", idp.PromptPool(keys), ("attention-max (", "attention-min", "random", "oracle"))
     for length in (how.prompt, 2 * how.prompt):
-        prompts = new_pool(model, 1, length, generator).prompts
-        show = progress(f"one prompt of {length}", how.steps)
-        train_prompts(model, prompts, torch.zeros_like(own), batches, how, show)
-        alone(f"one prompt of {length} tokens", prompts[0].detach())
-    pool = new_pool(model, 2, how.prompt, generator)
-    train_prompts(model, pool.prompts, own, batches, how, progress("a prompt a set", how.steps))
-    wanted = ("attention-max (", "attention-min", "random", "oracle", "prompt")
-    chosen(f"pool 2 x {how.prompt}, a prompt a set", pool, wanted)
-    for way in ("competitive", "selected"):
+        pool = new_pool(model, 1, length, generator)
+        train_pool(model, pool, "side_by_side", batches, how, progress(f"one prompt of {length}", how.steps))
+        alone(f"one prompt of {length} tokens", pool.prompts[0].detach())
+    wanted = ("attention-max (", "attention-min", "random", "oracle", "prompt", "probe", "floor: oracle")
+    for way, name in (("side_by_side", "a prompt a set"), ("competitive", "competitive"), ("selected", "selected")):
         pool = new_pool(model, 2, how.prompt, generator, probe=way == "selected")
-        loss = getattr(idp, way)(model, pool, recover.distillation)
-        recover.fit(model, pool.parameters(), batches, loss, FitConfig(steps=how.steps, lr=how.lr),
-                    progress=progress(f"pool, {way}", how.steps))
-        chosen(f"pool 2 x {how.prompt}, {way}", pool, wanted + ("probe", "floor: oracle"))
+        train_pool(model, pool, way, batches, how, progress(f"pool, {name}", how.steps))
+        chosen(f"pool 2 x {how.prompt}, {name}", pool, wanted)
     return out
 
 
@@ -180,25 +174,23 @@ def ceiling(run, dense, how, progress=lambda *_: None):
     model = unpacked(compressed_subject(run, dense, how.base).model)
     generator, facts = torch.Generator().manual_seed(seed), world.facts("heldout", how.people)
     batches = taught_by([dense.model] * len(attributes), rows_of([(a,) for a in attributes], world, how, seed))
-    own = torch.arange(len(attributes)).repeat_interleave(how.rows // len(attributes))
     routes = torch.tensor([attributes.index(f.attribute) for f in facts])
     out = []
 
-    def add(way, prompts, routes):
-        """Train the prompts and ask each fact behind the prompt that `routes` (N,) gives it."""
-        owner = own if len(prompts) > 1 else torch.zeros_like(own)
-        train_prompts(model, prompts, owner, batches, how, progress(way, how.steps))
-        each = pools.under_each(model, idp.PromptPool(list(prompts)), facts, world.encoding)["right"]  # (N, M)
-        out.append(Outcome(how.base, way, sum(p.numel() for p in prompts), each.gather(1, routes[:, None])[:, 0]))
+    def add(way, pool, routes):
+        """Train the pool and ask each fact behind the prompt that `routes` (N,) gives it; right under each (N, M)."""
+        train_pool(model, pool, "side_by_side", batches, how, progress(way, how.steps))
+        each = pools.under_each(model, pool, facts, world.encoding)["right"]  # (N, M)
+        out.append(Outcome(how.base, way, sum(p.numel() for p in pool.prompts), each.gather(1, routes[:, None])[:, 0]))
         return each
     for name, subject in (("dense", dense.model), ("unrepaired", model)):
         out.append(Outcome(how.base, name, 0, alone_right(subject, facts, world)))
     each = add(f"pool {len(attributes)} x {how.prompt}, a prompt an attribute: by the true attribute",
-               new_pool(model, len(attributes), how.prompt, generator).prompts, routes)
+               new_pool(model, len(attributes), how.prompt, generator), routes)
     out.append(Outcome(how.base, f"pool {len(attributes)} x {how.prompt}, a prompt an attribute: random",
                        out[-1].parameters, each.mean(1)))
     for length in (how.prompt, how.prompt * len(attributes)):
-        add(f"one prompt of {length} tokens", new_pool(model, 1, length, generator).prompts, torch.zeros_like(routes))
+        add(f"one prompt of {length} tokens", new_pool(model, 1, length, generator), torch.zeros_like(routes))
     return out
 
 

@@ -164,18 +164,22 @@ def test_rows_are_about_their_own_attributes(scene):
                 assert first.rstrip(".").split(" ")[-1] in values, first
 
 
-def test_prompts_side_by_side_are_trained_by_their_own_rows(scene):
-    """A prompt whose rows are in no batch stays as it was; those of the others get what they get alone."""
+def test_each_prompt_is_trained_on_its_own_group(scene):
+    """A prompt of a pool becomes what it becomes alone on the rows of its group."""
     run, dense = scene
     rows = trial.rows_of(trial.SETS, run.world, TRIAL, 0)
     batches = trial.taught_by([dense.model] * 2, rows)
+    assert torch.equal(batches[0][0][0::2], rows[0][0]) and torch.equal(batches[0][0][1::2], rows[0][1])
     generator = torch.Generator().manual_seed(1)
-    start = [prompt_init(dense.model, 4, generator=generator) for _ in range(3)]
-    pool, alone = PromptPool(start).prompts, PromptPool(start[:1]).prompts
-    trial.train_prompts(dense.model, pool, torch.zeros(10, dtype=torch.long), batches, TRIAL)
-    trial.train_prompts(dense.model, alone, torch.zeros(10, dtype=torch.long), batches, TRIAL)
-    assert torch.equal(pool[1], start[1]) and torch.equal(pool[2], start[2]) and not torch.equal(pool[0], start[0])
-    assert torch.allclose(pool[0], alone[0], atol=1e-6)
+    start = [prompt_init(dense.model, 4, generator=generator) for _ in range(2)]
+    pool = PromptPool(start)
+    trial.train_pool(dense.model, pool, "side_by_side", batches, TRIAL)
+    for m in range(2):
+        alone = PromptPool(start[m:m + 1])
+        own = trial.taught_by([dense.model], [[groups[m]] for groups in rows])
+        trial.train_pool(dense.model, alone, "side_by_side", own, TRIAL)
+        assert torch.allclose(pool.prompts[m], alone.prompts[0], atol=1e-5)
+        assert not torch.allclose(pool.prompts[m], start[m], atol=1e-3)
 
 
 def test_the_trial_runs_and_its_table_names_every_way(scene):
