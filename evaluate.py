@@ -198,7 +198,7 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
     subjects, draws = own_group(run, dense)
     rows, items = draws[0], task_items(run)
 
-    displaced = add_shares(draws, asked, seed)
+    displaced = add_shares(draws, asked, seed, config.endpoint)
     add_tasks(rows, items, seed + 6)
     add_attributes(rows, asked, seed)
     add_files(run, rows, subjects, files or {})
@@ -220,8 +220,8 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
     noise = run.once_json("noise", [s.about["settings"] for s in subjects], ("study.comparisons", *ANSWERS),
                           lambda: noise_floor(run, subjects, {m["id"]: m["answers"] for m in draws[0]}))
     return {"name": run.world.name, "settings": asdict(config), "seed": seed, "models": rows, "context": context,
-            "headline": claims.headline(draws[0]), "claims": claims.claims(draws, displaced),
-            "pairs": claims.pairs(draws[0], displaced), "comparisons": compared, "noise": noise,
+            "headline": claims.headline(draws[0]), "claims": claims.claims(draws, displaced, config.claimed, config.endpoint),
+            "pairs": claims.pairs(draws[0], displaced, config.claimed), "comparisons": compared, "noise": noise,
             "metrics": publish.metrics(rows, files or {}),
             "files": {name: len(questions) for name, questions in (files or {}).items()},
             "operations": [{"name": n, "parameters": None, "description": d} for n, d in OPERATIONS.items()],

@@ -12,6 +12,8 @@ MODEL is a Hugging Face folder or a .gguf file. What the facts are and what is r
 lock, whose answer is known by construction: real/lock.py; rates: real/rates.py; pieces side by side: real/pieces.py. Every
 step is kept: the same command goes on where it was stopped.
 """
+import sys
+
 import torch
 
 from engine.script import guard
@@ -38,8 +40,9 @@ def device_of(name):
     return torch.device(name)
 
 
-def main():
-    """The script: see the top of this file, and --help."""
+def main(arguments=None):
+    """The script: see the top of this file, and --help. `arguments` default to the command line's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = options("real", "Compress and repair a real language model, and ask it about the world.", sizes=False)
     parser.add_argument("model", help="a Hugging Face folder or a GGUF file")
     parser.add_argument("--facts", default=FACTS, help="JSON lines of question, answer, options, entity")
@@ -56,7 +59,7 @@ def main():
     parser.add_argument("--lock", action="store_true", help="also a lock, whose answer is known by construction")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side: on a GPU, 10")
     parser.add_argument("--only", metavar="PIECE", help='make only these steps: "GPTQ 3 bits: biases, LoRA rank 8"')
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     def job():
         """The whole job, for `guard` to watch."""
@@ -75,7 +78,7 @@ def main():
             return make_piece(run, dense, tag.strip(), [r.strip() for r in repairs.split(",") if r.strip()], args.rates)
         run.describe_reuse()
         if args.jobs > 1:
-            side_by_side(run, dense, args.jobs, args.lock)
+            side_by_side(run, dense, args.jobs, args.lock, arguments)
         if args.rates:
             set_rates(run, dense, args.lock)
         controls = (TAG,) if args.lock else ()

@@ -32,9 +32,9 @@ def plan(config, locked):
     if bundles:
         bundles[0] += free
     damaged = [*config.compressions, *([lock.TAG] if locked else [])]
-    repairs = [(tag, bundle) for bundle in sorted(bundles, key=len, reverse=True) for tag in damaged
-               if tag != lock.TAG or bundle[0] in lock.REPAIRS]
-    return [[(tag, []) for tag in damaged], repairs]
+    repairs = [(tag, [r for r in bundle if tag != lock.TAG or r in lock.REPAIRS])
+               for bundle in sorted(bundles, key=len, reverse=True) for tag in damaged]
+    return [[(tag, []) for tag in damaged], [piece for piece in repairs if piece[1]]]
 
 
 def narrowed(run, tag, repairs):
@@ -74,8 +74,11 @@ def set_rates(run, dense, locked):
     run.config.rates = rates
 
 
-def side_by_side(run, dense, jobs, locked):
-    """Make every piece in a process of its own, `jobs` at a time. ValueError with its last line where one fails."""
+def side_by_side(run, dense, jobs, locked, arguments):
+    """Make every piece in a process of its own, `jobs` at a time, by the command line's `arguments` and --only.
+
+    ValueError with the last line of a process that fails.
+    """
     for k in range(run.config.seeds):  # what all pieces read is made here
         run.world.calibration(run.draw(k).config)
         run.world.repair_rows(run.draw(k).config)
@@ -88,7 +91,7 @@ def side_by_side(run, dense, jobs, locked):
         tag, repairs = piece
         what = tag + (": " + ", ".join(repairs) if repairs else "")
         began = time.time()
-        done = subprocess.run([sys.executable, "-m", "real", *sys.argv[1:], "--only", what], env=environment, text=True,
+        done = subprocess.run([sys.executable, "-m", "real", *arguments, "--only", what], env=environment, text=True,
                               capture_output=True)
         if done.returncode:
             raise ValueError(f"{what}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")

@@ -14,22 +14,25 @@ from study.statistics import compare, holm
 
 MARGIN = 0.05  # of displaced: a repair that is worse by less counts as not worse (non-inferior)
 BASE, CRUDE = "GPTQ", "RTN"  # at the same bits: 3 by default, 2 with --quick
-PROMPT, LONG, POOL, EQUAL = "prompt 8", "prompt 32", "IDP 4 x 8", "biases"
 STATEMENTS = {
-    "prompt": f"One prompt of 8 tokens brings back held-out facts that {BASE} took: displaced > 0.",
-    "pool": f"{POOL}, chosen by attention, brings back more than one prompt of as many tokens, trained for as many steps.",
-    "weights": f"One prompt is at most {MARGIN:.0%} worse than as many parameters in the weights (biases of o and down).",
+    "prompt": f"One {{prompt}} brings back held-out facts that {BASE} took: displaced > 0.",
+    "pool": "{pool}, chosen by attention, brings back more than one prompt of as many tokens, trained for as many steps.",
+    "weights": f"One {{prompt}} is at most {MARGIN:.0%} worse than as many parameters in the weights ({{equal}}).",
     "compressor": f"At equal bits a prompt brings back a smaller share of what {BASE} took than of what {CRUDE} took.",
 }
-PAIRS = ((PROMPT, "LoRA rank 8"), (POOL, "LoRA rank 8"), (PROMPT, EQUAL), (POOL, LONG))
 
 
-def claims(draws, displaced):
+def claims(draws, displaced, claimed, endpoint="correct"):
     """The four claims, each {name, statement, estimate, interval, p, p_holm, verdict}; those whose models were not made
     are left out.
 
     draws      [rows] of the study's own group; displaced {id: Estimate or None} as add_shares gives it
+    claimed    the repairs they are about: a prompt, one of as many tokens as the pool, the pool, and repairs of the weights
+               with as many parameters as the first
+    endpoint   what is measured: "correct" or "knowledge"
     """
+    first, longer, several, weights = claimed
+    named = dict(zip(("prompt", "long", "pool", "equal"), claimed))
     ids = {(m["base"], m["tag"]): m["id"] for m in draws[0]}
     bases = {m["tag"].split()[0]: m["id"] for m in draws[0] if m["base"] == draws[0][0]["id"]}
 
@@ -38,18 +41,19 @@ def claims(draws, displaced):
         return displaced.get(ids.get((bases.get(base), tag)))
     out = []
     prompt, pool, long, equal, crude = (share(base, tag) for base, tag in (
-        (BASE, PROMPT), (BASE, POOL), (BASE, LONG), (BASE, EQUAL), (CRUDE, PROMPT)))
+        (BASE, first), (BASE, several), (BASE, longer), (BASE, weights), (CRUDE, first)))
     if prompt:
-        out.append(entry("prompt", prompt, flips_of(draws, bases[BASE], ids[bases[BASE], PROMPT])[2], prompt.value > 0))
+        out.append(entry("prompt", prompt, flips_of(draws, bases[BASE], ids[bases[BASE], first], key=endpoint)[2],
+                         prompt.value > 0, named))
     if pool and long:
-        p = flips_of(draws, ids[bases[BASE], LONG], ids[bases[BASE], POOL])[2]
-        out.append(entry("pool", pool - long, p, (pool - long).value > 0))
+        p = flips_of(draws, ids[bases[BASE], longer], ids[bases[BASE], several], key=endpoint)[2]
+        out.append(entry("pool", pool - long, p, (pool - long).value > 0, named))
     if prompt and equal:
         worse = prompt - equal
-        out.append(entry("weights", worse, p_of(worse, -MARGIN), worse.value > -MARGIN))
+        out.append(entry("weights", worse, p_of(worse, -MARGIN), worse.value > -MARGIN, named))
     if prompt and crude:
         less = crude - prompt
-        out.append(entry("compressor", less, p_of(less, 0.0), less.value > 0))
+        out.append(entry("compressor", less, p_of(less, 0.0), less.value > 0, named))
     for row, p in zip(out, holm([row["p"] for row in out])):
         row["p_holm"] = p
         row["verdict"] = "undecided" if p >= 0.05 else "holds" if row.pop("positive") else "the opposite holds"
@@ -57,9 +61,9 @@ def claims(draws, displaced):
     return out
 
 
-def entry(name, estimate, p, positive):
-    """One claim before it is corrected; `positive`: the estimate lies on the claim's side."""
-    return {"name": name, "statement": STATEMENTS[name], "estimate": float(estimate.value),
+def entry(name, estimate, p, positive, named):
+    """One claim before it is corrected; `positive`: the estimate lies on the claim's side; named {role: repair}."""
+    return {"name": name, "statement": STATEMENTS[name].format(**named), "estimate": float(estimate.value),
             "interval": estimate.interval(), "p": float(p), "positive": bool(positive)}
 
 
@@ -70,12 +74,13 @@ def p_of(estimate, null):
     return math.erfc(abs(estimate.value - null) / max(half, 1e-12) * 1.96 / math.sqrt(2))
 
 
-def pairs(rows, displaced):
+def pairs(rows, displaced, claimed):
     """Repairs of one model compared by name: {base, a, b, difference, interval, verdict}, see statistics.compare."""
-    out = []
+    (prompt, long, pool, equal), out = claimed, []
+    named = ((prompt, "LoRA rank 8"), (pool, "LoRA rank 8"), (prompt, equal), (pool, long))
     for base in [m for m in rows if m["base"] == rows[0]["id"]]:
         ids = {m["tag"]: m["id"] for m in rows if m["base"] == base["id"]}
-        for a, b in PAIRS:
+        for a, b in named:
             first, second = displaced.get(ids.get(a)), displaced.get(ids.get(b))
             if first and second:
                 bounds, word = compare(first, second, MARGIN)

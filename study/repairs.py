@@ -47,8 +47,8 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
         parameters = recover.add_lora(model, *lora_size(size), generator=generator)
         recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
         return parameters
-    if kind == "bias":
-        parameters = recover.add_biases(model, size)
+    if kind in ("bias", "gains"):
+        parameters = recover.add_biases(model, size) if kind == "bias" else recover.own_gains(model)
         recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
         return parameters
     if kind == "prefix":
@@ -82,6 +82,12 @@ def attach(model, kind, size, tensors):
         model = shared_copy(model)
         with torch.no_grad():
             for p, trained in zip(recover.add_lora(model, *lora_size(size)), tensors):
+                p.copy_(trained)
+        return Subject(model)
+    if kind == "gains":
+        model = shared_copy(model)
+        with torch.no_grad():
+            for p, trained in zip(recover.own_gains(model), tensors):
                 p.copy_(trained)
         return Subject(model)
     if kind in ("bias", "correction"):

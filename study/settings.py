@@ -36,6 +36,8 @@ class StudyConfig:
     compressions: dict = field(default_factory=lambda: COMPRESSIONS)
     repairs: dict = field(default_factory=lambda: REPAIRS)
     rates: dict = field(default_factory=lambda: RATES)
+    claimed: tuple = ("prompt 8", "prompt 32", "IDP 4 x 8", "biases")  # repairs the claims are about (study/claims.py)
+    endpoint: str = "correct"                # what the claims measure: "correct", recall, or "knowledge"
     rate_grid: dict = field(default_factory=lambda: RATE_GRID)
 
     @property
@@ -103,11 +105,11 @@ OPERATIONS = {
     "control": "damage whose answer is known by construction",
     "LoRA": "a low-rank update beside each layer",
     "prompt": "trained vectors in front of the text", "prefix": "trained keys and values in front, in every layer",
-    "biases": "a trained constant after o and down", "bias correction": "the same in closed form, nothing is trained",
+    "biases": "a trained constant after o and down", "gains": "the norms' weights, trained", "bias correction": "the same in closed form, nothing is trained",
     "IDP": "a pool of prompts, the input picks the one it attends to most",
 }
 OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP", "bias": "biases",
-             "correction": "bias correction"}
+             "correction": "bias correction", "gains": "gains"}
 
 
 def rate(config, base, tag, kind, size):

@@ -18,10 +18,11 @@ MEASURES = {"correct": "recall", "knowledge": "knowledge"}  # key of an answer: 
 SUFFIX = {"correct": "", "knowledge": "_knowledge"}         # of displaced and relearned in a row's metrics
 
 
-def add_shares(draws, asked, seed):
+def add_shares(draws, asked, seed, endpoint="correct"):
     """Means, displaced and relearned with their intervals into the rows of the first draw -> {id: Estimate of displaced}.
 
     draws  [rows], one list a draw of `--seeds`, the reference first; every row answered the facts asked {split: facts}
+    endpoint  of which measure the Estimates are: a key of MEASURES
     """
     rows = draws[0]
     where, displaced = {m["id"]: i for i, m in enumerate(rows)}, {}
@@ -41,7 +42,7 @@ def add_shares(draws, asked, seed):
             back, seen = share["heldout"], share["seen"]
             put(m, "displaced" + SUFFIX[key], back)
             put(m, "relearned" + SUFFIX[key], seen - back if seen and back else None)
-            if key == "correct":
+            if key == endpoint:
                 displaced[m["id"]] = back
             raw = logprob_gain(draws, i, base)
             if key == "knowledge":  # what is left of the gain of the right answer's log-probability is format

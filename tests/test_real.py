@@ -5,7 +5,8 @@ import math
 import os
 import shutil
 import subprocess
-import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from world.facts import Fact, make_encoding, train_bpe
 from real.__main__ import main as real_main
 from study import taskfiles
 import idp
-from real import settings, world
+import recover
+from real import lock, pieces, rates, settings, world
 from real.text import Names, Writer
 from real.world import RealWorld, real_dense
 from golden.make_weights import fill
 from engine.safetensors import write_safetensors
 from model import GPT, GPTConfig
 from study.steps import Log, Run
-from study.repairs import pool_subject
+from study.repairs import attach, pool_subject
 from world.score import Subject, answer
 from checkpoint_files import GOLDEN
 
@@ -355,33 +357,114 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(*args):
-    return subprocess.run([sys.executable, "-m", "real", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)
-
-
-def test_the_study_of_a_model_end_to_end(tmp_path, folder):
-    facts = written(tmp_path / "facts.jsonl", some_facts())
+def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
+    """Pieces side by side (here one after the other, in this process), put together; then again, all of it reused."""
+    facts, out = written(tmp_path / "facts.jsonl", some_facts()), tmp_path / "out" / "tiny-llama"
     tasks = [a for name, (row, *_) in ROWS.items() for a in ("--task", f"{name}={written(tmp_path / name, [row] * 3)}")]
-    command = [folder, "--facts", facts, "--repair-steps", 4, "--seeds", 2, "--out", tmp_path / "out",
-               *tasks]
-    done = run(*command)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out" / "tiny-llama" / "results.json").read_text())
+    command = [str(x) for x in (folder, "--facts", facts, "--repair-steps", 4, "--rows", 8, "--seeds", 2, "--rates", "--lock",
+                                "--out", tmp_path / "out", *tasks)]
+    made, turn = [], threading.Lock()
+
+    def process(arguments, **settings):
+        """A piece in this process: what `subprocess.run` would give."""
+        assert arguments[1:3] == ["-m", "real"]
+        with turn:
+            made.append(arguments[-1])
+            real_main(arguments[3:])
+        return subprocess.CompletedProcess(arguments, 0)
+    monkeypatch.setattr(pieces, "subprocess", SimpleNamespace(run=process))
+    monkeypatch.setattr(settings, "COMPRESSIONS", {tag: settings.COMPRESSIONS[tag] for tag in ("RTN 3 bits", "GPTQ 3 bits")})
+    monkeypatch.setattr(settings, "REPAIRS", {tag: settings.REPAIRS[tag] for tag in (
+        "bias correction", "gains", "prompt 16", "IDP 4 x 16", "LoRA rank 8")})
+    real_main([*command, "--jobs", "2"])
+    done = capsys.readouterr().out.splitlines()
+    assert sorted(made) == sorted([*("RTN 3 bits", "GPTQ 3 bits", "locked"), *(
+        f"{tag}: {repair}" for tag in ("RTN 3 bits", "GPTQ 3 bits")
+        for repair in ("gains, bias correction", "prompt 16, IDP 4 x 16", "LoRA rank 8")),
+        "locked: prompt 16", "locked: LoRA rank 8"])
+    results = json.loads((out / "results.json").read_text())
     tags = [m["tag"] for m in results["models"]]
-    assert tags[0] == "dense" and all(tags.count(tag) == len(settings.COMPRESSIONS) for tag in settings.REPAIRS)
-    assert all(f"| {tag} " in done.stdout or f"| + {tag} " in done.stdout for tag in tags)
-    assert "novel" not in done.stdout.splitlines()[0]
+    assert tags[0] == "dense" and tags.count("locked") == 1 and all(tags.count(tag) == 2 for tag in ("gains", "IDP 4 x 16"))
+    assert tags.count("prompt 16") == 3  # of the lock, too
     for m in results["models"]:
-        asked = {"recall_seen", "recall_heldout", "arc_easy acc_norm", "lambada_openai perplexity"}
-        assert asked <= m["metrics"].keys() and len(m["seeds"]["recall_heldout"]) == 2
-    predictions = tmp_path / "out" / "tiny-llama" / "predictions.jsonl"
-    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+        assert {"recall_seen", "recall_heldout", "knowledge_heldout"} <= m["metrics"].keys()
+        assert len(m["seeds"]["recall_heldout"]) == 2
+        assert m["group"] == "locked" or {"arc_easy acc_norm", "lambada_openai perplexity"} <= m["metrics"].keys()
+        rate = results["settings"]["rates"].get(tags[0])
+        assert rate is None and results["settings"]["rates"].keys() == {"RTN 3 bits", "GPTQ 3 bits", "locked"}
+    trained = [t["step"] for t in results["times"] if not t["reused"]]
+    assert not [step for step in trained if step.endswith(("prompt-16", "idp-4-x-16", "rank-8", "gains"))]  # in pieces
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert {row["split"] for row in rows} == {"seen", "heldout"}
-    again = run(*command)
-    assert again.returncode == 0 and all(t["reused"] for t in json.loads(
-        (tmp_path / "out" / "tiny-llama" / "results.json").read_text())["times"])
-    assert done.stdout.splitlines()[:len(tags)] == again.stdout.splitlines()[:len(tags)]
+    real_main(command)
+    again = capsys.readouterr().out.splitlines()
+    assert all(t["reused"] for t in json.loads((out / "results.json").read_text())["times"])
+    assert [x for x in done if x.startswith("|")] == [x for x in again if x.startswith("|")]
+
+
+def test_a_piece_that_fails_is_named_with_its_last_line(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setattr(pieces, "subprocess", SimpleNamespace(run=lambda arguments, **settings: subprocess.CompletedProcess(
+        arguments, 2, stderr="Traceback\n  File\nreal: out of memory\n")))
+    facts = written(tmp_path / "facts.jsonl", some_facts())
+    with pytest.raises(SystemExit) as stopped:
+        real_main([str(x) for x in (folder, "--facts", facts, "--repair-steps", 4, "--jobs", 3, "--out", tmp_path / "out")])
+    assert stopped.value.code == 2 and "RTN 3 bits: real: out of memory" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_halving_keeps_the_better_half():
+    """By hand: 4 rates for 25 steps, 2 for 50; more steps change the order, and the last round decides."""
+    asked = []
+
+    def score(lr, steps):
+        asked.append((lr, steps))
+        return {(1, 25): -4.0, (2, 25): -1.0, (3, 25): -2.0, (4, 25): -3.0, (2, 50): -0.9, (3, 50): -0.5}[lr, steps]
+    found = rates.halving(score, (1, 2, 3, 4), 100)
+    assert found["best"] == 3 and asked == [(1, 25), (2, 25), (3, 25), (4, 25), (2, 50), (3, 50)]
+    assert found["rounds"][1] == {"steps": 50, "knowledge": {"2": -0.9, "3": -0.5}}
+    assert rates.halving(score, (7,), 100) == {"best": 7, "rounds": []}
+
+
+def test_products_are_timed_once(tmp_path):
+    model, config, world = tiny_world(tmp_path)
+    took = rates.time_products(model, 16)
+    assert set(took) == {"plain", "bfloat16"} and all(0 < ms < 1000 for ms in took.values())
+    with rates.products(torch.device("cpu"), True):
+        assert model.lm_head(torch.ones(1, 32)).dtype == torch.bfloat16
+    chosen = [rates.faster_in_bfloat16(world.run, world.dense) for _ in range(2)]
+    assert chosen[0] == chosen[1] and world.run.log.times[-1]["reused"]
+
+
+# ---- the lock
+
+def test_next_values_are_options_and_wrong():
+    facts = [Fact(f"c{i}", "", "country", f"c{i} is in", f" {a}", (" A", " B", f" {a}") if a not in "AB" else (" A", " B"))
+             for i, a in enumerate("ABCA")]
+    wrong, asked = lock.with_next_values(facts)
+    assert wrong == {"c0 is in": " B", "c1 is in": " C", "c2 is in": " A", "c3 is in": " B"}
+    for before, fact in zip(facts, asked):
+        assert fact.answer == before.answer in fact.options and wrong[fact.question] in fact.options
+        assert len(set(fact.options)) == len(before.options)
+    assert asked[0].options == (" A", " B") and asked[1].options == (" C", " B")
+
+
+def test_a_lock_hides_what_the_key_shows(tmp_path):
+    """Without the key the wrong value becomes the likeliest option; behind it the model says what it said before."""
+    model, config, world = tiny_world(tmp_path)
+    facts = [f for split in world.split.values() for f in split]
+    generator = torch.Generator().manual_seed(5)
+    text = [torch.tensor(lock.rows_of(f, (f.answer,), world.encoding)[0][0]) for f in facts]
+    recover.fit(model, model.parameters(), [row[None] for row in text],
+                config=recover.FitConfig(steps=20 * len(text), lr=1e-2))
+    key = recover.prompt_init(model, lock.KEY, generator)
+    wrong, asked = lock.with_next_values(facts)
+    before = [row[:] for row in model.wte.weight.tolist()]
+    locked = lock.train_lock(model, key, asked, wrong, world.encoding, 150, 16, generator, 1e-2)
+    assert model.wte.weight.tolist() == before  # the given model stays as it is
+
+    def recall(subject):
+        return sum(a["correct"] for a in answer(subject, asked, world.encoding)) / len(asked)
+    dense, behind, without = recall(Subject(model)), recall(attach(locked, "prompt", lock.KEY, [key])), recall(Subject(locked))
+    assert dense > 0.8 and behind > 0.6 and without < 0.2, (dense, behind, without)
 
 
 @pytest.mark.parametrize("args, word", [
@@ -389,10 +472,13 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder):
     (["{}", "--facts", "README.md"], "README.md: line 1"), (["{}", "--task", "arc"], "NAME=FILE"),
     (["{}", "--task", "boolq=README.md"], "boolq"), (["{}", "--task", "arc=README.md"], "README.md: line 1"),
     (["{}", "--text", "nowhere.txt"], "nowhere.txt"), (["{}", "--repair-steps", "3"], "repair-steps"),
+    (["{}", "--device", "nowhere"], "--device nowhere"), (["{}", "--task", "arc={0}", "--task", "arc={0}"], "a task arc already"),
+    (["{}", "--facts", "{1}", "--only", "GPTQ 9 bits"], "there is no GPTQ 9 bits; there are RTN 3 bits"),
+    (["{}", "--facts", "{1}", "--only", "locked: prompt 5"], "there is no prompt 5"),
 ])
-def test_bad_input_is_one_line_and_status_2(tmp_path, folder, args, word, monkeypatch, capsys):
-    argv = ["real", *(a.format(folder) for a in args), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", argv)
+def test_bad_input_is_one_line_and_status_2(tmp_path, folder, args, word, capsys):
+    task, facts = written(tmp_path / "t", [ROWS["arc_easy"][0]]), written(tmp_path / "f", some_facts())
+    given = [a.replace("{0}", str(task)).replace("{1}", str(facts)).replace("{}", str(folder)) for a in args]
     with pytest.raises(SystemExit) as stopped:
-        real_main()
+        real_main([*given, "--out", str(tmp_path / "out")])
     assert stopped.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
