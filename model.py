@@ -49,7 +49,7 @@ class GPTConfig:
     position_offset: int = 0      # OPT keeps its first two learned positions for padding: 2
     norm: str = "rmsnorm"         # or "layernorm"
     norm_eps: float = 1e-5
-    activation: str = "gelu"      # GPT-2's tanh approximation; or "relu", "swiglu"
+    activation: str = "gelu"      # or "gelu_tanh" (GPT-2's approximation), "relu", "swiglu"
     bias: bool = False            # in every linear layer and LayerNorm
     tied: bool = True             # the head reads the embedding's own matrix
     rope_theta: float = 10000.0
@@ -66,7 +66,7 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} must divide by n_head={self.n_head}, "
                              f"and that by n_kv_head={self.n_kv_head}")
         choices = {"position": ("rotary", "learned"), "norm": ("rmsnorm", "layernorm"),
-                   "activation": ("gelu", "relu", "swiglu")}
+                   "activation": ("gelu", "gelu_tanh", "relu", "swiglu")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
@@ -216,7 +216,8 @@ class MLP(nn.Module):
             return self.down(F.silu(self.gate(x)) * self.up(x))
         if self.activation == "relu":
             return self.down(F.relu(self.up(x)))
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        return self.down(F.gelu(self.up(x), approximate=approximate))
 
 
 def draw(p, generator=None):

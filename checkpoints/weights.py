@@ -122,7 +122,7 @@ def gpt2_config(s):
     width = s.get("n_embd", int)
     return dict(vocab_size=s.get("vocab_size", int), context=s.get("n_positions", int, high=LIMIT),
                 n_layer=s.get("n_layer", int), n_head=s.get("n_head", int), n_embd=width,
-                n_hidden=s.get("n_inner", int, 4 * width), position="learned", norm="layernorm", activation="gelu",
+                n_hidden=s.get("n_inner", int, 4 * width), position="learned", norm="layernorm", activation="gelu_tanh",
                 norm_eps=s.get("layer_norm_epsilon", float, 1e-5, 0, 1), bias=True,
                 tied=s.get("tie_word_embeddings", bool, True))
 

@@ -19,7 +19,7 @@ from model import GPT, Cache, GPTConfig, rope_table
 SMALL = dict(vocab_size=50, context=32, n_layer=2, n_head=4, n_embd=32, n_hidden=40)
 FAMILIES = {
     "ours": dict(),
-    "gpt2": dict(position="learned", norm="layernorm", bias=True),
+    "gpt2": dict(position="learned", norm="layernorm", activation="gelu_tanh", bias=True),
     "opt": dict(position="learned", position_offset=2, norm="layernorm", activation="relu", bias=True),
     # of the four rotations of a head, this scaling keeps one, blends two and slows one
     "llama": dict(n_kv_head=2, activation="swiglu", tied=False, norm_eps=1e-6, rope_theta=16.0, rope_scaling=dict(
@@ -97,6 +97,8 @@ def naive_mlp(config, mlp, x):
         return naive_linear(mlp.down, gate / (1 + np.exp(-gate)) * up)
     if config.activation == "relu":
         return naive_linear(mlp.down, np.maximum(up, 0))
+    if config.activation == "gelu":
+        return naive_linear(mlp.down, 0.5 * up * (1 + np.vectorize(math.erf)(up / math.sqrt(2))))
     return naive_linear(mlp.down, 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up ** 3))))
 
 
