@@ -32,7 +32,7 @@ import recover
 from checkpoints import load, save
 from recover import FitConfig, next_token
 from study.repairs import attach
-from study.steps import Run, slug
+from study.steps import slug
 from study.subjects import repaired_subject
 from world.facts import VALUES, facts_about, make_world, statements, taught_questions, text_batches
 from world.score import Subject
@@ -54,7 +54,6 @@ class ControlConfig:
     tell_batch: tuple = (24, 32)     # about the novel people
     old_batch: tuple = (8, 32)       # about those of whom pretraining told
     rank_one: float = 0.22           # Frobenius norm of what is added to a matrix, as a share of the matrix's own
-    repair_steps: int = 150          # with 100, LoRA rank 8 learns only 61 % of what is not yet told
     repairs: dict = field(default_factory=lambda: {  # tag: (kind, size, learning rate)
         "prompt 8": ("prompt", 8, 1e-1),
         "LoRA rank 1": ("lora", 1, 3e-3),
@@ -194,12 +193,12 @@ def named(run, about, tag, base, extra=0):
 
 # ---- their repairs
 
-def repair_batches(run, control, how):
+def repair_batches(run, control):
     """The batches of a repair, as `recover.distillation` takes them: text about seen people, and for each position what
-    the reference expects next."""
+    the reference expects next. As many as the study's own repairs read."""
     stream = text_batches(control.text, run.world.encoding, *run.config.repair_batch,
                           torch.Generator().manual_seed(run.config.draw_seed + 2), aligned=True)
-    rows = [next(stream) for _ in range(how.repair_steps)]
+    rows = [next(stream) for _ in range(run.config.repair_steps)]
     model, reference = control.reference.model, control.reference
 
     def teacher(ids):
@@ -211,19 +210,18 @@ def repair_batches(run, control, how):
 def control_subjects(run, dense, name, how=None):
     """One control as a small study: (its Control, [reference, damaged, *repaired]), every model made once.
 
-    run   the study's; its world, seed and repair batch hold, the steps of a repair are `how.repair_steps`
+    run   the study's; its world, its seed, and how its repairs are trained
     how   ControlConfig; default: the study's own
     """
-    how = how or ControlConfig(repair_steps=min(ControlConfig.repair_steps, run.config.repair_steps))
+    how = how or ControlConfig()
     control = CONTROLS[name](run, dense, how)
     made = []
 
     def batches():
         """The repair batches, made at the first call."""
         if not made:
-            made.extend(repair_batches(run, control, how))
+            made.extend(repair_batches(run, control))
         return made
-    short = Run(replace(run.config, repair_steps=how.repair_steps), run.world, run.log)
     return control, [control.reference, control.damaged,
-                     *(repaired_subject(short, control.damaged, tag, kind, size, batches, lr=lr)
+                     *(repaired_subject(run, control.damaged, tag, kind, size, batches, lr=lr)
                        for tag, (kind, size, lr) in how.repairs.items())]

@@ -18,7 +18,7 @@ from world.score import Subject, answer
 from world.small import World
 
 HOW = ControlConfig(lock=FitConfig(steps=150, lr=2e-3), lock_batch=(8, 24), tell=FitConfig(steps=200, lr=4e-3),
-                    tell_batch=(8, 24), old_batch=(4, 24), rank_one=0.5, repair_steps=120)
+                    tell_batch=(8, 24), old_batch=(4, 24), rank_one=0.5)
 PROMPT = {"prompt 4": ("prompt", 4, 1e-1)}
 LORA = {"LoRA rank 8": ("lora", 8, 1e-2)}
 
@@ -28,7 +28,7 @@ def scene(tmp_path_factory):
     """A run in a world of 18 people who are told about and 12 who are not, and its dense GPT."""
     config = StudyConfig(world=WorldConfig(seen=8, heldout=8, validation=2, novel=12, vocab_size=512),
                          gpt={"n_layer": 2, "n_embd": 64}, pretrain=FitConfig(steps=300, lr=8e-3, weight_decay=0.1),
-                         pretrain_batch=(8, 32), without="few", repair_batch=(8, 24),
+                         pretrain_batch=(8, 32), without="few", repair_batch=(8, 24), repair_steps=120,
                          out=str(tmp_path_factory.mktemp("controls")))
     run = Run(config, World(config))
     return run, dense_subject(run)
