@@ -6,10 +6,13 @@ Sweeps: one setting varied, everything else held, a point a run.
                     published and with `refit`
     prompt-length   a soft prompt of 1 to 32 tokens for each compressed model that the study repairs
     rank            LoRA of rank 1 to 32 for the same
+    damage          dose and response: four compressors at four levels each, and what a prompt, biases and LoRA of rank
+                    1 and 8 bring back, against what was lost
 
-A point is recall by split with its interval, and perplexity. For prompts that stands there twice: divided by the text's
-tokens, and as published code divides it, by text and prompt positions together. The second falls as the prompt grows,
-even where the model reads no better: exp(loss * text / (text + P)).
+A point of damage is displaced and re-learned, see study/shares.py. Of all others it is recall by split with its interval,
+and perplexity. For prompts that stands there twice: divided by the text's tokens, and as published code divides it, by
+text and prompt positions together. The second falls as the prompt grows, even where the model reads no better:
+exp(loss * text / (text + P)).
 
 Runs of a sweep do not need each other: under torchrun every process takes its share in turn and the first one gathers
 them, on one machine or on several that share the output folder. Each run computes on one thread, because sums in
@@ -25,17 +28,21 @@ import datetime
 import json
 import os
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
 import recover
 from compress import compress
 from engine.script import read_json, write_text
-from study.repairs import attach, train_repair
-from study.settings import options, rate, sized
+from study.comparisons import ANSWERS
+from study.repairs import attach, light, train_repair
+from study.settings import REPAIRS, options, rate, sized
+from study.shares import add_shares
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
-from study.subjects import compressed_subject, dense_subject, repair_batches
+from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
 from study.tables import markdown, share
 from world.score import CONTEXT, Subject, answer, perplexity
 from world.small import World
@@ -45,11 +52,32 @@ SPARSITIES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 LENGTHS = (1, 2, 4, 8, 16, 24, 32)
 RANKS = (1, 2, 4, 8, 16, 32)
 REPAIRED = ("GPTQ 3 bits", "SparseGPT 50 %")  # what sweeps of repairs begin from
-SWEEPS = ("bits", "sparsity", "prompt-length", "rank")
+DOSES = ("prompt 8", "biases", "LoRA rank 1", "LoRA rank 8")  # how each of them is repaired
+SWEEPS = ("bits", "sparsity", "prompt-length", "rank", "damage")
+
+
+def quantized(name, *levels):
+    """[(tag, operation)] of a quantizer at some (bits, group size)."""
+    return [(f"{name} {bits} bits, groups of {size}",
+             ("quantize", name.lower(), {"bits": bits, "group_size": size})) for bits, size in levels]
+
+
+def pruned(name, *levels):
+    """[(tag, operation)] of a pruner at some shares of zeros."""
+    return [(f"{name} {zeros:.0f} %", ("prune", name.lower(), {"sparsity": zeros / 100})) for zeros in levels]
+
+
+DAMAGE = {"RTN": quantized("RTN", (2, 32), (3, 96), (3, 32), (4, 96)),
+          "GPTQ": quantized("GPTQ", (2, 96), (2, 32), (3, 96), (3, 32)),
+          "magnitude": pruned("magnitude", 30, 40, 50, 60),
+          "SparseGPT": pruned("SparseGPT", 40, 50, 60, 70)}
 
 
 def plan(name, config):
     """The runs of a sweep, in order: dicts with "series" and "x", and how to make the model."""
+    if name == "damage":
+        return [{"series": series, "x": tag, "operation": operation} for series, levels in DAMAGE.items()
+                for tag, operation in levels]
     if name == "bits":
         group = next((how["group_size"] for _, _, how in config.compressions.values() if "group_size" in how), None)
         ways = {"RTN": ("rtn", {}), "GPTQ": ("gptq", {}),
@@ -85,8 +113,8 @@ def make(run, point, dense, batches):
         return Subject(model), 0
     base = compressed_subject(run, dense, point["series"])
     fit_config = recover.FitConfig(steps=config.repair_steps, lr=point["lr"])
-    tensors = train_repair(base.model, point["kind"], point["x"], batches(), recover.distillation, fit_config, config.seed,
-                           bfloat16=config.repair_bfloat16)
+    tensors = train_repair(base.model, point["kind"], point["x"], batches(), recover.distillation, fit_config,
+                           config.seed, bfloat16=config.repair_bfloat16)
     return attach(base.model, point["kind"], point["x"], tensors), point["x"] if point["kind"] == "prompt" else 0
 
 
@@ -101,6 +129,28 @@ def measure(run, subject, length):
         drawn = resampled(sums, 10_000, generator, sizes)[:, 0]
         out[f"recall_{split}"] = [float(sums.sum() / sizes.sum()), *interval(drawn)]
     return out
+
+
+def dose(run, point, dense, batches):
+    """One level of damage: a point for each repair of DOSES, displaced and re-learned [mean, low, high] or None."""
+    repairs = {tag: REPAIRS.get(tag, ("lora", 1)) for tag in DOSES}
+    config = replace(run.config, compressions={point["x"]: point["operation"]}, repairs=repairs,
+                     rates={**run.config.rates, "LoRA rank 1": run.config.rates["LoRA rank 8"]})
+    level, asked = Run(config, run.world, run.log), run.world.asked(config)
+    base = compressed_subject(level, dense, point["x"])
+    subjects = [dense, base, *(repaired_subject(level, base, tag, *how, batches) for tag, how in repairs.items())]
+    rows = [{"id": s.about["id"], "base": s.about["base"], "metrics": {}, "intervals": {},
+             "answers": {split: answer(light(s), facts, run.world.encoding) for split, facts in asked.items()}}
+            for s in subjects]
+    add_shares([rows], asked, config.seed)
+    lost = rows[0]["metrics"]["recall_heldout"] - rows[1]["metrics"]["recall_heldout"]
+
+    def share(row, name):
+        """[mean, low, high], or None where too little was lost to divide by."""
+        value = row["metrics"][name]
+        return None if value is None else [value, *row["intervals"][name]]
+    return [{"lost": lost, "repair": tag, **{name: share(row, name) for name in ("displaced", "relearned")}}
+            for tag, row in zip(repairs, rows[2:])]
 
 
 # ---- many processes
@@ -147,12 +197,13 @@ def sweep(run, name, dense):
         settings = {**dense.about["settings"], "run": point, "calibration": config.calibration,
                     "repair_batch": config.repair_batch, "steps": config.repair_steps,
                     "test_people": config.test_people}
-        found = run.once_json(f"sweep-{name}-{i:02d}", settings, ("study.sweeps",),
-                              lambda: measure(run, *make(run, point, dense, batches)))
-        mine[i] = {"series": point["series"], "x": point["x"], **found}
+        found = run.once_json(f"sweep-{name}-{i:02d}", settings, ("study.sweeps", *ANSWERS),
+                              lambda: dose(run, point, dense, batches) if name == "damage"
+                              else [measure(run, *make(run, point, dense, batches))])
+        mine[i] = [{"series": point["series"], "x": point["x"], **one} for one in found]
     torch.set_num_threads(threads)
     points = gathered(mine)
-    return None if points is None else [points[i] for i in sorted(points)]
+    return None if points is None else [one for i in sorted(points) for one in points[i]]
 
 
 def sweep_rates(run, dense):
@@ -192,7 +243,13 @@ def kept(path, settings):
 
 
 def sweep_table(name, points):
-    """A sweep as a Markdown table, recalls in percent with their intervals."""
+    """A sweep as a Markdown table, recalls and shares in percent with their intervals."""
+    if name == "damage":
+        return markdown(["level", "lost %", *(f"{tag}: displaced %" for tag in DOSES)],
+                        [[base, f"{100 * mine[0]['lost']:.1f}",
+                          *(share(p["displaced"]) if p["displaced"] else "too little was lost" for p in mine)]
+                         for base, mine in ((x, [p for p in points if p["x"] == x])
+                                            for x in dict.fromkeys(p["x"] for p in points))])
     splits = [key for key in points[0] if key.startswith("recall_")]
     heads = [key.removeprefix("recall_").replace("heldout", "held-out") + " %" for key in splits]
     return markdown(["model", name, "perplexity", "by text + prompt (wrong)", *heads],
