@@ -95,7 +95,7 @@ POOLS = {  # the other ways to train a pool: with --full
     "IDP 4 x 8 selected": ("idp", (4, 8, "selected")),  # chosen by a probe that was trained with the prompts
 }
 RATES = {  # peak learning rates, the same for every compressed model; a pool's prompts learn as one does
-    "biases": 3e-2, "LoRA rank 1 on o": 1e-2, "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 3e-2, "LoRA rank 8": 3e-3,
+    "biases": 3e-2, "LoRA rank 1 on o": 1e-2, "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 1e-1, "LoRA rank 8": 3e-3,
 }
 RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
              "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "bias": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}  # five tries for each
