@@ -4,15 +4,16 @@ to check a port against. README.md beside this file says how.
 
     python tests/golden/make_compress.py
 """
-import json
-import math
 import pathlib
 import sys
 
 import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE.parent))
+
+from golden import files  # noqa: E402
+from golden.files import check, draw, numbers, packed, short  # noqa: E402
 
 CASES = [  # call, settings, problem
     ("rtn", dict(bits=3), "plain"),
@@ -79,15 +80,6 @@ MODEL = dict(vocab_size=11, context=10, n_layer=2, n_head=2, n_kv_head=1, n_embd
 
 
 # ---- the inputs
-
-def short(t, digits=6):
-    """The tensor, each number rounded to so many digits: short in the file, and exact."""
-    return torch.tensor([float(f"{x:.{digits}g}") for x in t.flatten().tolist()], dtype=torch.float64).view(t.shape)
-
-
-def draw(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 def second_moment(X):
     return short(X.T @ X / len(X), 7)
@@ -192,15 +184,6 @@ class Code:
         return self.gpt(self.sizes(**MODEL)).double()
 
 
-def numbers(t, digits=8):
-    """A tensor as nested lists; floats in so many digits."""
-    if isinstance(t, (list, tuple)):
-        return [numbers(x, digits) for x in t]
-    if isinstance(t, torch.Tensor):
-        return numbers(t.tolist(), digits)
-    return float(f"{t:.{digits}g}") if isinstance(t, float) else int(t)
-
-
 def run(code, call, settings, W, H, mask=None):
     """The results of one case, as lists."""
     settings = {k: tuple(v) if k == "n_m" else v for k, v in settings.items()}
@@ -265,19 +248,6 @@ def compressed(code, model, ids, lengths):
 
 # ---- comparing
 
-def same(got, expected, rel=1e-6, abs_=1e-7):
-    """Whether two results agree: whole numbers exactly, others to `rel` relative and `abs_` of the largest."""
-    if isinstance(expected, dict):
-        return got.keys() == expected.keys() and all(same(got[k], expected[k], rel, abs_) for k in expected)
-    if isinstance(expected, list):
-        if not isinstance(got, list) or len(got) != len(expected):
-            return False
-        return all(same(a, b, rel, abs_) for a, b in zip(got, expected))
-    if isinstance(expected, float):
-        return math.isclose(got, expected, rel_tol=rel, abs_tol=abs_)
-    return got == expected
-
-
 def differences(code, files):
     """The cases of {file name: content} that the code does not reproduce; one that raises counts, too."""
     found = []
@@ -297,25 +267,11 @@ def differences(code, files):
     return found
 
 
-def check(what, make, expected):
-    """[what] if `make()` is not as expected."""
-    try:
-        return [] if same(make(), expected) else [what]
-    except Exception as error:  # whatever a changed code may raise
-        return [f"{what}: {type(error).__name__}"]
-
-
 # ---- the files
-
-def packed(content):
-    """JSON without spaces."""
-    return json.dumps(content, separators=(",", ":"))
-
 
 def read():
     """{file name: content} of the three files."""
-    return {name: json.loads((HERE / name).read_text(encoding="utf-8"))
-            for name in ("compress.json", "compress_edges.json", "calibrate.json")}
+    return {name: files.read(name) for name in ("compress.json", "compress_edges.json", "calibrate.json")}
 
 
 def main():
