@@ -1,18 +1,17 @@
-"""The scorer against the EleutherAI harness: one model, the same items, values that golden/make_harness.py made."""
+"""The scorer against the EleutherAI harness: the GPT of golden/world.json, values that golden/make_harness.py made."""
 import json
 import os
 
 import pytest
-import torch
 
-from world.facts import Fact, WorldConfig, make_encoding, make_world, statements, train_bpe
-from model import GPT, GPTConfig
+from golden import make_world
+from golden.files import read
+from world.facts import Fact
 from world.score import Subject, choose
 
-PEOPLE = make_world(WorldConfig(seen=40, heldout=20, validation=10, novel=5, vocab_size=500, seed=2))
-ENCODING = make_encoding(train_bpe(statements(PEOPLE[:70]), 500))
-MODEL = GPT(GPTConfig(vocab_size=ENCODING.n_vocab, context=64, n_layer=2, n_head=2, n_embd=32))
-MODEL.init_weights(torch.Generator().manual_seed(5))
+FILE, CODE = read("world.json"), make_world.Code()
+PEOPLE, ENCODING = CODE.people(FILE["world"]["people"]), CODE.encoding(FILE["world"]["merges"])
+MODEL = CODE.model(FILE["gpt"]["gpt"]).float()
 
 
 @pytest.mark.parametrize("batch_size", [1, 100])

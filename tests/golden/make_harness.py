@@ -1,5 +1,5 @@
 """
-Make harness.json: what the EleutherAI harness (lm-eval 0.4) scores on thirty items, asked of a small GPT of ours.
+Make harness.json: what the EleutherAI harness (lm-eval 0.4) scores on thirty items, asked of the GPT of world.json.
 
 The harness builds the requests, cuts context and continuation, and judges acc and acc_norm; our part is only the
 log-probability of each token, one row at a time, nothing cached. It is no part of the study, so it is imported by name,
@@ -54,7 +54,7 @@ def questions():
     """(delimiter, question, choices, gold): the tasks' items, uneven options, spaces and tokens on the border."""
     told = [p for p in PEOPLE if p.split != "novel"]
     for name in ("four-way", "hard", "continuation", "comparison"):
-        for item in make_items(name, [p for p in told if p.split == "seen"], told, 6, 0):
+        for item in make_items(name, told, told, 6, 0):
             yield " ", item.question, [option[1:] for option in item.options], item.gold
     name = told[0].name
     yield " ", f"{name} comes from ", ["Tarmere", "Zanburg", "Bal"], 0                      # a space at the end
