@@ -4,21 +4,15 @@ notice a mistake: each of the edits in mutants_compress.json makes one.
     python -m pytest tests/test_golden_compress.py
     python -m pytest -m slow tests/test_golden_compress.py      # the mistakes, a minute or two
 """
-import importlib.abc
-import importlib.util
-import json
-import pathlib
-import sys
-
 import pytest
 import torch
 
 from golden import make_compress
+from golden.mutation import check_edits, edited, mistakes
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHANGED = ("compress", "kernels", "engine.grids", "engine.columns", "engine.refit", "engine.layers", "engine.settings",
            "engine.packing", "engine.decode", "engine.compiling")
-MUTANTS = json.loads((ROOT / "tests" / "golden" / "mutants_compress.json").read_text(encoding="utf-8"))
+MUTANTS = mistakes("mutants_compress.json")
 
 
 def test_golden():
@@ -52,43 +46,14 @@ def test_a_difference_is_seen():
     assert len(found) == 5 and sum("ValueError" in what for what in found) == 1
 
 
-class Mutated(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """While on sys.meta_path, one file of the project is read with one line changed."""
-
-    def __init__(self, file, old, new):
-        self.file, self.old, self.new = file, old, new
-
-    def find_spec(self, name, path=None, target=None):
-        if name == self.file.removesuffix(".py").replace("/", "."):
-            return importlib.util.spec_from_loader(name, self, origin=str(ROOT / self.file))
-
-    def get_filename(self, name):
-        return str(ROOT / self.file)
-
-    def get_data(self, path):
-        text = (ROOT / self.file).read_text(encoding="utf-8")
-        assert text.count(self.old) == 1, f"{self.file}: {self.old!r} is there {text.count(self.old)} times"
-        return text.replace(self.old, self.new).encode()
-
-
 def caught(mutant, files):
     """Whether the golden files differ from what the code with this edit computes."""
-    kept = {name: sys.modules.pop(name) for name in CHANGED if name in sys.modules}
-    finder = Mutated(mutant["file"], mutant["old"], mutant["new"])
-    sys.meta_path.insert(0, finder)
-    try:
+    with edited(mutant, CHANGED):
         return bool(make_compress.differences(make_compress.Code(), files))
-    finally:
-        sys.meta_path.remove(finder)
-        for name in CHANGED:
-            sys.modules.pop(name, None)
-        sys.modules.update(kept)
 
 
 def test_every_edit_has_its_line():
-    for mutant in MUTANTS:
-        assert Mutated(mutant["file"], mutant["old"], mutant["new"]).get_data("")
-    assert len(MUTANTS) >= 70 and len({(m["old"], m["new"]) for m in MUTANTS}) == len(MUTANTS)
+    check_edits(MUTANTS, 70)
 
 
 @pytest.mark.slow
