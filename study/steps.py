@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -49,16 +50,19 @@ class Run:
         """
         path, began = self.path(name), time.time()
         mark = {"settings": json.loads(json.dumps(settings)), "code": sources(*code)}
-        reused = read_mark(path) == {**mark, "bytes": digest_of(path)}
+        kept = read_mark(path) or {}
+        reused = {**kept, "seconds": 0} == {**mark, "bytes": digest_of(path), "seconds": 0}
         if reused:
             result = read(path)
         else:
             if os.path.exists(path + MARK):
                 os.remove(path + MARK)
+            self.log.begin(file_name(name))
             result = make()
             write(result, path)
-            write_text(path + MARK, json.dumps({**mark, "bytes": digest_of(path)}))
-        self.log.done(name, time.time() - began, reused)
+            took = round(time.time() - began, 2)
+            write_text(path + MARK, json.dumps({**mark, "bytes": digest_of(path), "seconds": took}))
+        self.log.done(file_name(name), time.time() - began, reused)
         return result
 
     def once_json(self, name, settings, code, make):
@@ -71,10 +75,26 @@ class Run:
         return self.once(name + ".safetensors", settings, code, make,
                          lambda tensors, path: write_safetensors(path, tensors), lambda path: read_safetensors(path)[0])
 
+    def expect(self, plan):
+        """Announce the study's steps, {step: {file: typical seconds}} of study/progress.py. A file that stands in the
+        folder and whose code has not changed will be reused; one that is made again took so long before.
+        """
+        kept = {file_name(name): mark for name, mark in self.marks().items()}
+        plan = {step: dict(files) for step, files in plan.items()}
+        for files in plan.values():
+            for file in [file for file in files if file in kept]:
+                files[file] = 0.0 if unchanged(kept[file]) else kept[file].get("seconds", files[file])
+        self.log.expect(plan)
+
+    def marks(self):
+        """{name of a result: what stands beside it} of every finished step in the folder."""
+        found = {p.name.removesuffix(MARK): read_mark(str(p).removesuffix(MARK))
+                 for p in sorted(pathlib.Path(self.out).glob("*" + MARK))}
+        return {name: mark for name, mark in found.items() if mark}
+
     def describe_reuse(self):
         """Say how many steps of an earlier run stand in the folder, and which changed files make others run again."""
-        marks = [read_mark(str(p)[:-len(MARK)]) for p in sorted(pathlib.Path(self.out).glob("*" + MARK))]
-        marks = [mark for mark in marks if mark]
+        marks = list(self.marks().values())
         changed = [{f for f, digest in mark["code"].items() if source_digest(f) != digest} for mark in marks]
         if marks:
             files = sorted(set().union(*changed))
@@ -91,6 +111,16 @@ def read_mark(path):
     except (OSError, ValueError):
         return None
     return mark if isinstance(mark, dict) and isinstance(mark.get("code"), dict) else None
+
+
+def unchanged(mark):
+    """Whether the code of a finished step is still what it was."""
+    return all(source_digest(file) == digest for file, digest in mark["code"].items())
+
+
+def file_name(name):
+    """The name of a step's result without its ending."""
+    return name.removesuffix(".json").removesuffix(".safetensors")
 
 
 def digest_of(path):
@@ -161,36 +191,87 @@ def slug(tag):
 # ---- progress
 
 class Log:
-    """Progress to stderr: which step of how many, and how long all the others will take."""
+    """Progress on stderr: which step of how many, the time left and the time that all of them take."""
 
     def __init__(self):
-        self.times, self.began, self.shown, self.expected = [], time.time(), 0.0, {}
+        self.began = self.shown = time.time()
+        self.times = []       # [{step, seconds, reused}] of every file that is finished
+        self.plan = {}        # {step: {file: seconds that making it is expected to take}}
+        self.at = ""          # the step that was shown last
+        self.under_way = []   # [[file, when it began, the share that is done]], the innermost last
+        self.took = self.thought = 0.0  # seconds that the files made so far took, and were expected to take
+        self.width = 0        # of what stands in the terminal's last line and is to be written over
 
-    def expect(self, seconds):
-        """Announce all steps: {name: seconds it takes on an ordinary laptop}."""
-        self.expected = dict(seconds)
+    def expect(self, plan):
+        """Announce all steps: {step: {file: seconds}}; what is under "" belongs to no file, and is at the end and between.
+        """
+        self.plan = plan
 
-    def left(self, name=None, share=0.0):
-        """Seconds left of what was announced, at the pace of what has been done; `name` is done to `share`."""
-        done = {t["step"]: t["seconds"] for t in self.times}
-        fresh = [t["step"] for t in self.times if not t["reused"]]
-        took = sum(done[step] for step in fresh)
-        thought = sum(self.expected.get(step, 0.0) for step in fresh)
-        pace = took / thought if thought > 5 else 1.0
-        return pace * sum(seconds * (1 - share if step == name else 1) for step, seconds in self.expected.items()
-                          if step not in done)
+    def left(self):
+        """Seconds left of what was announced, at the pace of what has been made; at least 1 while anything is left."""
+        now = time.time()
+        under_way = {file: (now - began, share) for file, began, share in self.under_way}
+        seconds = {file: s for files in self.plan.values() for file, s in files.items()}
+        done, took, thought = {t["step"] for t in self.times}, self.took, self.thought
+        for file, (elapsed, share) in under_way.items():
+            if share * seconds.get(file, 0.0) > 0:
+                took, thought = took + elapsed, thought + share * seconds[file]
+        pace, left = (10 + took) / (10 + thought), 0.0  # 10: the first second decides nothing
+        for file, s in seconds.items():
+            if file in under_way:
+                elapsed, share = under_way[file]
+                left += elapsed * (1 - share) / share if share > 0.1 else max(pace * s - elapsed, 0.1 * elapsed)
+            elif file == "":
+                outside = now - self.began - sum(t["seconds"] for t in self.times) - sum(e for e, _ in under_way.values())
+                left += max(pace * s - outside, 0.0)
+            elif file not in done:
+                left += pace * s
+        return max(left, 1.0)
+
+    def where(self):
+        """"step 7 of 49, 31 s left of about 5 min"; "" where nothing was announced."""
+        if not self.plan:
+            return ""
+        files = [file for file, _, _ in self.under_way]
+        self.at = next((step for step, of in self.plan.items() if set(files) & set(of)), self.at)
+        left, steps = self.left(), [step for step in self.plan if step]
+        number = f"step {steps.index(self.at) + 1} of {len(steps)}, " if self.at in steps else ""
+        return f"{number}{duration(left)} left of about {duration(time.time() - self.began + left)}"
 
     def say(self, text):
         """One line."""
-        print(text, file=sys.stderr, flush=True)
+        self.write(text, "\n")
+
+    def show(self, text):
+        """One line that says how far all is: in a terminal the next one is written over it."""
+        self.shown = time.time()
+        self.write(text, "" if sys.stderr.isatty() else "\n")
+
+    def write(self, text, end):
+        """A line over what stands in the terminal's last one."""
+        over = "\r" + text.ljust(self.width) if sys.stderr.isatty() else text
+        print(over, end=end, file=sys.stderr, flush=True)
+        self.width = 0 if end else len(text)
+
+    def begin(self, name):
+        """A file is about to be made; a line for the first of a step, in a terminal for each."""
+        before = self.at
+        self.under_way.append([name, time.time(), 0.0])
+        where = self.where()
+        if where and (self.at != before or sys.stderr.isatty()):
+            self.show(f"{where}: {self.at}")
 
     def done(self, name, seconds, reused):
-        """Note that a step is over, and say so where it was made."""
-        step = name.removesuffix(".json").removesuffix(".safetensors")
-        self.times.append({"step": step, "seconds": seconds, "reused": reused})
-        if not reused and (seconds > 1 or self.expected.get(step, 0) > 1):
-            number = f"step {len(self.times)} of {max(len(self.expected), len(self.times))}" if self.expected else "done"
-            self.say(f"{number}: {step}, {seconds:.0f} s; {duration(self.left())} left")
+        """Note that a file is finished; a line where nothing was announced and it took long."""
+        self.times.append({"step": name, "seconds": seconds, "reused": reused})
+        if reused:
+            return
+        self.under_way.pop()
+        thought = next((files[name] for files in self.plan.values() if name in files), 0.0)
+        if thought:
+            self.took, self.thought = self.took + seconds, self.thought + thought
+        if not self.plan and seconds > 1:
+            self.say(f"{name}: {seconds:.0f} s")
 
     def progress(self, label, steps, what="loss"):
         """A callback (step, loss or `what` else) that shows how far `label` is and how long all will take."""
@@ -198,18 +279,19 @@ class Log:
 
         def show(step, loss):
             """A line, if the last was long ago."""
-            now = time.time()
-            screen = sys.stderr.isatty()
-            if step + 1 < steps and now - self.shown < (0.5 if screen else 15):
+            now, share = time.time(), (step + 1) / steps
+            if self.under_way:
+                self.under_way[-1][2] = share
+            if now - self.shown < (0.5 if sys.stderr.isatty() else 15):
                 return
-            self.shown = now
-            left = self.left(label, (step + 1) / steps) if label in self.expected else \
-                (now - began) / (step + 1) * (steps - step - 1)
-            line = f"  {label}: {step + 1} of {steps}, {what} {loss:.4g}; {duration(left)} left"
-            print("\r" + line.ljust(78) if screen else line, end="" if screen else "\n", file=sys.stderr, flush=True)
+            where = self.where() or f"{duration((now - began) / share * (1 - share))} left"
+            self.show(f"{where}: {self.at or label}, {step + 1} of {steps}, {what} {loss:.4g}")
         return show
 
 
 def duration(seconds):
-    """Seconds in words: 45 s, 3 min."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    """Seconds in words: 45 s, 3 min, 2 h 5 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{math.ceil(seconds)} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

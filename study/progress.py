@@ -1,0 +1,70 @@
+"""
+What a study's steps are, and how long each takes: for "step 7 of 42, 31 s left of about 5 min" from the first line on.
+
+A step is a model that is made and asked, a control with its repairs, or one of the two checks at the end. Seconds are those
+of a laptop with two cores. `Run.expect` replaces them by what the same files took before, Log corrects them by the pace of
+the run.
+
+What it leaves out: the steps of a real model (real/): how long one of them takes depends on the model.
+"""
+from study.controls import ControlConfig
+from study.settings import POOLS
+from study.steps import slug
+
+TOKENS = 50_000   # of pretraining, a second
+QUESTIONS = 4000  # answered a second
+REPAIR = 0.02     # seconds a training step of a repair
+CONTROLS = {"locked": ("control-locked", "locked-behind-its-key"), "not yet told": ("control-told", "told"),
+            "rank one": ("control-rank-one", "rank-one-before")}  # control: (its file, that of its reference)
+
+
+def planned(run):
+    """{step: {file: typical seconds}} of `python evaluate.py`; under "" what belongs to no file: intervals and the page."""
+    config, (rows, tokens) = run.config, run.config.pretrain_batch
+    asking = 0.3 + sum(len(facts) for facts in run.world.asked(config).values()) / QUESTIONS
+    repairs = [(tag, kind) for tag, (kind, _) in config.repairs.items()]
+    if config.full:
+        repairs += [(tag, kind) for tag, (kind, _) in POOLS.items()] + [(f"{t}, next token", kind) for t, kind in repairs]
+    plan = {"dense": model_files("dense", config.pretrain.steps * rows * tokens / TOKENS, asking, closer(run, "dense"))}
+    for draw in range(config.seeds):
+        again, words = drawn(draw)
+        for tag in config.compressions:
+            base = slug(tag) + again
+            plan[tag + words] = model_files(base, 1.5, asking, closer(run, tag) if draw == 0 else {})
+            for name, kind in repairs:
+                training = 0.5 if kind == "correction" else REPAIR * config.repair_steps
+                plan[f"{tag} + {name}{words}"] = model_files(f"{base}-{slug(name)}", training, asking,
+                                                             closer(run, name, kind) if draw == 0 else {})
+    for name in CONTROLS:
+        for draw in range(config.seeds):
+            plan[f"control {name}{drawn(draw)[1]}"] = control_files(config, name, drawn(draw)[0], asking)
+    return {**plan, "context": {"context": asking}, "noise floor": {"noise": 3 * asking}, "": {"": 10 + 5 * config.seeds}}
+
+
+def drawn(draw):
+    """What a draw adds to the names of files and of steps: nothing in the first one."""
+    return (f"-seed-{draw}", f", draw {draw + 1}") if draw else ("", "")
+
+
+def model_files(file, making, asking, more):
+    """{file: seconds} of one model: made, asked, and what else is measured."""
+    return {file: making, f"{file}.answers": asking, **{f"{file}.{what}": seconds for what, seconds in more.items()}}
+
+
+def closer(run, tag, kind=None):
+    """{what: seconds} of what is measured of models of the first draw alone; `kind` is that of a repair."""
+    config, more = run.config, {"perplexity": 0.2, "inside": 0.4}
+    if run.world.tasks(config) and (config.all_tasks or kind is None or tag in config.task_repairs):
+        more["tasks"] = 0.3 + config.task_items / 150
+    if kind == "idp" and config.ablation_people:
+        more["selectors"] = 0.3 + 0.02 * config.ablation_people
+    return more
+
+
+def control_files(config, name, again, asking):
+    """{file: seconds} of one control in one draw: it, its repairs, and what they and its reference answer."""
+    how, (made, reference) = ControlConfig(), CONTROLS[name]
+    damaged = slug(name) + again
+    repairs = {f"{damaged}-{slug(tag)}": REPAIR * min(how.repair_steps, config.repair_steps) for tag in how.repairs}
+    return {made + again: 0.05 * how.lock.steps, **repairs,
+            **{f"{file}.answers": asking for file in (reference + again, damaged, *repairs)}}
