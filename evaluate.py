@@ -33,7 +33,7 @@ import torch
 
 import idp
 from engine.script import guard
-from study import claims, inside, pools, publish
+from study import claims, inside, pools, progress, publish
 from study.comparisons import ANSWERS, add_tasks, comparisons, noise_floor, score_tasks, task_items
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
@@ -247,6 +247,7 @@ def main():
         config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
         run = Run(config, World(config))
         run.describe_reuse()
+        run.expect(progress.planned(run))
         dense = dense_subject(run)
         publish.publish(run, dense, study(run, dense))
     guard(job)
