@@ -22,7 +22,7 @@ import torch
 from checkpoints import load_pretrained
 from real.text import Names, Writer, one_of, read_documents, rows_of
 from study.steps import digest, digest_of
-from study.taskfiles import checked, lines_of
+from study.taskfiles import check_line, lines_of
 from world.facts import Fact
 from world.score import Subject
 
@@ -62,7 +62,7 @@ def read_facts(path, check=None):
                 raise ValueError(f"{path}: line {number} asks {fact.question!r}, as line {lines[fact.question]} does")
             lines[fact.question] = number
             if check:
-                checked(path, number, check, fact)
+                check_line(path, number, check, fact)
             facts.append(fact)
     if not facts:
         raise ValueError(f"{path}: no facts in it")

@@ -49,7 +49,7 @@ STYLE = """
 """
 
 
-def draw(results):
+def picture(results):
     """The picture as a string of SVG; raises ValueError when no model of the results has a displaced share."""
     groups = repaired_bases(results)
     if not groups:
@@ -124,9 +124,9 @@ def heading(base, models, y):
     whole = models.get(base.get("reference") or root(base, models)["id"])
     before = whole and number(whole["metrics"].get("recall_heldout"))
     after = number(base["metrics"].get("recall_heldout"))
-    out = [text(6, y, name, "head")]
+    out = [text(6, y, name, "head halo")]
     if before is not None and after is not None:
-        out.append(text(WIDTH - 6, y, f"recall {100 * before:.1f} → {100 * after:.1f} %", "small", "end"))
+        out.append(text(WIDTH - 6, y, f"recall {100 * before:.1f} → {100 * after:.1f} %", "small halo", "end"))
     return out
 
 
@@ -200,5 +200,5 @@ def main(arguments):
     parser.add_argument("--results", default=RESULTS, help="what the study measured")
     parser.add_argument("--out", default=FIGURE, help="the picture to write")
     args = parser.parse_args(arguments)
-    write_text(args.out, draw(read_results(args.results)))
+    write_text(args.out, picture(read_results(args.results)))
     print(args.out)

@@ -65,6 +65,6 @@ def control_files(config, name, again, asking):
     """{file: seconds} of one control in one draw: it, its repairs, and what they and its reference answer."""
     how, (made, reference) = ControlConfig(), CONTROLS[name]
     damaged = slug(name) + again
-    repairs = {f"{damaged}-{slug(tag)}": REPAIR * min(how.repair_steps, config.repair_steps) for tag in how.repairs}
+    repairs = {f"{damaged}-{slug(tag)}": REPAIR * config.repair_steps for tag in how.repairs}
     return {made + again: 0.05 * how.lock.steps, **repairs,
             **{f"{file}.answers": asking for file in (reference + again, damaged, *repairs)}}

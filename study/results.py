@@ -20,7 +20,7 @@ HELD_OUT = "recall, held-out"  # the comparison that says whether a repair gaine
 
 def read_results(path):
     """The study in a results.json, checked. Raises OSError or a ValueError of one line."""
-    study = from_json(read_text(path), path)
+    study = parsed(read_text(path), path)
     check(study)
     return study
 
@@ -30,7 +30,7 @@ def read_predictions(path):
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: an answer may hold U+2028
         if line.strip():
-            row = from_json(line, f"{path} line {number}")
+            row = parsed(line, f"{path} line {number}")
             for key, kind in PREDICTION.items():
                 field(row, key, kind, f"{path} line {number}")
             field(row, "logprob", NUMBER, f"{path} line {number}", optional=True)
@@ -45,7 +45,7 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 text") from None
 
 
-def from_json(text, where):
+def parsed(text, where):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -83,7 +83,8 @@ def check(study):
         known[part] = set(names)
     if not known["models"]:
         raise ValueError("models is empty: there is nothing to show")
-    field(study, "name", str, "results", optional=True)
+    for key in ("name", "headline"):
+        field(study, key, str, "results", optional=True)
     for i, row in enumerate(field(study, "comparisons", list, "results", optional=True) or []):
         must_be(row, dict, f"comparisons[{i}]")
     for operation in study["operations"]:

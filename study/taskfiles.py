@@ -67,7 +67,7 @@ LAYOUTS = {"arc": arc, "sciq": sciq, "piqa": piqa, "hellaswag": hellaswag, "lamb
            "triviaqa": triviaqa}
 
 
-def layout(name):
+def reader(name):
     """The reader of a task's rows, told by how its name begins."""
     for known, read in LAYOUTS.items():
         if name.lower().startswith(known):
@@ -81,7 +81,7 @@ def read_task(name, path, check=None):
     check  what else a question must pass, raising ValueError (`fits`)
     Raises ValueError with the line's number for a row of another layout, or that does not pass.
     """
-    read, questions = layout(name), []
+    read, questions = reader(name), []
     for number, line in lines_of(path):
         try:
             question, options, gold = read(json.loads(line))
@@ -92,7 +92,7 @@ def read_task(name, path, check=None):
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise ValueError(f"{path}: line {number} is not in the layout of {read.__name__}") from None
         if check:
-            checked(path, number, check, item)
+            check_line(path, number, check, item)
         questions.append(item)
     if not questions:
         raise ValueError(f"{path}: no questions in it")
@@ -116,7 +116,7 @@ def lines_of(path):
                 yield number, text
 
 
-def checked(path, number, check, item):
+def check_line(path, number, check, item):
     """Run `check(item)`; where it refuses, name the file and the line."""
     try:
         check(item)
@@ -151,7 +151,7 @@ def named(tasks, check=None):
 
 def score(subject, name, questions, encoding):
     """{metric: one number a question}: 1.0 or 0.0 where it is right; for lambada the last word's loss in nats, too."""
-    read = layout(name)
+    read = reader(name)
     if read in (arc, sciq, piqa, hellaswag):
         given = choose(subject, questions, encoding, start=[])
         return {metric: [float(a[key] == q.gold) for q, a in zip(questions, given)]
@@ -196,7 +196,7 @@ def continued(subject, questions, encoding, batch_size=32):
     return out
 
 
-def headline(metric, values):
+def reported(metric, values):
     """What is printed of a metric's mean and its bounds: losses become the perplexity a word."""
     return ("perplexity", [math.exp(v) for v in values]) if metric == "loss" else (metric, [float(v) for v in values])
 
@@ -204,7 +204,7 @@ def headline(metric, values):
 def metrics(files):
     """The metrics of task files {task: Questions}: (name, label, unit, higher is better, what it is), each."""
     for name in files:
-        read = layout(name)
+        read = reader(name)
         kinds = {"lambada": ("acc", "perplexity"), "webqs": ("exact_match",), "triviaqa": ("exact_match",)}
         for metric in kinds.get(read.__name__, ("acc", "acc_norm")):
             share = metric != "perplexity"
@@ -221,5 +221,5 @@ def add_files(run, rows, subjects, files):
             generator = torch.Generator().manual_seed(run.config.seed + 7)
             for metric, values in scores.items():
                 low, high = interval(resampled(np.array(values)[:, None], 10_000, generator)[:, 0])
-                metric, (value, low, high) = headline(metric, (np.mean(values), low, high))
+                metric, (value, low, high) = reported(metric, (np.mean(values), low, high))
                 row["metrics"][f"{name} {metric}"], row["intervals"][f"{name} {metric}"] = value, [low, high]

@@ -13,7 +13,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def parsed(results):
-    return ElementTree.fromstring(figure.draw(results))
+    return ElementTree.fromstring(figure.picture(results))
 
 
 def marks(svg):
@@ -81,7 +81,7 @@ def test_controls_stand_first_and_bracket_the_rest(study):
 
 
 def test_no_number_where_too_little_was_lost(study):
-    drawn = figure.draw(study)
+    drawn = figure.picture(study)
     assert "2 repairs: too little was lost to divide by" in drawn and "140.0 %" not in drawn
     study = json.loads(json.dumps(study))
     for m in study["models"]:
@@ -112,17 +112,17 @@ def test_nothing_leaves_the_picture_or_is_too_small(study):
         long = (7.4 if "small" not in text.get("class", "") else 6.2) * len(string)
         start = {"middle": x - long / 2, "end": x - long}.get(text.get("text-anchor"), x)
         assert start >= -1 and start + long <= width + 12 and 0 < y <= height, string
-    drawn = figure.draw(study).replace("http://www.w3.org/2000/svg", "")
+    drawn = figure.picture(study).replace("http://www.w3.org/2000/svg", "")
     assert "http" not in drawn and "<script" not in drawn
     assert "@media screen and (prefers-color-scheme: dark)" in figure.STYLE
 
 
 def test_an_old_file_says_by_its_comparisons_what_is_confirmed(study):
     study = json.loads(json.dumps(study))
-    before = figure.draw(study)
+    before = figure.picture(study)
     for m in study["models"]:
         m.pop("confirmed", None)
-    assert figure.draw(study) == before
+    assert figure.picture(study) == before
     del study["comparisons"]
     assert all("hollow" in mark.get("class") for title, mark, _ in marks(parsed(study)) if ", displaced" in title)
 
@@ -136,7 +136,7 @@ def test_names_are_text(study):
 def test_the_job_writes_a_file_or_says_why(study, tmp_path, capsys):
     results = written(tmp_path, study, [])
     figure.main(["--results", str(results), "--out", str(tmp_path / "f.svg")])
-    assert (tmp_path / "f.svg").read_text(encoding="utf-8") == figure.draw(study)
+    assert (tmp_path / "f.svg").read_text(encoding="utf-8") == figure.picture(study)
     rest = '"operations": [], "metrics": []}'
     for content, expected in (("{", "is not complete JSON"), ('{"models": 1, ' + rest, "must be a list"),
                               ('{"models": [{"id": "a", "metrics": {}}], ' + rest, "nothing to draw")):

@@ -339,7 +339,7 @@ def test_greedy_and_generated_answers_are_scored(tmp_path, monkeypatch):
     lambada = [accepting("He was", (" The",)), accepting("He was", (" a",))]
     scores = taskfiles.score(subject, "lambada", lambada, encoding)
     assert scores["acc"] == [1.0, 0.0] and min(scores["loss"]) > 0
-    assert taskfiles.headline("loss", [0.0, 1.0]) == ("perplexity", [1.0, math.e])
+    assert taskfiles.reported("loss", [0.0, 1.0]) == ("perplexity", [1.0, math.e])
 
 
 # ---- the script
