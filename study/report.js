@@ -68,7 +68,7 @@ const parent = m => byId.get(m.base) || null;
 const root = m => parent(m) ? root(parent(m)) : m;
 const operationName = m => m.operation ? m.operation.name : m.kind === "control" ? "control" : "dense";
 const rank = m => m.operation ? operations.get(m.operation.name).index : -1;
-const children = m => models.filter(c => c.base === m.id).sort((a, b) => rank(a) - rank(b));
+const children = m => models.filter(c => c.base === m.id);                           // in the order of the study
 const descendants = m => children(m).flatMap(c => [c, ...descendants(c)]);
 
 // What a model is: the study says it in `kind`; else its operation's `kind`; else the four repairs go by their names.
@@ -633,11 +633,15 @@ function drawVerdict() {
   const groups = [...models.filter(isCompressed), ...dense, ...models.filter(m => m.kind === "control")];
   const some = models.some(m => RECALLS.some(([n]) => measured(m, n) !== null));
   const { alone, behind_24_tokens: shifted } = study.context || {};
-  fill(part("verdict", "figure"), some && groups.length ? groups.map(verdictOf) : missing("Recall of facts"),
-    knowledgeTable(),
+  const fold = (id, title, build) => pageWidth < 660 && behind(id, title, () => html("div", build()));    // long there
+  const group = (c, k) => k && fold(`verdict-${c.index}`, titleOf(c), () => verdictOf(c)) || verdictOf(c);
+  const knowledge = knowledgeTable();
+  fill(part("verdict", "figure"), some && groups.length ? groups.map(group) : missing("Recall of facts"),
+    knowledge && fold("verdict-knowledge", "Knowing apart from format", () => knowledge) || knowledge,
     study.context && html("p.note", "For comparison: 24 tokens of unrelated text in front of every question, and no "
       + `compression, take the dense model's held-out recall from ${tenths(alone)} to ${tenths(shifted)}.`));
 }
+const titleOf = c => isControl(c) ? `Control: ${c.label}` : c.label;
 function verdictOf(c) {
   const rows = family(c), recalls = RECALLS.filter(([n]) => rows.some(m => measured(m, n) !== null));
   const shares = SHARES.filter(([n]) => rows.some(m => Object.hasOwn(m.metrics, n)));
@@ -651,7 +655,7 @@ function verdictOf(c) {
     says && html("tr.says", html("td"), html("td", { colspan: recalls.length + shares.length }, says))];
   };
   const texts = (study.verdicts || []).filter(v => v.base === c.id), inRows = rows.some(m => m.verdict);
-  return [html("h3", isControl(c) ? `Control: ${c.label}` : c.label), !inRows && texts.map(v => html("p", v.text)),
+  return [html("h3", titleOf(c)), !inRows && texts.map(v => html("p", v.text)),
     html("table.verdict.stack",
       html("thead", html("tr", html("th", { scope: "col" }, "model"),
         shares.map(([, label]) => head(label, fraction)), recalls.map(([, label]) => head(label, whole)))),
@@ -741,7 +745,8 @@ function drawTradeoffs() {
     fill(part("tradeoffs", ".behind"));
     return;
   }
-  const best = front(points, goodness(chosen.x), goodness(chosen.y));
+  const rivals = points.filter(p => !isControl(p.m));       // damage by construction competes with nothing
+  const best = front(rivals, goodness(chosen.x), goodness(chosen.y));
   const kinds = [...new Map(models.map(m => [`${roleOf(m)} ${operationName(m)}`, m])).values()];
   const kindOf = m => operationName(m) + (isControl(m) && isRepaired(m) ? ", of a control" : "");
   fill(part("tradeoffs", "figure"), scatter(points, best),
@@ -942,7 +947,8 @@ function extent(metric) {
 function mapPlan({ rows, columns }) {
   const width = pageWidth, narrow = width < 640;
   const step = Math.min(84, Math.max(15, width * (narrow ? 0.38 : 0.46) / columns.length));
-  const tilted = columns.some(c => textWidth(operationName(c.m)) > step - 6), top = tilted ? 66 : 30;
+  const tilted = columns.some(c => textWidth(operationName(c.m)) > step - 6), crowded = tilted && step < 19;
+  const top = tilted && !crowded ? 66 : 30;                 // tilted heads 19 apart are as far apart as lines of text
   const x = new Map(columns.map((c, j) => [c.column, 18 + j * step])), spots = new Map();
   let y = top - 14;
   for (const r of rows) spots.set(r.m, [x.get(r.column), y += r.depth < 2 ? 34 : 26]);        // air between families
@@ -952,13 +958,14 @@ function mapPlan({ rows, columns }) {
   const wide = narrow ? 62 : 190, sizes = extent(chosen.size), biggest = Math.min(10, step * 0.44);
   const radius = m => value(m, chosen.size) === null ? 4
     : biggest * Math.sqrt(0.16 + 0.84 * sizes.share(value(m, chosen.size)));
-  return { width, height: y + 16, narrow, top, tilted, x: c => x.get(c.column), spot: m => spots.get(m), radius,
-    painted, shown, wide, edge: width - shown.length * wide, colours: extent(painted), sizes };
+  return { width, height: y + 16, narrow, top, tilted, crowded, x: c => x.get(c.column), spot: m => spots.get(m),
+    radius, painted, shown, wide, edge: width - shown.length * wide, colours: extent(painted), sizes };
 }
 function drawMap() {
   drawMapControls();
   const all = mapRows(), plan = mapPlan(all), { width, height, top, tilted, spot, narrow, edge, wide } = plan;
-  const heads = all.columns.map((c, j) => svg("text.muted", { "text-anchor": tilted || j === 0 ? "start" : "middle",
+  const heads = plan.crowded ? [] : all.columns.map((c, j) => svg("text.muted", {
+    "text-anchor": tilted || j === 0 ? "start" : "middle",
     transform: `translate(${tilted || j ? plan.x(c) : 2} ${top - 10})` + (tilted ? " rotate(-45)" : "") },
     shorten(operationName(c.m), 80)));
   const titles = plan.shown.map((n, j) => text(edge + (j + 1) * wide - (narrow ? 0 : 100), top - 10,
@@ -1088,8 +1095,9 @@ const heads = (first, ...others) => html("thead", html("tr", html("th", { scope:
   others.map(inside => html(Array.isArray(inside) ? "th" : "th.n", { scope: "col" }, inside))));
 
 function testTable(shown, noise, what) {
-  // Repairs bring back less than compression took: the axis is theirs, and what was taken an arrow at its edge.
-  const repairs = shown.filter(row => byId.has(row.model) && isRepaired(byId.get(row.model)));
+  // Repairs of compressions bring back less than was taken: the axis is theirs, and what lies beyond an arrow.
+  const repairs = shown.map(row => [byId.get(row.model), row]).filter(([m]) => m && isRepaired(m) && !isControl(m))
+    .map(([, row]) => row);
   const scaled = repairs.length ? repairs : shown, sizes = scaled.flatMap(row => [row.difference, row.detectable]);
   const far = 1.06 * Math.max(0.01, ...numbers([...sizes, ...noise.map(row => row.difference)]).map(Math.abs));
   const axis = onAxis(-far, far), floor = Math.max(0, ...noise.map(row => Math.abs(row.difference)));
@@ -1507,7 +1515,8 @@ function choices(m, selectors) {
   const say = (ends, f) => numbers(ends || []).length === 2 ? ends.map(f).join(" to ") : "not measured";
   const bar = ({ recall, interval: ends }) => strip(rulesOf(whole, [0, 0.5, 1]),
     number(recall) !== null && estimate(m, recall, numbers(ends || []).length === 2 ? ends : null, whole));
-  const head = ["choice", "held-out recall", ["drawn", ticksOf(whole, [0, 0.5, 1], ofHundred)], "95 % interval",
+  const ticks = html("div.bar-cell", ticksOf(whole, [0, 0.5, 1], ofHundred));
+  const head = ["choice", "held-out recall", ["drawn", ticks], "95 % interval",
     "points over the paper's rule", "extra passes"];
   return table("Ways to choose", head, selectors.map(s => [s.name, tenths(s.recall), html("div.bar-cell", bar(s)),
     say(s.interval, tenths), say(s.over_rule, points), plain(s.extra_passes)]));

@@ -561,6 +561,8 @@ def test_intervals_are_seen(browser, usual, everything, width):
     """An interval is wider than its dot, or drawn after it and so over it."""
     look(browser, width)
     browser.open(everything[2])
+    browser.js("document.querySelectorAll('#verdict details').forEach(d => { d.open = true; })")    # folded on a phone
+    time.sleep(0.3)
     strips = browser.js("""return [...document.querySelectorAll('#verdict .strip')].map(strip => {
         const dot = strip.querySelector('.dot > *'), ci = strip.querySelector('line.ci');
         if (!dot || !ci) return null;
