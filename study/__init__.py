@@ -1,1 +1,1 @@
-"""What evaluate.py composes: settings, steps, subjects, statistics, tables, the page. `python -m study` lists its jobs."""
+"""What evaluate.py composes: settings, steps, subjects, statistics, tables, page. `python -m study` lists its jobs."""

@@ -12,7 +12,7 @@ JOBS = {  # name: (what runs, what it does)
     "repair": (jobs.repair, "repair a compressed model in one way: recall before and after"),
     "sweep": (sweeps.main, "vary one setting: bits, sparsity, prompt-length, rank; or lr, on validation people"),
     "trial": (trial.main, "where a pool of prompts should beat one prompt: two locks, and the ceiling of any selector"),
-    "why": (mechanism.main, "why one compressor's damage is displaced and another's is not: the shape of layers' errors"),
+    "why": (mechanism.main, "why one compressor's damage is displaced and another's is not: where layers' errors lie"),
     "findings": (findings.main, "what others found, with our numbers beside it"),
     "figure": (figure.main, "the README's picture: what each repair brings back, from results.json to an SVG"),
     "page": (page.main, "results.json as one page to explore"),
@@ -24,7 +24,9 @@ def main():
     """The script: see the top of this file."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: python -m study JOB [--help]\n\n" + "\n".join(f"  {job:9s} {what}" for job, (_, what) in JOBS.items()))
+        print("usage: python -m study JOB [--help]\n")
+        for job, (_, what) in JOBS.items():
+            print(f"  {job:9s} {what}")
         return
     if name not in JOBS:
         print(f"study: no job {name!r}; there are {', '.join(JOBS)}", file=sys.stderr)

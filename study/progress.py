@@ -1,9 +1,9 @@
 """
 What a study's steps are, and how long each takes: for "step 7 of 42, 31 s left of about 5 min" from the first line on.
 
-A step is a model that is made and asked, a control with its repairs, or one of the two checks at the end. Seconds are those
-of a laptop with two cores. `Run.expect` replaces them by what the same files took before, Log corrects them by the pace of
-the run.
+A step is a model that is made and asked, a control with its repairs, or one of the two checks at the end. Seconds are
+those of a laptop with two cores. `Run.expect` replaces them by what the same files took before, Log corrects them by
+the pace of the run.
 
 What it leaves out: the steps of a real model (real/): how long one of them takes depends on the model.
 """
@@ -19,12 +19,13 @@ CONTROLS = {"locked": ("control-locked", "locked-behind-its-key"), "not yet told
 
 
 def planned(run):
-    """{step: {file: typical seconds}} of `python evaluate.py`; under "" what belongs to no file: intervals and the page."""
+    """{step: {file: typical seconds}} of `python evaluate.py`; under "" what belongs to no file: intervals, the page."""
     config, (rows, tokens) = run.config, run.config.pretrain_batch
     asking = 0.3 + sum(len(facts) for facts in run.world.asked(config).values()) / QUESTIONS
     repairs = [(tag, kind) for tag, (kind, _) in config.repairs.items()]
     if config.full:
-        repairs += [(tag, kind) for tag, (kind, _) in POOLS.items()] + [(f"{t}, next token", kind) for t, kind in repairs]
+        twins = [(f"{tag}, next token", kind) for tag, kind in repairs]
+        repairs += [*((tag, kind) for tag, (kind, _) in POOLS.items()), *twins]
     plan = {"dense": model_files("dense", config.pretrain.steps * rows * tokens / TOKENS, asking, closer(run, "dense"))}
     for draw in range(config.seeds):
         again, words = drawn(draw)
@@ -38,7 +39,8 @@ def planned(run):
     for name in CONTROLS:
         for draw in range(config.seeds):
             plan[f"control {name}{drawn(draw)[1]}"] = control_files(config, name, drawn(draw)[0], asking)
-    return {**plan, "context": {"context": asking}, "noise floor": {"noise": 3 * asking}, "": {"": 10 + 5 * config.seeds}}
+    return {**plan, "context": {"context": asking}, "noise floor": {"noise": 3 * asking},
+            "": {"": 10 + 5 * config.seeds}}
 
 
 def drawn(draw):

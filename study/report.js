@@ -319,7 +319,7 @@ export function placeLabels(points, box, width, lines = []) {
     const place = [x - w / 2, y - high / 2, x + w / 2, y + high / 2], mine = far(place, p);
     if (place[0] < box.left || place[2] > box.right || place[1] < box.top || place[3] > box.bottom) return null;
     if ([...taken, ...dots, ...leaders].some(b => meets(place, b))) return null;
-    if (others.some(q => far(place, q) < mine + 3)) return null;
+    if (others.some(q => far(place, q) < mine + 7)) return null;     // shapes are up to 3 off their middle
     const [nx, ny] = nearest(place, p);
     const leader = mine > r + 6 ? [p.px + (nx - p.px) * r / mine, p.py + (ny - p.py) * r / mine, nx, ny] : null;
     const crosses = spot => taken.some(b => meets(spot, b)) || others.some(q => far(spot, q) < 8);

@@ -1,9 +1,9 @@
 """
 Steps: each is done once, kept in the output folder, and reused while nothing it depends on has changed.
 
-A step depends on its settings and on code. Beside every result `NAME` stands `NAME.made.json`: the settings, a digest of
-each of our source files that the step's code imports, and a digest of the result's own bytes. A step whose settings, code
-or bytes differ is made again. Comments and docstrings do not count as code.
+A step depends on its settings and on code. Beside every result `NAME` stands `NAME.made.json`: the settings, a digest
+of each of our source files that the step's code imports, and a digest of the result's own bytes. A step whose settings,
+code or bytes differ is made again. Comments and docstrings do not count as code.
 
 What it leaves out: results of an earlier version of torch are reused only because `settings` of the first step name it.
 """
@@ -45,8 +45,8 @@ class Run:
         return os.path.join(self.out, name)
 
     def once(self, name, settings, code, make, write, read):
-        """`make()`, written by `write(result, path)`; or `read(path)` where it was made before with the same settings and
-        code. `code` names the modules whose source, imports included, the result depends on.
+        """`make()`, written by `write(result, path)`; or `read(path)` where it was made before with the same settings
+        and code. `code` names the modules whose source, imports included, the result depends on.
         """
         path, began = self.path(name), time.time()
         mark = {"settings": json.loads(json.dumps(settings)), "code": sources(*code)}
@@ -67,7 +67,8 @@ class Run:
 
     def once_json(self, name, settings, code, make):
         """A step whose result is kept as JSON."""
-        return self.once(name + ".json", settings, code, make, lambda result, path: write_text(path, json.dumps(result)),
+        return self.once(name + ".json", settings, code, make,
+                         lambda result, path: write_text(path, json.dumps(result)),
                          lambda path: read_json(path, object))
 
     def once_tensors(self, name, settings, code, make):
@@ -98,9 +99,9 @@ class Run:
         changed = [{f for f, digest in mark["code"].items() if source_digest(f) != digest} for mark in marks]
         if marks:
             files = sorted(set().union(*changed))
-            self.log.say(f"{self.out}: {len(marks)} finished steps; {sum(not c for c in changed)} are reused where their "
-                         "settings are the same" + (f"; the others are made again, because of changes in "
-                                                    f"{', '.join(files)}" if files else ""))
+            self.log.say(f"{self.out}: {len(marks)} finished steps; {sum(not c for c in changed)} are reused where "
+                         "their settings are the same" + (f"; the others are made again, because of changes in "
+                                                          f"{', '.join(files)}" if files else ""))
 
 
 def read_mark(path):
@@ -203,7 +204,7 @@ class Log:
         self.width = 0        # of what stands in the terminal's last line and is to be written over
 
     def expect(self, plan):
-        """Announce all steps: {step: {file: seconds}}; what is under "" belongs to no file, and is at the end and between.
+        """Announce all steps: {step: {file: seconds}}; what is under "" belongs to no file, and is between and after.
         """
         self.plan = plan
 
@@ -222,8 +223,8 @@ class Log:
                 elapsed, share = under_way[file]
                 left += elapsed * (1 - share) / share if share > 0.1 else max(pace * s - elapsed, 0.1 * elapsed)
             elif file == "":
-                outside = now - self.began - sum(t["seconds"] for t in self.times) - sum(e for e, _ in under_way.values())
-                left += max(pace * s - outside, 0.0)
+                inside = sum(t["seconds"] for t in self.times) + sum(elapsed for elapsed, _ in under_way.values())
+                left += max(pace * s - (now - self.began - inside), 0.0)
             elif file not in done:
                 left += pace * s
         return max(left, 1.0)

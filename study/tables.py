@@ -20,8 +20,8 @@ def markdown(head, rows, text_columns=1):
         """One row of the table."""
         return "| " + " | ".join(cell.ljust(w) if i < text_columns else cell.rjust(w)
                                  for i, (cell, w) in enumerate(zip(cells, widths))) + " |"
-    rule = "|" + "|".join("-" * (w + 2) if i < text_columns else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)])
+    rules = ["-" * (w + 2) if i < text_columns else "-" * (w + 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(head), f"|{'|'.join(rules)}|", *map(line, rows)])
 
 
 def share(values, digits=1):
@@ -33,18 +33,24 @@ def share(values, digits=1):
     return f"{100 * mean:.{digits}f}{bounds}"
 
 
+def points(difference, bounds):
+    """A difference of shares in percentage points: "+12.0 [+8.1, +15.9]"."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in (difference, *bounds)))
+
+
 def name_of(model):
     """A model's tag, "+ tag" for a repair."""
     return ("+ " if model.get("kind") == "repaired" else "") + model["tag"]
 
 
 def main_table(results):
-    """What came back of what was taken, a row a model: at most 100 columns. Percent with 95 % intervals; * confirmed."""
+    """What came back of what was taken, a row a model, at most 100 columns: percent with 95 % intervals; * confirmed."""
     rows, several = [], results["settings"]["seeds"] > 1
     for m in results["models"]:
         cells = [share((m["metrics"].get(name), m["intervals"].get(name, [None, None])))
                  for name in ("recall_heldout", "displaced", "relearned")]
-        rows.append([name_of(m) + (" *" if m.get("confirmed") else ""), f"{m['metrics']['extra_parameters']:,}", *cells])
+        name = name_of(m) + (" *" if m.get("confirmed") else "")
+        rows.append([name, f"{m['metrics']['extra_parameters']:,}", *cells])
     head = ["model", "parameters", "held-out recall %", "displaced %", "re-learned %"]
     return markdown(head, rows) + "\n\n* the corrected test confirms the gain on held-out people" + (
         f"; over {results['settings']['seeds']} draws" if several else "")
@@ -57,8 +63,8 @@ def cost_table(results):
     for m in results["models"]:
         v, i = m["metrics"], m["intervals"]
         seeds = {name: [100 * x for x in m.get("seeds", {}).get(name, []) if x is not None] for name in splits}
-        rows.append([name_of(m), f"{v['bits_per_weight']:.2f}", f"{v['bytes'] / 1000:.0f}", f"{v['extra_parameters']:,}",
-                     f"{v['perplexity']:.2f}" if "perplexity" in v else "",
+        rows.append([name_of(m), f"{v['bits_per_weight']:.2f}", f"{v['bytes'] / 1000:.0f}",
+                     f"{v['extra_parameters']:,}", f"{v['perplexity']:.2f}" if "perplexity" in v else "",
                      *(share((v.get(name), i.get(name))) + (f" ± {statistics.stdev(seeds[name]):.1f}"
                                                             if len(seeds[name]) > 1 else "") for name in splits)])
     return markdown(["model", "bits a weight", "KB on disk", "extra parameters", "perplexity", *splits.values()], rows)
@@ -82,16 +88,14 @@ def knowledge_table(results):
 
 def claims_table(results):
     """The four claims that were written down before the run."""
-    rows = [[c["statement"], f"{100 * c['estimate']:+.1f} [{100 * c['interval'][0]:+.1f}, {100 * c['interval'][1]:+.1f}]",
-             f"{c['p_holm']:.2g}", c["verdict"]] for c in results["claims"]]
+    rows = [[c["statement"], points(c["estimate"], c["interval"]), f"{c['p_holm']:.2g}", c["verdict"]]
+            for c in results["claims"]]
     return markdown(["claim", "difference, points", "p (Holm)", "verdict"], rows)
 
 
 def pairs_table(results):
     """Two repairs of one model compared: the paper's own comparison among them."""
-    rows = [[p["base"], p["a"], p["b"],
-             f"{100 * p['difference']:+.1f} [{100 * p['interval'][0]:+.1f}, {100 * p['interval'][1]:+.1f}]", p["verdict"]]
-            for p in results["pairs"]]
+    rows = [[p["base"], p["a"], p["b"], points(p["difference"], p["interval"]), p["verdict"]] for p in results["pairs"]]
     return markdown(["on", "repair", "against", "displaced, points", "verdict (margin 5 points)"], rows, 3)
 
 
@@ -192,7 +196,8 @@ def all_tables(results):
              ("by attribute, seen and held-out together, %", attribute_table(results))]
     if results["files"]:
         parts.append(("task files", file_table(results)))
-    parts += [(f"{m['id']}: one pool, every way to choose", selector_table(m)) for m in results["models"] if m.get("idp")]
+    parts += [(f"{m['id']}: one pool, every way to choose", selector_table(m))
+              for m in results["models"] if m.get("idp")]
     parts += [("the pools, held-out %", pool_table(results)),
               ("cosine similarity to the dense model, over layers and heads", inside_table(results))]
     if results["settings"]["full"]:

@@ -125,14 +125,15 @@ def check_line(path, number, check, item):
 
 
 def fits(encoding, room):
-    """A check for `read_task`: a question and its longest option are cut where the option begins, and are at most `room`
-    tokens together."""
+    """A check for `read_task`: a question and its longest option are cut where the option begins, and are at most
+    `room` tokens together.
+    """
     def check(item):
         question, options = cut_options(item, encoding, [encoding.eot_token])
         tokens = len(question) + max(map(len, options)) + SPARE
         if tokens > room:
-            raise ValueError(f"{tokens} tokens with its longest option and {SPARE} to spare, but the context has room for "
-                             f"{room}")
+            raise ValueError(f"{tokens} tokens with its longest option and {SPARE} to spare, but the context has room "
+                             f"for {room}")
     return check
 
 
@@ -180,8 +181,8 @@ def plain(text):
 
 @torch.no_grad()
 def continued(subject, questions, encoding, batch_size=32):
-    """The tokens that each question is greedily continued by, up to an end-of-text: as many as its longest accepted answer
-    has, and SPARE more.
+    """The tokens that each question is greedily continued by, up to an end-of-text: as many as its longest accepted
+    answer has, and SPARE more.
     """
     cuts, out = [cut_options(q, encoding, []) for q in questions], []
     sizes = [(len(question), SPARE + max(map(len, answers))) for question, answers in cuts]
@@ -189,8 +190,8 @@ def continued(subject, questions, encoding, batch_size=32):
         longest = max(n for _, n in sizes[start:end])
         ids, lengths = pad([question for question, _ in cuts[start:end]], encoding, subject.device)
         _, cache, first = subject.start(ids, lengths, longest)
-        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token, first=first).tolist()
-        for row, (question, n) in zip(given, sizes[start:end]):
+        given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token, first=first)
+        for row, (question, n) in zip(given.tolist(), sizes[start:end]):
             tokens = row[question:question + n]
             out.append(tokens[:tokens.index(encoding.eot_token)] if encoding.eot_token in tokens else tokens)
     return out
@@ -216,7 +217,8 @@ def add_files(run, rows, subjects, files):
     for name, questions in files.items():
         for subject, row in zip(subjects, rows):
             settings = {**subject.about["settings"], "questions": digest(questions)}
-            scores = run.once_json(f"{row['id']}.{slug(name)}", settings, ("study.taskfiles", "compress", "study.repairs"),
+            scores = run.once_json(f"{row['id']}.{slug(name)}", settings,
+                                   ("study.taskfiles", "compress", "study.repairs"),
                                    lambda: score(subject, name, questions, run.world.encoding))
             generator = torch.Generator().manual_seed(run.config.seed + 7)
             for metric, values in scores.items():

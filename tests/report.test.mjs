@@ -102,7 +102,8 @@ test("a label is nearest to its own point, and none lies on another", () => {
   assert.ok(placed.filter(Boolean).length > 30);
   placed.forEach((found, k) => {
     if (!found) return;
-    points.forEach((q, j) => j === k || assert.ok(far(found.place, q) > far(found.place, points[k])));
+    // as seen: the middle of a triangle's frame is up to 3 off its point, and text up to 2 off its measure
+    points.forEach((q, j) => j === k || assert.ok(far(found.place, q) > far(found.place, points[k]) + 6));
     if (far(found.place, points[k]) > 14) assert.ok(found.leader);
     placed.slice(0, k).filter(Boolean).forEach(({ place: b }) => {
       const a = found.place;

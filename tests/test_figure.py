@@ -1,5 +1,6 @@
 """The README's picture against the numbers it was drawn from: the SVG is parsed again and every mark is measured."""
 import json
+import pathlib
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -8,7 +9,9 @@ import pytest
 from engine.script import guard
 from invented import PLANNED, with_everything, written
 from study import figure
+from study.steps import slug
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -146,3 +149,69 @@ def test_the_job_writes_a_file_or_says_why(study, tmp_path, capsys):
         said = capsys.readouterr().err
         assert stop.value.code == 2 and expected in said and said.count("\n") == 1
     assert not (tmp_path / "g.svg").exists()
+
+
+# ---- the committed picture and the README's table, without a run
+
+NUMBERS = r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]"
+
+
+def drawn_numbers(svg):
+    """{(model, "displaced" or "re-learned"): [value, low, high]} in percent, as the titles of a picture's dots say."""
+    found = {}
+    for group in ElementTree.fromstring(svg).iter(SVG + "g"):
+        said = group.find(SVG + "title").text.replace("−", "-")
+        panel, *numbers = re.search(r", (displaced|re-learned) (\S+) % \((\S+) % to (\S+) %\)$", said).groups()
+        found[group.get("data-model"), panel] = [float(x) for x in numbers]
+    return found
+
+
+def printed_numbers(readme):
+    """The same of the README's table of results: rows "BASE, + REPAIR", with a remark in brackets and * where
+    confirmed; and {model: whether it has the *}.
+    """
+    found, confirmed = {}, {}
+    part = readme.split("<!-- result -->")[1].split("<!-- /result -->")[0]
+    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in part.splitlines()
+                      if line.startswith("|")]
+    for name, *cells in rows:
+        base, plus, repair = name.partition(", + ")
+        if plus:
+            model = f"{slug(base)}-{slug(re.sub(r'[(*].*', '', repair))}"
+            confirmed[model] = name.endswith("*")
+            for panel in ("displaced", "re-learned"):
+                numbers = re.fullmatch(NUMBERS, cells[head.index(f"{panel} %") - 1])
+                found[model, panel] = [float(x) for x in numbers.groups()]
+    return found, confirmed
+
+
+def test_the_committed_picture_shows_the_readmes_numbers():
+    """Whatever rows the table has, each stands in docs/repairs.svg, with the same numbers, filled where it has a *."""
+    svg = (ROOT / "docs/repairs.svg").read_text(encoding="utf-8")
+    drawn, (printed, confirmed) = drawn_numbers(svg), printed_numbers((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(printed) >= 10 and {model for model, _ in printed} >= {"locked-prompt-8", "gptq-3-bits-prompt-8"}
+    assert {key: drawn.get(key) for key in printed} == printed
+    filled = {g.get("data-model"): "hollow" not in g[1].get("class")
+              for g in ElementTree.fromstring(svg).iter(SVG + "g") if ", displaced " in g.find(SVG + "title").text}
+    assert {model: filled[model] for model in confirmed} == confirmed
+
+
+def test_a_table_of_other_numbers_would_be_noticed():
+    """The reader of the table sees each digit, the sign and the *, and leaves rows that are no repairs out."""
+    table = "\n".join([
+        "<!-- result -->", "words", "| model | parameters | held-out recall % | displaced % | re-learned % |",
+        "|---|---:|---:|---:|---:|", "| dense | 0 | 99.1 [98.7, 99.4] |  |  |",
+        "| A 3 bits, + prompt 8 (control: 0) * | 768 | 1.8 [0.8, 3.4] | -0.4 [-2.2, 1.3] | 10.1 [-1.0, 3.5] |",
+        "<!-- /result -->"])
+    assert printed_numbers(table) == ({("a-3-bits-prompt-8", "displaced"): [-0.4, -2.2, 1.3],
+                                       ("a-3-bits-prompt-8", "re-learned"): [10.1, -1.0, 3.5]},
+                                      {"a-3-bits-prompt-8": True})
+
+
+def test_numbers_in_a_picture_are_read_as_they_were_drawn():
+    study, _ = with_everything(people=2)
+    drawn = drawn_numbers(figure.picture(study))
+    for m in study["models"]:
+        if m.get("kind") == "repaired" and m["intervals"]["displaced"][0] is not None:
+            value = [m["metrics"]["displaced"], *m["intervals"]["displaced"]]
+            assert drawn[m["id"], "displaced"] == [pytest.approx(100 * x, abs=0.051) for x in value]

@@ -2,8 +2,8 @@
 
 The studies in here are INVENTED (invented.py), by a seeded generator: no number of them is a result. The page itself
 never shows a number that it did not read. The browser is driven through chromedriver's own protocol (browser.py), so
-the tests need no package: Debian has `chromium chromium-driver`. axe, the accessibility checker, runs where the npm package
-axe-core lies in node_modules or where AXE names its axe.min.js.
+the tests need no package: Debian has `chromium chromium-driver`. axe, the accessibility checker, runs where the npm
+package axe-core lies in node_modules or where AXE names its axe.min.js.
 """
 import base64
 import json
@@ -525,7 +525,8 @@ def test_each_view_is_drawn(browser, usual, everything, width, scheme):
 # ---- what is drawn can be read
 
 
-@pytest.mark.parametrize("hash", ["", BYTES, BYTES + "&select="])
+@pytest.mark.parametrize("hash", ["", "#select=", BYTES, BYTES + "&select=", "#x=perplexity&y=recall_seen&logx=",
+                                  "#x=knowledge_seen&y=recall_novel&logx=", "#x=gain_format&y=relearned&logx="])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_label_is_nearest_to_its_own_point(browser, usual, everything, width, hash):
     look(browser, width)

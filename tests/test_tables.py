@@ -15,7 +15,8 @@ def test_markdown_is_padded_and_keeps_every_cell():
                                  "| x           |         1 |", "| much longer |        22 |"]
 
 
-@pytest.mark.parametrize("values, said", [([0.5, 0.25, 1], "50.0 [25.0, 100.0]"), ((0.5, [0.25, 1]), "50.0 [25.0, 100.0]"),
+@pytest.mark.parametrize("values, said", [([0.5, 0.25, 1], "50.0 [25.0, 100.0]"),
+                                          ((0.5, [0.25, 1]), "50.0 [25.0, 100.0]"),
                                           ([0.5, None, None], "50.0"), ([None, None, None], "")])
 def test_a_share_is_said_in_percent(values, said):
     assert tables.share(values) == said
@@ -32,5 +33,6 @@ def test_tasks_and_comparisons():
     row = {"model": "small", "base": "dense", "what": "recall, seen", "items": 200, "gained": 1, "lost": 9,
            "difference": -0.04, "p": 0.0221, "p_holm": 0.6, "detectable": None}
     text = tables.comparison_table({"comparisons": [row, {**row, "what": "hard, held-out"}]})
-    assert cells(text.splitlines()[2]) == ["small", "dense", "recall, seen", "200", "1", "9", "-4.0", "0.022", "0.6", ""]
+    assert cells(text.splitlines()[2]) == ["small", "dense", "recall, seen", "200", "1", "9", "-4.0", "0.022", "0.6",
+                                           ""]
     assert "hard" not in text and "and 1 comparisons" in text
