@@ -434,6 +434,7 @@ const line = (x1, y1, x2, y2, more) => svg("line", { x1, y1, x2, y2, ...more });
 const rect = (x, y, width, height, more) => svg("rect", { x, y, width, height, ...more });
 const path = (d, more) => svg("path", { d, ...more });
 const text = (x, y, inside, more) => svg("text", { x, y, ...more }, inside);
+const sized = (width, height) => ({ width, height, viewBox: `0 0 ${width} ${height}` });  // on paper it may shrink
 
 const part = (view, inner) => document.querySelector(`#${view} ${inner}`);
 const fill = (place, ...inside) => place.replaceChildren(...inside.flat(Infinity).filter(v => !nothing(v)));
@@ -806,7 +807,7 @@ function scatter(points, best) {
   const dotted = origins(here).map(([from, to]) => line(from.px, from.py, to.px, to.py,
     { stroke: colour(to.m), "stroke-dasharray": "1 3", "stroke-linecap": "round", "stroke-width": 1.5 }));
   const order = [...here].sort((a, b) => isSelected(a.m) - isSelected(b.m));
-  const canvas = svg("svg", { width, height, role: "group", style: "touch-action: pan-y",
+  const canvas = svg("svg", { ...sized(width, height), role: "group", style: "touch-action: pan-y",
     "aria-label": `${nameOf(chosen.y)} against ${nameOf(chosen.x)}, ${count(here.length, "model")}` },
     rect(left, box.top, box.right - left, box.bottom - box.top, { fill: "transparent" }),
     axes(box, x, y, nameOf(chosen.x), nameOf(chosen.y), t => tick(chosen.x, t), t => tick(chosen.y, t)),
@@ -978,7 +979,7 @@ function drawMap() {
   });
   reached = Math.min(reached, all.rows.length - 1);
   fill(part("map", "figure"),
-    svg("svg", { width, height, role: "tree", "aria-label": "Models, each under the one it was made from",
+    svg("svg", { ...sized(width, height), role: "tree", "aria-label": "Models, each under the one it was made from",
       "aria-multiselectable": "true", onkeydown: event => mapKey(event, all.rows) },
       all.rows.map(({ m }) => rect(0, spot(m)[1] - 13, width, 26,
         { rx: 5, class: isSelected(m) ? "band on" : "band", "data-m": m.index })),
@@ -1254,7 +1255,7 @@ function lines(found, { width, role, x: across, y: up }) {
     !narrow && name(s, k)]);
   const key = s => html("li.key", svg("svg", { width: 34, height: 14, "aria-hidden": "true" },
     line(0, 7, 34, 7, stroke(s)), svg("g", { transform: "translate(17 7)" }, mark(s))), s.name);
-  return [svg("svg", { width, height, role: "img",
+  return [svg("svg", { ...sized(width, height), role: "img",
     "aria-label": `${up.name} against ${across.name}: ${series.map(s => s.name).join(", ")}` },
   axes(box, x, y, across.name, up.name, across.text, up.text), series.map(band), drawn),
   narrow && html("ul.keys", series.map(key))];
@@ -1356,7 +1357,7 @@ function changes(values, low, high, label) {
   const tall = n => n ? Math.max(2, Math.sqrt(n / most) * 68) : 0;
   const kept = k => middle(k) >= low - FAR / BINS && middle(k) <= high + FAR / BINS;
   const said = (n, k) => `${count(n, "fact")}: Δ ${{ 0: "below ", [BINS]: "above " }[k] || ""}${signed(middle(k))}`;
-  const canvas = svg("svg", { width, height: 110, role: "img", style: "touch-action: pan-y",
+  const canvas = svg("svg", { ...sized(width, 110), role: "img", style: "touch-action: pan-y",
     "aria-label": `${label}, ${count(values.length, "fact")}` },
   bins.map((n, k) => hint(rect(x(middle(k)) - step * 0.45, base - tall(n), step * 0.9, tall(n),
     { class: kept(k) ? "bin" : "bin out" }), said(n, k))),
@@ -1530,7 +1531,7 @@ function cloud(m, all) {
   const y = scaleOf(points.map(p => p[1]), [box.bottom, box.top]);
   const said = `${count(points.length, "question")}: gain in log-probability against attention score`;
   return [
-    svg("svg", { width, height, role: "img", "aria-label": said },
+    svg("svg", { ...sized(width, height), role: "img", "aria-label": said },
       axes(box, x, y, "attention the prompt receives", "gain in log-probability of the right answer", plain, plain),
       points.map(p => svg("circle", { cx: x(p[0]), cy: y(p[1]), r: 3, fill: colour(m), "fill-opacity": 0.45 }))),
     behind("idp-table", `${count(points.length, "point")} as a table`,

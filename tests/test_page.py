@@ -973,6 +973,24 @@ def test_a_histogram_of_change_keeps_the_facts_of_a_range(browser, everything):
     assert f"of {len(log['dense'])} facts" in browser.js("return document.getElementById('facts-found').textContent")
 
 
+def test_dose_and_response_is_a_line_and_a_band_for_each_series(browser, everything):
+    """A panel a repair; a level that lost too little to divide by is left out; a sweep of one setting is one panel."""
+    browser.open(everything[2])
+    drawn = """return [...document.querySelectorAll('#sweeps figure svg[role=img]')].map(svg =>
+        [svg.getAttribute('aria-label').split(': ')[1], svg.querySelectorAll('[data-hint]').length,
+         svg.querySelectorAll('path[opacity]').length])"""
+    assert browser.js(drawn) == [["RTN, GPTQ, SparseGPT", 3 * 3, 3]] * 2
+    browser.click("#sweep-table summary")
+    time.sleep(0.1)
+    rows = browser.js("""return [...document.querySelectorAll('#sweep-table tbody tr')]
+        .map(row => [...row.cells].map(cell => cell.textContent))""")
+    points = [p for p in everything[0]["sweeps"]["damage"]["points"] if p["displaced"]]
+    assert [row[:3] for row in rows] == [[p["series"], p["repair"], p["x"]] for p in points]
+    assert rows[0][4:] == ["40.0 %", "35.0 to 45.0"]
+    browser.open(everything[2] + "#sweep=bits&measure=perplexity")
+    assert browser.js(drawn) == [["RTN, GPTQ", 2 * 6, 0]]
+
+
 def test_nobody_is_blamed_for_what_nobody_can_know(browser, everything):
     browser.open(everything[2] + "#split=novel")
     heads = browser.js("return [...document.querySelectorAll('.answers thead .sub')].map(n => n.textContent)")
