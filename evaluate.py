@@ -246,6 +246,7 @@ def main():
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
         config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
         run = Run(config, World(config))
+        run.alone()
         run.describe_reuse()
         run.expect(progress.planned(run))
         dense = dense_subject(run)

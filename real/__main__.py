@@ -67,6 +67,8 @@ def main(arguments=None):
         read_facts(args.facts)  # what is wrong with a file is said before the model is read
         named(args.task)
         run = Run(config, None)
+        if not args.only:
+            run.alone()
         dense, encoding = real_dense(args.model, run.log, device_of(args.device), DTYPES[args.dtype])
         check = fits(encoding, dense.model.config.context - LONGEST)
         facts, files = read_facts(args.facts, check), named(args.task, check)

@@ -5,9 +5,17 @@ A step depends on its settings and on code. Beside every result `NAME` stands `N
 of each of our source files that the step's code imports, and a digest of the result's own bytes. A step whose settings,
 code or bytes differ is made again. Comments and docstrings do not count as code.
 
-What it leaves out: results of an earlier version of torch are reused only because `settings` of the first step name it.
+Several processes may work in one folder (sweeps under torchrun, the pieces of a real study, jobs in two terminals): each
+step has a lock, so whoever wants a step that another process is making waits for it, then reuses it. Two whole studies in
+one folder would overwrite each other's tables: the second is refused (`alone`). A process that ends, in whatever way, gives
+its locks back.
+
+What it leaves out: locks where the system has none (Windows); and results of an earlier version of torch are reused only
+because `settings` of the first step name it.
 """
 import ast
+import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -16,13 +24,20 @@ import os
 import pathlib
 import sys
 import time
+import zlib
 from dataclasses import replace
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from engine.safetensors import read_safetensors, write_safetensors
 from engine.script import read_json, write_text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MARK = ".made.json"
+LOCK = ".lock"  # an empty file in the output folder; a lock is a lock of one byte of it
 
 
 class Run:
@@ -44,24 +59,43 @@ class Run:
         """Where the result called `name` is kept."""
         return os.path.join(self.out, name)
 
+    def alone(self):
+        """Keep other studies out of the output folder until this process ends; ValueError where one is at work in it."""
+        if not take(self.out, 0, wait=False):
+            raise ValueError(f"{self.out}: another study is at work in this folder; wait for it, or name another one with "
+                             "--out")
+
+    @contextlib.contextmanager
+    def holding(self, name):
+        """While open no other process holds the same name in this output folder."""
+        byte = 1 + zlib.crc32(name.encode())
+        if not take(self.out, byte, wait=False):
+            self.log.say(f"{name}: waiting for another process, which is making it")
+            take(self.out, byte, wait=True)
+        try:
+            yield
+        finally:
+            give_back(self.out, byte)
+
     def once(self, name, settings, code, make, write, read):
         """`make()`, written by `write(result, path)`; or `read(path)` where it was made before with the same settings
         and code. `code` names the modules whose source, imports included, the result depends on.
         """
         path, began = self.path(name), time.time()
         mark = {"settings": json.loads(json.dumps(settings)), "code": sources(*code)}
-        kept = read_mark(path) or {}
-        reused = {**kept, "seconds": 0} == {**mark, "bytes": digest_of(path), "seconds": 0}
-        if reused:
-            result = read(path)
-        else:
-            if os.path.exists(path + MARK):
-                os.remove(path + MARK)
-            self.log.begin(file_name(name))
-            result = make()
-            write(result, path)
-            took = round(time.time() - began, 2)
-            write_text(path + MARK, json.dumps({**mark, "bytes": digest_of(path), "seconds": took}))
+        with self.holding(name):
+            kept = read_mark(path) or {}
+            reused = {**kept, "seconds": 0} == {**mark, "bytes": digest_of(path), "seconds": 0}
+            if reused:
+                result = read(path)
+            else:
+                if os.path.exists(path + MARK):
+                    os.remove(path + MARK)
+                self.log.begin(file_name(name))
+                result = make()
+                write(result, path)
+                took = round(time.time() - began, 2)
+                write_text(path + MARK, json.dumps({**mark, "bytes": digest_of(path), "seconds": took}))
         self.log.done(file_name(name), time.time() - began, reused)
         return result
 
@@ -139,6 +173,35 @@ def digest_of(path):
 def digest(what):
     """A short fingerprint of a value, or of a file's bytes."""
     return hashlib.sha256(what if isinstance(what, bytes) else repr(what).encode()).hexdigest()[:16]
+
+
+# ---- locks: between processes, not within one
+
+@functools.cache
+def lock_file(folder):
+    """The folder's lock file, open until this process ends: closing it would give back every lock in it."""
+    return open(os.path.join(folder, LOCK), "ab")
+
+
+def take(folder, byte, wait):
+    """Lock one byte; False where another process holds it and we do not `wait`. True, too, where there are no locks."""
+    file = lock_file(os.path.realpath(folder))
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # some network disks have none
+            raise
+    return True
+
+
+def give_back(folder, byte):
+    """Unlock one byte."""
+    if fcntl:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(lock_file(os.path.realpath(folder)), fcntl.LOCK_UN, 1, byte)
 
 
 # ---- code: which of our files a module reads, and what they say

@@ -230,9 +230,10 @@ def sweep_rates(run, dense):
 def keep(run, name, points, dense):
     """Add a sweep's points to results.json, beside whatever the study has written there."""
     path, settings = run.path("results.json"), dense.about["settings"]
-    results = read_json(path) if os.path.exists(path) else {}
-    sweeps = {**kept(path, settings), name: {"settings": settings, "points": points}}
-    write_text(path, json.dumps({**results, "sweeps": sweeps}, indent=1))
+    with run.holding("results.json"):
+        results = read_json(path) if os.path.exists(path) else {}
+        sweeps = {**kept(path, settings), name: {"settings": settings, "points": points}}
+        write_text(path, json.dumps({**results, "sweeps": sweeps}, indent=1))
 
 
 def kept(path, settings):

@@ -1,4 +1,5 @@
 """Steps are done once, and again when settings, code or their own bytes change."""
+import errno
 import os
 import shutil
 import subprocess
@@ -71,3 +72,91 @@ def test_edited_code_is_run_and_edited_comments_are_not(tmp_path):
         done = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
         said.append((done.stdout.strip(), "rule.py" in done.stderr))
     assert said == [("1", False), ("1", False), ("2", True)]
+
+
+# ---- two processes in one folder
+
+WORKER = """
+import pathlib, sys, time
+sys.path.insert(0, {root!r})
+from types import SimpleNamespace
+from engine.script import guard
+from study import steps
+from study.steps import Run
+out, (what, *words) = {out!r}, sys.argv[1:]
+def main():
+    run = Run(SimpleNamespace(out=out), None)
+    if what == "study":
+        run.alone()
+        print("at work", flush=True)
+        sys.stdin.read()
+    for word in words:
+        print(run.once_json(word, {{}}, (), lambda: make(run, word)), flush=True)
+def make(run, word):
+    with open(run.path(word + ".log"), "a") as f:
+        f.write(what)
+    print("making", flush=True)
+    if sys.stdin.read():
+        return what
+    time.sleep(0.2)
+    return what
+guard(main, "worker")
+"""
+
+
+def worker(folder, *arguments):
+    """Another process at work in `folder`: a study, or a job that makes the steps it is given."""
+    script = WORKER.format(root=ROOT, out=str(folder))
+    return subprocess.Popen([sys.executable, "-c", script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_a_second_study_in_one_folder_is_refused_until_the_first_ends_or_dies(tmp_path):
+    first = worker(tmp_path, "study")
+    assert first.stdout.readline() == "at work\n"
+    for end in ("waits", "dies"):
+        out, said = worker(tmp_path, "study").communicate("", timeout=60)
+        assert out == "" and said == f"worker: {tmp_path}: another study is at work in this folder; wait for it, or name " \
+                                     "another one with --out\n"
+        elsewhere = worker(tmp_path / "other", "study")
+        assert elsewhere.communicate("", timeout=60)[0] == "at work\n"
+        if end == "dies":
+            first.kill()
+            first.wait()
+    after = worker(tmp_path, "study")
+    assert after.communicate("", timeout=60)[0] == "at work\n" and after.returncode == 0
+
+
+def test_a_step_that_two_processes_want_is_made_once(tmp_path):
+    """The second waits and reuses it, whether or not a study is at work there; other steps are made meanwhile."""
+    study = worker(tmp_path, "study")
+    assert study.stdout.readline() == "at work\n"
+    first = worker(tmp_path, "first", "x")
+    assert first.stdout.readline() == "making\n"
+    second, third = worker(tmp_path, "second", "x"), worker(tmp_path, "third", "y")
+    assert third.communicate("", timeout=60)[0] == "making\nthird\n"
+    assert "x.json: waiting for another process" in second.stderr.readline()
+    first.stdin.close()
+    assert first.stdout.read() == "first\n" and second.communicate("", timeout=60)[0] == "first\n"
+    assert (tmp_path / "x.log").read_text() == "first"
+    study.communicate("", timeout=60)
+
+
+def test_a_step_whose_maker_is_killed_is_made_by_the_next(tmp_path):
+    first = worker(tmp_path, "first", "x")
+    assert first.stdout.readline() == "making\n"
+    second = worker(tmp_path, "second", "x")
+    assert "waiting" in second.stderr.readline()
+    first.kill()
+    first.wait()
+    assert second.communicate("", timeout=60)[0] == "making\nsecond\n"
+
+
+def test_where_there_are_no_locks_everything_else_works(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    for lacking in (None, SimpleNamespace(lockf=refuse, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8)):
+        monkeypatch.setattr(steps, "fcntl", lacking)
+        run = tiny_run(tmp_path)
+        run.alone()
+        assert run.once_json("x", {"a": lacking is None}, (), lambda: "made") == "made"
