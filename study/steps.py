@@ -89,8 +89,6 @@ class Run:
             if reused:
                 result = read(path)
             else:
-                if os.path.exists(path + MARK):
-                    os.remove(path + MARK)
                 self.log.begin(file_name(name))
                 result = make()
                 write(result, path)

@@ -2,6 +2,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from study import comparisons
 from world.facts import WorldConfig, facts_about, make_world
@@ -95,3 +96,20 @@ def test_recall_slices():
     assert all(not people[f.person].taught for f in slices["unseen"][0])
     assert len(slices["trained"][0]) == 12 and len(slices["unseen"][0]) == 4
     assert slices["trained"][1][0] == {"exact": 0.0} and all(row == {"exact": 1.0} for row in slices["unseen"][1])
+
+
+def test_the_noise_floor_compares_each_fact_with_itself(monkeypatch):
+    """Asked in reverse, a model of which every third answer is right gives the same answers: nothing is gained or lost."""
+    known = [SimpleNamespace(person=f"p{i // 2}", right=i % 3 == 0) for i in range(7)]
+    asked = []
+
+    def answer(subject, questions, encoding):
+        asked.append(questions)
+        return [{"correct": f.right} for f in questions]
+    monkeypatch.setattr(comparisons, "answer", answer)
+    world = SimpleNamespace(facts=lambda split, people: known, encoding=None, calibration=lambda config: torch.zeros(1))
+    run = SimpleNamespace(config=SimpleNamespace(test_people=9), world=world)
+    run.draw = lambda k: run
+    dense = SimpleNamespace(about={"id": "dense", "operation": None, "base": None})
+    row, = comparisons.noise_floor(run, [dense], {"dense": {"heldout": [{"correct": f.right} for f in known]}})
+    assert asked == [known[::-1]] and (row["gained"], row["lost"], row["items"]) == (0, 0, 7)

@@ -14,7 +14,7 @@ from checkpoints import save
 from compress import compress
 from kernels import PackedLinear
 from model import GPT, GPTConfig
-from study import comparisons, tables
+from study import comparisons, subjects, tables
 from study.costs import costs
 from study.repairs import unpacked
 from study.settings import StudyConfig
@@ -190,14 +190,22 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
     assert run.log.times and all(t["reused"] for t in run.log.times)
 
 
-def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path):
+def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path, monkeypatch):
     """Two seeds: the first is the run of one seed, digit for digit; the second calibrates and repairs on other text."""
     config = tiny(tmp_path)
     config.full, config.seeds = False, 2
     config.repairs = {"LoRA rank 8": ("lora", 8), "prompt 8": ("prompt", 8)}
-    run = Run(config, World(config))
+    run, began, train_repair = Run(config, World(config)), [], subjects.train_repair
+
+    def watched(model, kind, size, batches, losses, fit_config, seed, *others):
+        """Notes the seed of what a repair starts from."""
+        began.append(seed)
+        return train_repair(model, kind, size, batches, losses, fit_config, seed, *others)
+    monkeypatch.setattr(subjects, "train_repair", watched)
     dense = dense_subject(run)
     results = evaluate.study(run, dense, controls=())
+    half = len(began) // 2
+    assert half and began == [config.seed] * half + [config.seed + 1000] * half
     assert all(len(m["seeds"]["recall_heldout"]) == 2 for m in results["models"])
     once = evaluate.study(Run(replace(config, seeds=1), run.world), dense, controls=())
     for a, b in zip(results["models"], once["models"]):

@@ -8,6 +8,7 @@ import torch
 
 from checkpoint_files import ARRAYS, GOLDEN, check_against, gguf_bytes, golden_gguf, golden_tensors, refusal, tiny_gguf
 from checkpoints import gguf, load_pretrained, weights
+from engine.safetensors import write_safetensors
 from golden.make_weights import texts
 
 
@@ -31,6 +32,19 @@ def test_pieces_do_not_show(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "PIECE", 512)
     for name, t in load_pretrained(path)[0].state_dict().items():
         assert torch.equal(t, whole[name])
+
+
+def test_tensors_are_the_same_only_if_every_value_is(tmp_path, monkeypatch):
+    """Of one kind or of two; a difference in the last value of the last piece counts, and so does the shape."""
+    monkeypatch.setattr(gguf, "PIECE", 32)
+    t = torch.arange(100.0).view(10, 10)
+    other = t.clone()
+    other[-1, -1] += 1
+    path = str(tmp_path / "t.safetensors")
+    write_safetensors(path, {"a": t, "b": t.half(), "last": other, "flat": t.view(-1), "long": t.repeat(2, 1)})
+    stored = weights.list_safetensors(path)
+    assert {name for name in stored if gguf.same(stored["a"], stored[name])} == {"a", "b"}
+    assert {name for name in stored if gguf.same(stored[name], stored["last"])} == {"last"}
 
 
 def test_llama3_scaling_is_recognized_in_a_gguf_file(tmp_path):

@@ -33,6 +33,15 @@ def test_200_different_items_a_split_about_its_people(name, split):
     assert all(item.question == item.question.strip() for item in found)
 
 
+@pytest.mark.parametrize("name", ["four-way", "hard", "last word", "listed", "retrieval", "counterfactual"])
+def test_a_persons_second_item_is_about_something_else(name):
+    """Also where the number of people is a multiple of the number of attributes."""
+    about = {}
+    for item in make_items(name, BY["heldout"][:30], TOLD, 60, 0):
+        about.setdefault(item.person, []).append(item.attribute)
+    assert len(about) == 30 and all(len(set(two)) == len(two) == 2 for two in about.values())
+
+
 @every
 def test_no_answer_stands_in_its_question(name, split):
     """E3, except where reading it there is the task; then all options stand there, or the text is asked about."""

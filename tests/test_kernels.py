@@ -13,7 +13,7 @@ import kernels
 import model
 import recover
 from checkpoints import load, save
-from engine import compiling, packing
+from engine import compiling, decode, packing
 from engine.decode import compile_decode
 from engine.grids import Quantized
 from engine.packing import LANES, to_words
@@ -200,6 +200,8 @@ def test_compiled_code_is_kept_on_the_disk_and_fits():
     """What a process compiled the next one finds; rows of a longer weight lie apart in memory, and are not mixed up."""
     p = pack(quantized(40, 4200, 4, 600))
     rows = p.rows(0, 2)
+    assert rows.shape == (32, 4200) and p.rows(2, 3).shape == (8, 4200)
+    assert torch.equal(p.rows(1, 3).dequantize(), p.dequantize()[16:])
     whole = rows._replace(**{name: t.contiguous() for name in Packed.TENSORS if (t := getattr(rows, name)) is not None})
     assert whole.words.shape == rows.words.shape and whole.words.stride() != rows.words.stride()
     x = torch.randn(1, 4200, generator=torch.Generator().manual_seed(0))
@@ -209,6 +211,33 @@ def test_compiled_code_is_kept_on_the_disk_and_fits():
         for part in (whole, rows):
             assert relative_error(matmul(x, part), x, p.dequantize()[:32]) < 1e-6
     assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] == 2
+
+
+def test_compiled_code_is_given_only_what_it_was_made_for(monkeypatch):
+    """Compiled code takes strides for granted: a cache whose keys lie otherwise in memory is compiled anew."""
+    made = []
+
+    def compiled(function, tensors, dynamic):
+        """Stands in for the compiler: refuses what is laid out otherwise than when it was made."""
+        strides = [t.stride() for t in tensors[:-1]]  # the last, the cache, is of any length
+
+        def code(given):
+            assert [t.stride() for t in given[:-1]] == strides and given[-1].is_contiguous() == whole
+            return [function(*given)]
+        whole = tensors[-1].is_contiguous()
+        made.append(whole)
+        return code
+    monkeypatch.setattr(decode, "compiled", compiled)
+    monkeypatch.setattr(decode, "ready", {})
+    gpt = compile_decode(model.GPT(model.GPTConfig(vocab_size=40, n_layer=1, n_embd=32)))
+    expected, ids = model.GPT.step, torch.tensor([[7]])
+    for turned in (False, True, False):
+        caches = [gpt.new_cache(1, 5) for _ in range(2)]
+        if turned:
+            for cache in caches:
+                cache.kv = [kv.transpose(2, 3).contiguous().transpose(2, 3) for kv in cache.kv]
+        assert torch.allclose(gpt.step(ids, caches[0]), expected(gpt, ids, caches[1]), atol=1e-6)
+    assert made.count(False) == 1
 
 
 def test_few_rows_in_parts_equal_all_rows(monkeypatch):

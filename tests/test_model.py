@@ -338,6 +338,16 @@ def test_a_padded_batch_is_its_rows_alone(name):
         close(second[b], alone[len(row):])
 
 
+def test_a_token_in_front_of_all_that_counts_attends_to_itself():
+    """Else its attention would be a softmax over nothing: NaN, which times a probability of 0 is NaN again."""
+    cache = gpt().new_cache(2, 6)
+    cache.first = torch.tensor([0, 4])
+    mask = cache.mask(cache.positions(6))[:, 0]  # (2, 6, 6)
+    assert torch.equal(mask[0], torch.ones(6, 6).tril().bool())
+    assert torch.equal(mask[1, :4], torch.eye(4, 6).bool())
+    assert mask[1, 4:].int().tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]
+
+
 @family
 def test_masked_slots_do_not_exist(name):
     """P6: slots before `first` take no attention, whatever they hold; a prompt behind them starts at their position."""
@@ -424,6 +434,7 @@ def test_generation_stops_row_by_row(seed, stop, stopped):
         new = free[b, n:n + 6].tolist()
         assert (new + [stop]).index(stop) == stopped[b]  # the example is the one that was wanted
         assert out[b, :n + 6].tolist() == ids[b, :n].tolist() + new[:stopped[b]] + [stop] * (6 - stopped[b])
+        assert torch.equal(out[b, n + 6:], free[b, n + 6:])  # behind its own tokens a short row holds nothing new
 
 
 def test_sampling_follows_the_softmax():

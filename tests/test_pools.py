@@ -58,6 +58,25 @@ def test_selectors_choose_what_they_say(scene):
         assert out["random"][0][n] == pytest.approx(sum(right[n]).item() / 3)
 
 
+def test_the_best_single_prompt_is_chosen_on_other_people(scene, monkeypatch):
+    """Prompt 2 is the best on validation people, prompt 0 on those who are asked: their answers are prompt 2's."""
+    model, pool, encoding, facts = scene
+    given, others = facts[:10], facts[10:20]
+    whole = pools.under_each
+
+    def under_each(model, pool, asked, encoding):
+        """The scores of `pools.under_each` with answers that are made up."""
+        each = whole(model, pool, asked, encoding)
+        best = 2 if asked is others else 0
+        each["right"] = torch.zeros_like(each["right"])
+        each["right"][:9, min(best, len(pool) - 1)] = 1.0
+        each["right"][9, len(pool) - 1] = 1.0
+        return each
+    monkeypatch.setattr(pools, "under_each", under_each)
+    out, _ = pools.selectors(encoding, model, pool, given, others, torch.Generator().manual_seed(1))
+    assert out["best single on validation"][0].tolist() == [0.0] * 9 + [1.0] == out["prompt 2 alone"][0].tolist()
+
+
 def test_ensemble_of_one_is_that_one(scene):
     model, pool, encoding, facts = scene
     one = idp.PromptPool([pool.prompts[1]])

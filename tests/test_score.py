@@ -184,6 +184,26 @@ def test_answers_are_the_naive_loops(trained, prompted):
         assert row["correct"] == (text == fact.answer.strip())
 
 
+def test_knowledge_is_the_right_values_share_of_all_values():
+    """log p(value) - log(sum of p over all values of the attribute), one value at a time: where all values differ in their
+    last of two tokens alone, as years do here, and where they do not."""
+    years = [f" {year}" for year in VALUES["year"]]
+    encoding = make_encoding(train_bpe([*SENTENCES, *[f"It is{year}." for year in years] * 40], 520))
+    assert {(len(tokens), tokens[0]) for tokens in encoding.encode_ordinary_batch(years)} == {
+        (2, encoding.encode_single_token(" 19"))}
+    model = GPT(GPTConfig(vocab_size=520, n_layer=1, n_embd=32)).init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)  # untrained, but far from even
+    facts = FACTS[5:15]
+    for fact, row in zip(facts, answer(Subject(model), facts, encoding)):
+        each = []
+        for value in VALUES[fact.attribute]:
+            (question, gold), = tokenized([fact._replace(answer=f" {value}")], encoding)
+            log_p = model(torch.tensor([question + gold]))[0, len(question) - 1:-1].log_softmax(-1)
+            each.append(sum(log_p[i, token].item() for i, token in enumerate(gold)))
+        assert row["knowledge"] == pytest.approx(row["logprob"] - math.log(sum(map(math.exp, each))), abs=1e-3), fact
+
+
 def test_training_shows(trained):
     """Told facts are known, novel people's are not: the scorer sees the difference it is there for."""
     rows = answer(Subject(trained), FACTS, ENCODING)
@@ -317,6 +337,9 @@ def test_acc_norm_divides_by_characters():
     row, = choose(Subject(Fixed(weight)), [multiple("x", [" aa", " b", " c"], 1)], plain)
     assert row["logprobs"] == pytest.approx([-2 * math.log(4), -math.log(8), -math.log(8)], abs=1e-4)
     assert (row["picked"], row["picked_norm"]) == (1, 0)
+    # a character, " b" costs 2.08 and " aaa" 1.39; with the space counted it would be 1.04 and 1.04
+    row, = choose(Subject(Fixed(weight)), [multiple("x", [" b", " aaa"], 0)], plain)
+    assert row["logprobs"] == pytest.approx([-math.log(8), -3 * math.log(4)], abs=1e-4) and row["picked_norm"] == 1
 
 
 def test_batch_size_and_neighbours_change_no_choice(trained):

@@ -46,10 +46,12 @@ def test_a_full_disk_is_named_leaves_nothing_and_keeps_what_was_there(name, tmp_
         if old:
             write(tmp_path)
         before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-        with room(100), pytest.raises(OSError) as error:
-            write(tmp_path)
-        assert os.path.dirname(error.value.filename) == str(tmp_path) and ".tmp" not in str(error.value)
-        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+        longest = max(map(len, before.values()), default=200)
+        for size in range(100, longest, max(1, longest // 20)):  # also where the first of two files has room, not the second
+            with room(size), pytest.raises(OSError) as error:
+                write(tmp_path)
+            assert os.path.dirname(error.value.filename) == str(tmp_path) and ".tmp" not in str(error.value)
+            assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     write(tmp_path)  # the next try goes on
 
 

@@ -55,16 +55,19 @@ def test_a_step_knows_the_files_that_its_code_imports():
 
 
 def test_edited_code_is_run_and_edited_comments_are_not(tmp_path):
-    """A copy of the code whose rule changes: the step is made again; a comment or docstring changes nothing."""
+    """A copy of the code whose rule changes, in a file that the step's own imports through another: the step is made again; a
+    comment or docstring changes nothing."""
     for name in ("engine", "study"):
         (tmp_path / name).mkdir()
         shutil.copy(os.path.join(ROOT, name, "__init__.py"), tmp_path / name)
     for name in ("engine/script.py", "engine/safetensors.py", "study/steps.py"):
         shutil.copy(os.path.join(ROOT, name), tmp_path / name)
     script = tmp_path / "job.py"
-    script.write_text("from types import SimpleNamespace\nimport rule\nfrom study.steps import Run\n"
+    script.write_text("from types import SimpleNamespace\nimport user\nfrom study.steps import Run\n"
                       "run = Run(SimpleNamespace(out='out'), None)\nrun.describe_reuse()\n"
-                      "print(run.once_json('x', {}, ('rule',), rule.value))\n")
+                      "print(run.once_json('x', {}, ('user',), user.value))\n")
+    (tmp_path / "user.py").write_text("import between\nvalue = between.value\n")
+    (tmp_path / "between.py").write_text("from rule import value\n")
     said = []
     for rule in ("def value():\n    return 1\n", "# why\ndef value():\n    \"\"\"One.\"\"\"\n    return 1\n",
                  "def value():\n    return 2\n"):
