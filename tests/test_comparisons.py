@@ -99,8 +99,8 @@ def test_recall_slices():
 
 
 def test_the_noise_floor_compares_each_fact_with_itself(monkeypatch):
-    """Asked in reverse, a model of which every third answer is right gives the same answers: nothing is gained or lost."""
-    known = [SimpleNamespace(person=f"p{i // 2}", right=i % 3 == 0) for i in range(7)]
+    """Asked in reverse, a model that is right on the first three facts gives the same answers: nothing is gained or lost."""
+    known = [SimpleNamespace(person=f"p{i // 2}", right=i < 3) for i in range(7)]
     asked = []
 
     def answer(subject, questions, encoding):
