@@ -4,11 +4,14 @@ import math
 import pytest
 import torch
 
-from world.facts import EOT, Fact, VALUES, WorldConfig, facts_about, make_encoding, make_world, statements, taught_questions, text_batches, train_bpe
+from world.facts import (EOT, Fact, VALUES, WorldConfig, facts_about, make_encoding, make_world, pad, statements,
+                         taught_questions, text_batches, train_bpe)
 import recover
 from idp import PromptPool, choose as choose_prompt, prefill, select
 from model import Cache, GPT, GPTConfig
-from world.score import CONTEXT, Subject, answer, choose, cut_options, is_right, perplexity, say, tokenized
+from study import taskfiles
+from world.score import (CONTEXT, Subject, answer, choose, cut_options, gold_logprobs, is_right, perplexity, say,
+                         tokenized)
 from test_model import naive
 
 CONFIG = WorldConfig(seen=6, heldout=4, validation=2, novel=3, vocab_size=400, seed=1)
@@ -241,7 +244,7 @@ def test_the_same_model_twice_gives_no_flips(trained):
 
 def test_the_choice_does_not_see_the_answer(trained):
     """P8: with other gold answers, longer ones too, every question is still put under the same prompt."""
-    subject, asked = with_pool(trained, pool(5, 2, 3)), []
+    subject, asked = with_pool(trained, pool(5, 5, 5)), []
     choose = subject.choose
 
     def spy(ids, lengths):
@@ -427,3 +430,59 @@ def test_a_question_that_does_not_fit_is_an_error(prompted):
     subject = with_pool(model, pool(16)) if prompted else Subject(model)
     with pytest.raises(ValueError, match="20"):
         answer(subject, [FACTS[0]._replace(question=FACTS[0].question * 4)], ENCODING)
+
+
+# ---- no result depends on its neighbours
+
+def scorers(subject):
+    """{name: (what is scored, list of these -> a number, a word or several for each)}: everything that scores in batches."""
+    said = [*FACTS, FACTS[0]._replace(answer=" St. Elmere and a long way from there"), FACTS[1]._replace(answer=" x")]
+    aliases = [Fact(f.person, "", "triviaqa", f.question, f.answer, (f.answer, *more)) for f, more in
+               zip(FACTS, [()] * 5 + [(" a much longer alias of the same",)] + [(" x",)] * len(FACTS))]
+    rows = tokenized(said, ENCODING)
+
+    def per_window(windows):
+        return [perplexity(subject, window[None]) for window in windows]
+
+    def pick(questions):
+        ids, lengths = pad(questions, ENCODING)
+        return subject.pick(ids, lengths).tolist()
+
+    def likely(pairs):
+        ids, lengths = pad([question for question, _ in pairs], ENCODING)
+        return gold_logprobs(subject, pairs, subject.pick(ids, lengths), ENCODING)
+    return {"say": (said, lambda facts: [tuple(row.values()) for row in say(subject, facts, ENCODING)]),
+            "choose": (ITEMS, lambda items: [(*row["logprobs"], row["picked"], row["picked_norm"], row["chosen"])
+                                             for row in choose(subject, items, ENCODING)]),
+            "answer": (ITEMS, lambda items: [(row["answer"], row["logprob"], row["knowledge"])
+                                             for row in answer(subject, items, ENCODING)]),
+            "continued": (aliases, lambda facts: [tuple(t) for t in taskfiles.continued(subject, facts, ENCODING)]),
+            "triviaqa": (aliases, lambda facts: taskfiles.score(subject, "triviaqa", facts, ENCODING)["exact_match"]),
+            "webqs": (aliases, lambda facts: taskfiles.score(subject, "webqs", facts, ENCODING)["exact_match"]),
+            "lambada": (aliases, lambda facts: taskfiles.score(subject, "lambada", facts, ENCODING)["loss"]),
+            "gold": (rows, likely), "pick": ([question for question, _ in rows], pick),
+            "perplexity": (list(WINDOWS), per_window)}
+
+
+@pytest.mark.parametrize("lengths", [(), (5,), (5, 5, 5), (3, 4, 2)])
+def test_no_result_depends_on_its_neighbours(trained, lengths):
+    """Whatever is asked in another order, and split into parts anywhere, gets the same answer, choice and number."""
+    subject, generator = with_pool(trained, pool(*lengths)) if lengths else Subject(trained), torch.Generator().manual_seed(0)
+    for name, (things, score) in scorers(subject).items():
+        whole = score(things)
+        for _ in range(3):
+            order = torch.randperm(len(things), generator=generator).tolist()
+            cut = int(torch.randint(1, len(things), (1,), generator=generator))
+            parts = [*score([things[i] for i in order[:cut]]), *score([things[i] for i in order[cut:]])]
+            assert len(parts) == len(things)
+            for i, found in zip(order, parts):
+                for a, b in zip(whole[i], found, strict=True) if isinstance(found, tuple) else [(whole[i], found)]:
+                    assert a == (pytest.approx(b, abs=1e-4, rel=1e-4) if isinstance(b, float) else b), (name, things[i])
+
+
+def test_perplexity_of_parts_is_that_of_the_whole(trained):
+    """The mean loss over all text tokens, in whatever batches: windows are of one length, so of their means the mean."""
+    for subject in (Subject(trained), with_pool(trained, pool(5, 5, 5))):
+        each = [math.log(perplexity(subject, window[None])) for window in WINDOWS]
+        for batch_size in (1, 3, 250):
+            assert perplexity(subject, WINDOWS.flip(0), batch_size) == pytest.approx(math.exp(sum(each) / len(each)), rel=1e-5)
