@@ -166,8 +166,8 @@ def merge_lora(model, keep_zeros=False):
     """Add each update to the weight beside it and drop the wrapper, in place; no LoRA: nothing.
 
     Refused with a ValueError, and nothing is changed: a quantized layer, as rounding to its grid
-    again loses most of a small update; a pruned one, whose zeros the update would fill. With
-    `keep_zeros` the update of a pruned layer is masked instead.
+    again loses most of a small update; one that `model.pruned` names, whose zeros the update would
+    fill. With `keep_zeros` the update of such a layer is masked instead.
     Returns {layer name: share of the update's squared norm that the mask took away}.
     """
     names = {id(m): name for name, m in model.named_modules()}
@@ -176,13 +176,13 @@ def merge_lora(model, keep_zeros=False):
         if not isinstance(layer.base, nn.Linear):
             raise ValueError(f"{names[id(layer)]} is stored in few bits or without its zeros: "
                              "merging would lose most of the update; keep LoRA beside it")
-        if not keep_zeros and (layer.base.weight == 0).float().mean() > 1e-3:
+        if not keep_zeros and names[id(layer)] in model.pruned:
             raise ValueError(f"{names[id(layer)]} is pruned: merging would fill its zeros; pass "
                              "keep_zeros=True to merge under the mask and lose the rest")
     lost = {}
     for parent, name, layer in layers:
         weight, update = layer.base.weight, layer.update()
-        kept = torch.where(weight == 0, 0, update) if keep_zeros else update
+        kept = torch.where(weight == 0, 0, update) if names[id(layer)] in model.pruned else update
         taken = (update - kept).square().sum() / update.square().sum().clamp_min(1e-30)
         lost[names[id(layer)]] = float(taken)
         merged = (weight + kept).to(weight.dtype)

@@ -145,6 +145,7 @@ def prune(model):
         for seed, block in enumerate(model.blocks):
             weight = block.attn.q.weight
             weight[torch.rand(weight.shape, generator=seeded(seed)) < 0.5] = 0
+    model.pruned = frozenset(f"blocks.{i}.attn.q" for i in range(len(model.blocks)))  # as `compress` records it
     return model
 
 
@@ -166,6 +167,27 @@ def test_merging_into_pruned_weights_keeps_them_or_is_refused():
     assert (weight[~mask] == 0).all()
     assert lost["blocks.0.attn.q"] == pytest.approx(float((update[~mask] ** 2).sum() / (update ** 2).sum()), rel=1e-4)
     assert 0.3 < lost["blocks.0.attn.q"] < 0.7 and lost["blocks.0.attn.k"] == 0.0
+
+
+def test_zeros_that_nobody_pruned_are_weights_like_any_other():
+    """A model read from Q4_0 has 12 % of them; one layer may have lost a single weight: merging adds the whole update."""
+    for keep_zeros in (False, True):
+        model = prune(gpt())
+        model.pruned = frozenset()
+        noisy_lora(model)
+        layer = model.blocks[0].attn.q
+        expected = layer.base.weight.detach().double() + layer.update().detach().double()
+        assert merge_lora(model, keep_zeros)["blocks.0.attn.q"] == 0.0
+        close(model.blocks[0].attn.q.weight, expected, atol=1e-6)
+    model = gpt()
+    with torch.no_grad():
+        model.blocks[1].attn.v.weight[0, 0] = 0.0
+    model.pruned = frozenset({"blocks.1.attn.v"})  # pruned to 0.1 %: recorded, so its zero stays
+    noisy_lora(model)
+    with pytest.raises(ValueError, match="blocks.1.attn.v is pruned"):
+        merge_lora(model)
+    merge_lora(model, keep_zeros=True)
+    assert model.blocks[1].attn.v.weight[0, 0] == 0 and model.blocks[0].attn.v.weight[0, 0] != 0
 
 
 def test_merging_into_packed_weights_is_refused():
