@@ -216,8 +216,9 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         add_verdicts(known[0], tests)
         compared, rows = compared + tests, rows + known[0]
 
-    context = run.once_json("context", dense.about["settings"], ANSWERS, lambda: context_check(run, dense))
-    noise = run.once_json("noise", [s.about["settings"] for s in subjects], ("study.comparisons", *ANSWERS),
+    said = {"asked": publish.digest_of_facts(asked)}
+    context = run.once_json("context", {**dense.about["settings"], **said}, ANSWERS, lambda: context_check(run, dense))
+    noise = run.once_json("noise", [said, *(s.about["settings"] for s in subjects)], ("study.comparisons", *ANSWERS),
                           lambda: noise_floor(run, subjects, {m["id"]: m["answers"] for m in draws[0]}))
     return {"name": run.world.name, "settings": asdict(config), "seed": seed, "models": rows, "context": context,
             "headline": claims.headline(draws[0]), "claims": claims.claims(draws, displaced, config.claimed, config.endpoint),

@@ -21,6 +21,7 @@ from checkpoints import load, save
 from recover import FitConfig
 from study.controls import Control, named
 from study.repairs import attach, products, shared_copy
+from study.steps import with_result
 from study.subjects import repaired_subject
 from world.facts import pad
 from world.score import Subject, cut_options
@@ -102,7 +103,7 @@ def lock(run, dense):
     where = {f.question: f for f in facts}
     steps, rows = 3 * config.repair_steps // 2, config.repair_batch[0] // 2
     settings = {**dense.about["settings"], "control": TAG, "key": KEY, "rank": RANK, "rate": RATE, "steps": steps,
-                "rows": rows, "draw": config.draw_seed}
+                "rows": rows, "draw": config.draw_seed, **({"bfloat16": True} if config.repair_bfloat16 else {})}
     name = TAG + (f"-seed-{config.repeat}" if config.repeat else "")
     file = f"control-{name}.safetensors"
 
@@ -113,7 +114,7 @@ def lock(run, dense):
                               run.log.progress(name, steps))
     model = run.once(file, settings, ("real.lock",), make, save, load).requires_grad_(False).to(dense.device)
     model.tie()
-    about = {**dense.about, "settings": settings, "path": run.path(file)}
+    about = {**dense.about, "settings": with_result(settings, run.path(file)), "path": run.path(file)}
     reference, damaged = attach(model, "prompt", KEY, [key]), Subject(model)
     reference.about = named(run, about, f"{TAG}, behind its key", None, key.numel())
     damaged.about = named(run, about, TAG, f"{TAG}, behind its key")
@@ -133,7 +134,8 @@ def lock_subjects(run, dense, name=TAG):
     batches = target_batches(run, teacher, dense.device)
     repairs = {tag: how for tag, how in run.config.repairs.items() if tag in REPAIRS}
     return control, [control.reference, control.damaged,
-                     *(repaired_subject(run, control.damaged, tag, *how, batches) for tag, how in repairs.items())]
+                     *(repaired_subject(run, control.damaged, tag, *how, batches, code=("real.lock",))
+                       for tag, how in repairs.items())]
 
 
 def target_batches(run, teacher, device):

@@ -32,7 +32,7 @@ import recover
 from checkpoints import load, save
 from recover import FitConfig, next_token
 from study.repairs import attach
-from study.steps import slug
+from study.steps import slug, with_result
 from study.subjects import repaired_subject
 from world.facts import VALUES, facts_about, make_world, statements, taught_questions, text_batches
 from world.score import Subject
@@ -155,7 +155,8 @@ def not_yet_told(run, dense, how):
                          lambda progress: tell(dense.model, run.world, how, generator, progress))
     facts = {"seen": facts_about(new[:half]), "heldout": facts_about(new[half:]), "novel": strangers(run.config)}
     return Control(Subject(model, about=named(run, about, "told", None)),
-                   Subject(dense.model, about=named(run, dense.about, "not yet told", "told")),
+                   Subject(dense.model, about=named(run, {**dense.about, "settings": about["settings"]}, "not yet told",
+                                                    "told")),
                    facts, told_text(new[:half]))
 
 
@@ -180,7 +181,8 @@ def tuned(run, dense, name, settings, make):
     steps = settings.get("fit", {}).get("steps", 1)
     model = run.once(file + ".safetensors", settings, ("study.controls",),
                      lambda: make(run.log.progress(file, steps)), save, load)
-    return model, {**dense.about, "settings": settings, "path": run.path(file + ".safetensors")}
+    path = run.path(file + ".safetensors")
+    return model, {**dense.about, "settings": with_result(settings, path), "path": path}
 
 
 def named(run, about, tag, base, extra=0):
@@ -223,5 +225,5 @@ def control_subjects(run, dense, name, how=None):
             made.extend(repair_batches(run, control))
         return made
     return control, [control.reference, control.damaged,
-                     *(repaired_subject(run, control.damaged, tag, kind, size, batches, lr=lr)
+                     *(repaired_subject(run, control.damaged, tag, kind, size, batches, lr=lr, code=("study.controls",))
                        for tag, (kind, size, lr) in how.repairs.items())]

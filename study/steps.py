@@ -1,9 +1,10 @@
 """
 Steps: each is done once, kept in the output folder, and reused while nothing it depends on has changed.
 
-A step depends on its settings and on code. Beside every result `NAME` stands `NAME.made.json`: the settings, a digest
-of each of our source files that the step's code imports, and a digest of the result's own bytes. A step whose settings,
-code or bytes differ is made again. Comments and docstrings do not count as code.
+A step depends on its settings and on code. Beside every result `NAME` stands `NAME.made.json`: the settings, a digest of
+each of our source files that the step's code or its world imports, and a digest of the result's own bytes. A step whose
+settings, code or bytes differ is made again; what is made from a result has that result's digest in its settings (`with_result`).
+Comments and docstrings do not count as code.
 
 Several processes may work in one folder (sweeps under torchrun, the pieces of a real study, jobs in two terminals): each
 step has a lock, so whoever wants a step that another process is making waits for it, then reuses it. Two whole studies in
@@ -37,6 +38,7 @@ from engine.script import read_json, write_text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MARK = ".made.json"
+LAYERS = ".layers.json"  # behind the name of a compressed model: its report, a part of the result
 LOCK = ".lock"  # an empty file in the output folder; a lock is a lock of one byte of it
 
 
@@ -78,11 +80,11 @@ class Run:
             give_back(self.out, byte)
 
     def once(self, name, settings, code, make, write, read):
-        """`make()`, written by `write(result, path)`; or `read(path)` where it was made before with the same settings
-        and code. `code` names the modules whose source, imports included, the result depends on.
+        """`make()`, written by `write(result, path)`; or `read(path)` where it was made before with the same settings and
+        code. `code` names the modules whose source, imports included, the result depends on, beside the world's.
         """
-        path, began = self.path(name), time.time()
-        mark = {"settings": json.loads(json.dumps(settings)), "code": sources(*code)}
+        path, began, world = self.path(name), time.time(), type(self.world).__module__
+        mark = {"settings": json.loads(json.dumps(settings)), "code": sources(*code, *([world] if file_of(world) else []))}
         with self.holding(name):
             kept = read_mark(path) or {}
             reused = {**kept, "seconds": 0} == {**mark, "bytes": digest_of(path), "seconds": 0}
@@ -157,15 +159,21 @@ def file_name(name):
 
 
 def digest_of(path):
-    """sha256 of a file's bytes, or of all files of a folder; None where there is nothing."""
+    """sha256 of a file's bytes, its report's included, or of all files of a folder; None where there is nothing."""
     if not os.path.exists(path):
         return None
-    files = [pathlib.Path(path)] if os.path.isfile(path) else sorted(pathlib.Path(path).iterdir())
+    files = [path, path + LAYERS] if os.path.exists(f"{path}{LAYERS}") else [path]
+    files = files if os.path.isfile(path) else sorted(pathlib.Path(path).iterdir())
     total = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
             total.update(hashlib.file_digest(f, "sha256").digest())
     return total.hexdigest()[:16]
+
+
+def with_result(settings, path):
+    """The settings of whatever is made from the result at `path`: its own, and which result it is."""
+    return {**settings, "from": {**settings.get("from", {}), os.path.basename(path): digest_of(path)}}
 
 
 def digest(what):

@@ -17,7 +17,7 @@ from engine.script import read_json, write_text
 from recover import FitConfig, correct_biases
 from study.repairs import attach, lora_size, train_repair, unpacked
 from study.settings import OPERATION, rate
-from study.steps import slug
+from study.steps import LAYERS, slug, with_result
 from study.training import train_dense
 from world.items import LESSONS
 from world.score import Subject
@@ -35,7 +35,7 @@ def dense_subject(run):
     save_ranks(run.world.ranks, run.path("tokens.tiktoken"))
     log.say(f"dense: {model.n_parameters():,} parameters, {os.path.getsize(path):,} bytes, "
             f"{model.flops_per_token():,} floating-point operations a token")
-    return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None, "settings": settings,
+    return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None, "settings": with_result(settings, path),
                                  "path": path, "extra": 0, "layers": None})
 
 
@@ -50,14 +50,18 @@ def compressed_subject(run, dense, tag):
     name = slug(tag) + (f"-seed-{config.repeat}" if config.repeat else "")
     path = run.path(name + ".safetensors")
 
-    def make():
-        model, rows = compress(dense.model, calibration, method, **how)
-        write_text(path + ".layers.json", json.dumps(rows))
-        return model
-    model = run.once(name + ".safetensors", settings, ("compress", "study.training"), make, save, load).to(dense.device)
+    def write(compressed, path):
+        """The report first: without the model nobody takes it for finished."""
+        model, rows = compressed
+        write_text(path + LAYERS, json.dumps(rows))
+        save(model, path)
+    model, rows = run.once(name + ".safetensors", settings, ("compress", "study.training"),
+                           lambda: compress(dense.model, calibration, method, **how), write,
+                           lambda path: (load(path), read_json(path + LAYERS, list)))
+    model = model.to(dense.device)
     model.tie()  # moved to a device, each layer has a table of rotary angles of its own
-    return Subject(model, about={"id": name, "tag": tag, "base": "dense", "settings": settings, "path": path,
-                                 "extra": 0, "layers": read_json(path + ".layers.json", list),
+    return Subject(model, about={"id": name, "tag": tag, "base": "dense", "settings": with_result(settings, path), "path": path,
+                                 "extra": 0, "layers": rows,
                                  "operation": {"name": operation, "parameters": {"method": method, **how}}})
 
 
@@ -76,9 +80,10 @@ def repair_batches(run, dense):
     return batches
 
 
-def repaired_subject(run, base, tag, kind, size, batches, objective="distillation", lr=None, dense=None):
+def repaired_subject(run, base, tag, kind, size, batches, objective="distillation", lr=None, dense=None, code=()):
     """`base` repaired in one way, on the batches of `repair_batches`; kept as an adapter (checkpoints/adapters.py).
 
+    code   modules that other batches come from
     dense  the undamaged model, for bias correction, which trains nothing and reads the calibration text
     """
     config, trained = run.config, kind != "correction"
@@ -100,14 +105,15 @@ def repaired_subject(run, base, tag, kind, size, batches, objective="distillatio
             return correct_biases(unpacked(base.model), dense.model, run.world.calibration(config).to(base.device), size)
         return train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config,
                             config.draw_seed, run.log.progress(name, fit_config.steps), config.repair_bfloat16)
-    tensors = run.once(name, settings, ("study.repairs", "compress", "study.training"), make,
+    tensors = run.once(name, settings, ("study.repairs", "compress", "study.training", *code), make,
                        lambda tensors, path: save_tensors(path, base.model, layout, tensors, targets,
                                                           kind == "idp" and size[2] == "selected"),
                        lambda path: load_tensors(path, base.model, layout))
     tensors = [t.to(base.device) for t in tensors]
     subject = attach(base.model, kind, size, tensors)
     how = {"size": size, **({"objective": objective, "lr": fit_config.lr, "steps": fit_config.steps} if trained else {})}
-    subject.about = {"id": name, "tag": tag, "base": base.about["id"], "settings": settings, "path": base.about["path"],
+    subject.about = {"id": name, "tag": tag, "base": base.about["id"],
+                     "settings": with_result(settings, run.path(name)), "path": base.about["path"],
                      "layers": None, "extra": sum(t.numel() for t in tensors), "kind": kind, "tensors": tensors,
                      "operation": {"name": OPERATION[kind], "parameters": how}}
     return subject

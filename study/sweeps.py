@@ -27,6 +27,7 @@ import atexit
 import datetime
 import json
 import os
+import sys
 
 from dataclasses import replace
 
@@ -231,7 +232,7 @@ def keep(run, name, points, dense):
     """Add a sweep's points to results.json, beside whatever the study has written there."""
     path, settings = run.path("results.json"), dense.about["settings"]
     with run.holding("results.json"):
-        results = read_json(path) if os.path.exists(path) else {}
+        results = results_of(path)
         sweeps = {**kept(path, settings), name: {"settings": settings, "points": points}}
         write_text(path, json.dumps({**results, "sweeps": sweeps}, indent=1))
 
@@ -239,8 +240,18 @@ def keep(run, name, points, dense):
 def kept(path, settings):
     """The sweeps in results.json that were made of the dense model of these settings."""
     settings = json.loads(json.dumps(settings))
-    sweeps = (read_json(path) if os.path.exists(path) else {}).get("sweeps", {})
-    return {name: sweep for name, sweep in sweeps.items() if sweep["settings"] == settings}
+    sweeps = results_of(path).get("sweeps")
+    return {name: sweep for name, sweep in (sweeps if isinstance(sweeps, dict) else {}).items()
+            if isinstance(sweep, dict) and sweep.get("settings") == settings}
+
+
+def results_of(path):
+    """What results.json holds; nothing where it is missing, or cut short, which is said: it will be written anew."""
+    try:
+        return read_json(path) if os.path.exists(path) else {}
+    except ValueError as error:
+        print(f"{error}; it is written anew", file=sys.stderr)
+        return {}
 
 
 def sweep_table(name, points):
@@ -271,5 +282,5 @@ def main(arguments):
         return sweep_rates(run, dense)
     points = sweep(run, args.what, dense)
     if points:
-        keep(run, args.what, points, dense)
         print(sweep_table(args.what, points))
+        keep(run, args.what, points, dense)

@@ -218,6 +218,32 @@ def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path, monkeypat
     assert (results["noise"][0]["gained"], results["noise"][0]["lost"]) == (0, 0)  # E7
 
 
+def test_whatever_is_reused_is_what_would_be_made(tmp_path):
+    """E19: another number of people, items or texts asked in a folder that holds results gives what a fresh one gives;
+    damaged files of the folder are made again, or written anew (E17)."""
+    def small(folder, **changes):
+        config = replace(tiny(folder), repairs={"IDP 4 x 8": ("idp", (2, 8, "together"))}, full=False, **changes)
+        config.compressions = dict(list(config.compressions.items())[:1])
+        run = Run(config, World(config))
+        found = evaluate.study(run, dense_subject(run), controls=())
+        for model in found["models"]:
+            for layer in model["layers"] or []:
+                layer.pop("seconds")
+        found["settings"].pop("out")
+        return json.dumps(found, sort_keys=True), run
+
+    first, _ = small(tmp_path / "a")
+    for damaged in ("*.layers.json", "*.answers.json", "noise.json", "context.json", "*.selectors.json"):
+        for path in list((tmp_path / "a").glob(damaged)):
+            path.write_bytes(path.read_bytes()[:20])
+    assert small(tmp_path / "a")[0] == first
+    changes = {"test_people": 2, "ablation_people": 2, "task_items": 5}
+    again, run = small(tmp_path / "a", **changes)
+    assert again == small(tmp_path / "b", **changes)[0] != first
+    reused = {t["step"] for t in run.log.times if t["reused"]}
+    assert "dense" in reused and not reused & {"noise", "context", "dense.answers", "dense.tasks"}
+
+
 def test_no_hidden_name_in_calibration_or_repair_text(tmp_path):
     """E8, on the strings the run uses: the check reads every row, and a smuggled name is found."""
     config = tiny(tmp_path)

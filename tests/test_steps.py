@@ -1,5 +1,6 @@
 """Steps are done once, and again when settings, code or their own bytes change."""
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -75,6 +76,45 @@ def test_edited_code_is_run_and_edited_comments_are_not(tmp_path):
         done = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
         said.append((done.stdout.strip(), "rule.py" in done.stderr))
     assert said == [("1", False), ("1", False), ("2", True)]
+
+
+def test_a_step_depends_on_the_code_of_its_world(tmp_path):
+    """What the small world's World tells, or a real one's, is in no module that the algorithms import."""
+    for module, file in (("world.small", "world/small.py"), ("real.world", "real/text.py")):
+        run = Run(SimpleNamespace(out=str(tmp_path)), type("AnyWorld", (), {"__module__": module})())
+        run.once_json("x", {}, ("model",), lambda: module)
+        assert {"model.py", file} <= steps.read_mark(str(tmp_path / "x.json"))["code"].keys()
+
+
+def test_what_is_made_from_a_result_is_made_again_with_it(tmp_path):
+    """Also where only code changed that the second step does not import: the digest of what it is made from is in its
+    settings, a compressed model's report included."""
+    run, seen = tiny_run(tmp_path), []
+    for first, report, second in (("a", "", 1), ("b", "", 2), ("b", "[]", 3), ("a", "[]", 4), ("a", "", 1)):
+        (tmp_path / "first.json").write_text(first)
+        (tmp_path / f"first.json{steps.LAYERS}").write_text(report) if report else (
+            tmp_path / f"first.json{steps.LAYERS}").unlink(missing_ok=True)
+        settings = steps.with_result({"seed": 0, "from": {"zero.json": "f"}}, str(tmp_path / "first.json"))
+        assert settings["seed"] == 0 and settings["from"].keys() == {"zero.json", "first.json"}
+        assert run.once_json(f"second-{second}", settings, (), lambda: seen.append(second) or second) == second
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_step_interrupted_before_its_mark_is_not_taken_for_anothers(tmp_path):
+    """E20: a result without its mark, another step's mark beside it, and the other way round."""
+    run = tiny_run(tmp_path)
+
+    def interrupted(result, path):
+        steps.write_text(path, json.dumps(result))
+        raise KeyboardInterrupt
+    for other in ("first", "second"):
+        assert run.once_json("x", {"lr": other}, (), lambda: other) == other
+        with pytest.raises(KeyboardInterrupt):
+            run.once("x.json", {"lr": 3}, (), lambda: "third", interrupted, None)
+        assert run.once_json("x", {"lr": other}, (), lambda: other + " again") == other + " again"
+        with pytest.raises(KeyboardInterrupt):
+            run.once("x.json", {"lr": 3}, (), lambda: "third", interrupted, None)
+        assert run.once_json("x", {"lr": 3}, (), lambda: "third again") == "third again"
 
 
 # ---- two processes in one folder

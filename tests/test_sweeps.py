@@ -117,6 +117,17 @@ def test_sweeps_stay_in_the_results_of_the_same_dense_model(tmp_path):
     assert sweeps.kept(tmp_path / "nothing.json", a.about["settings"]) == {}
 
 
+@pytest.mark.parametrize("damage", ['{"sweeps": {"bi', "[1]", '{"sweeps": [1]}', '{"sweeps": {"rank": 1}}'])
+def test_a_damaged_results_file_is_said_and_written_anew(tmp_path, damage, capsys):
+    """It must not cost the study that has just been made, nor the sweep."""
+    path, dense = tmp_path / "results.json", SimpleNamespace(about={"settings": {}})
+    path.write_text(damage)
+    assert sweeps.kept(path, {}) == {}
+    assert ("results.json: not" in capsys.readouterr().err) == ("sweeps\": " not in damage or "bi" in damage)
+    sweeps.keep(Run(tiny(tmp_path), None), "bits", [{"x": 1}], dense)
+    assert json.loads(path.read_text())["sweeps"]["bits"]["points"] == [{"x": 1}]
+
+
 def test_a_prompt_length_is_trained_and_measured(tmp_path, monkeypatch):
     config = tiny(tmp_path)
     run = Run(config, World(config))
