@@ -30,6 +30,8 @@ import copy
 import sys
 import time
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 import torch.nn as nn
 
@@ -38,7 +40,6 @@ from engine.grids import (Quantized, check_finite, check_grid, check_hessian, ch
                           check_pattern, check_weight, grid, keep_largest, nearest)
 from engine.layers import check_ids, find_targets, output_error, report_row, watched
 from engine.refit import refit, search
-from engine.script import guard
 from engine.settings import METHODS, CompressConfig
 from kernels import PackedLinear, pack, pack_sparse
 

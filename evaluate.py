@@ -29,10 +29,11 @@ passes over the finished rows for intervals, comparisons and verdicts.
 """
 from dataclasses import asdict
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 
 import idp
-from engine.script import guard
 from study import claims, inside, pools, progress, publish
 from study.comparisons import ANSWERS, add_tasks, comparisons, noise_floor, score_tasks, task_items
 from study.controls import CONTROLS, control_subjects

@@ -27,11 +27,12 @@ What it leaves out: prompts per layer, more than one winner, a choice made again
 """
 import argparse
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.script import guard
 from model import GPT, GPTConfig
 from recover import inputs
 

@@ -20,6 +20,8 @@ import pathlib
 import runpy
 import sys
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -329,4 +331,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -29,11 +29,12 @@ import copy
 import math
 from dataclasses import dataclass
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.script import guard
 
 
 @dataclass

@@ -24,12 +24,13 @@ import math
 import warnings
 from dataclasses import dataclass
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from engine.muon import Muon
-from engine.script import guard
 from model import GPT, Cache, GPTConfig
 
 # every linear layer of a block, by the last part of its name

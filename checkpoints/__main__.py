@@ -9,13 +9,14 @@ What is in a file: any checkpoint that we can read, or an adapter.
 import argparse
 import os
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 
 from checkpoints import read_model
 from checkpoints.adapters import CONFIG, load_adapter, read_adapter
 from checkpoints.gguf import read_header
 from checkpoints.weights import list_folder, list_safetensors
-from engine.script import guard
 
 
 def show_tensors(path):

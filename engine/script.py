@@ -1,16 +1,40 @@
 """
 The edge of every script: bad input is one line and status 2, Ctrl-C one line and status 130, files are whole or absent.
+
+A script imports this file before torch, whose import takes a second: from then on Ctrl-C is one line.
 """
 import contextlib
 import errno
 import json
 import os
+import signal
 import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+
+def leave(*_):
+    """End the process with one line: what Ctrl-C does while a script's modules are imported, before `guard` runs it."""
+    os.write(2, b"\ninterrupted before anything was begun\n")
+    os._exit(130)
+
+
+def is_script(path):
+    """Whether a process whose sys.argv[0] is `path` runs a script of this project; -m stands there until Python has found
+    the module."""
+    folder = os.path.dirname(os.path.realpath(path))
+    return path == "-m" or os.path.isfile(path) and ROOT in (folder, os.path.dirname(folder))
+
+
+if is_script(sys.argv[0]) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)
 
 
 def guard(run, name=None):
     """Run a script's main function: bad input is one line and status 2, Ctrl-C is one line and status 130."""
     name = name or os.path.basename(sys.argv[0])
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()
     except (ValueError, OSError) as error:

@@ -14,9 +14,10 @@ step is kept: the same command goes on where it was stopped.
 """
 import sys
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 
-from engine.script import guard
 from evaluate import study
 from real.lock import TAG, lock_subjects
 from real.pieces import make_piece, set_rates, side_by_side

@@ -3,7 +3,7 @@ The jobs on the small world, one at a time: `python -m study` lists them, `pytho
 """
 import sys
 
-from engine.script import guard
+from engine.script import guard  # before torch: Ctrl-C is one line
 from study import figure, findings, jobs, mechanism, memory, page, sweeps, trial
 
 JOBS = {  # name: (what runs, what it does)

@@ -2,9 +2,11 @@
 import contextlib
 import errno
 import os
+import pathlib
 import resource
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from checkpoints import save
 from checkpoints.adapters import save_adapter
 from checkpoints.vocabulary import save_ranks
 from engine.safetensors import write_safetensors
-from engine.script import guard, read_json, whole_file, write_text
+from engine.script import guard, leave, read_json, whole_file, write_text
 from model import GPT, GPTConfig
 
 MODEL = GPT(GPTConfig(vocab_size=300, context=16, n_layer=1, n_head=2, n_embd=8))
@@ -128,3 +130,50 @@ def test_bad_input_is_one_line_and_status_2(error, line, capsys):
     with pytest.raises(SystemExit) as stop:
         guard(run, "x.py")
     assert stop.value.code == 2 and capsys.readouterr() == ("", line)
+
+
+# ---- Ctrl-C
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+SCRIPTS = [["model.py"], ["compress.py"], ["kernels.py"], ["recover.py"], ["idp.py"], ["evaluate.py"], ["-m", "study"],
+           ["-m", "real", "x"], ["-m", "checkpoints", "x"], ["-m", "world.facts"], ["-m", "world.items"]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=" ".join)
+def test_ctrl_c_while_torch_is_imported_is_one_line(script, tmp_path):
+    """Torch is a file that says when it is imported, and then takes its time."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    run = subprocess.Popen([sys.executable, *script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert run.stdout.readline() == "importing\n"
+    run.send_signal(signal.SIGINT)
+    out, said = run.communicate(timeout=30)
+    assert (out, said, run.returncode) == ("", "\ninterrupted before anything was begun\n", 130)
+
+
+def test_only_a_script_of_ours_changes_what_ctrl_c_does(tmp_path):
+    """Whoever imports a file of ours elsewhere, or in Python's own prompt, keeps KeyboardInterrupt."""
+    ask = "import signal; from engine.script import leave; print(signal.getsignal(signal.SIGINT) is leave)"
+    (tmp_path / "theirs.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); {ask}")
+    for given, text in ((["-c", ask], None), ([str(tmp_path / "theirs.py")], None), (["-"], ask)):
+        done = subprocess.run([sys.executable, *given], cwd=HERE, input=text, capture_output=True, text=True, check=True)
+        assert done.stdout == "False\n", given
+
+
+def test_ctrl_c_while_a_script_runs_is_one_line(monkeypatch, capsys):
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            guard(lambda: os.kill(os.getpid(), signal.SIGINT), "x.py")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130 and capsys.readouterr().err.startswith("\nx.py: interrupted; every finished step")
+
+
+@pytest.mark.parametrize("name, asked", [("make_countries", "usage: make_countries.py"), ("make_cities", "usage: make_cities.py")])
+def test_scripts_that_write_facts_have_a_help_that_writes_nothing(name, asked):
+    facts = HERE / "real" / "facts"
+    before = {p.name: p.stat().st_mtime_ns for p in facts.iterdir() if p.is_file()}
+    done = subprocess.run([sys.executable, facts / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(asked)
+    assert {p.name: p.stat().st_mtime_ns for p in facts.iterdir() if p.is_file()} == before

@@ -32,6 +32,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from engine.script import guard  # before torch: Ctrl-C is one line
+
 import torch
 
 from checkpoints.encoding import EOT
@@ -234,4 +236,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -34,6 +34,7 @@ import argparse
 import random
 from typing import Callable, NamedTuple
 
+from engine.script import guard  # before torch: Ctrl-C is one line
 from world.facts import WorldConfig, make_world
 from world.facts import QUESTIONS, STATEMENTS, VALUES, Fact
 
@@ -286,4 +287,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

