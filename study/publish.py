@@ -58,7 +58,7 @@ def predictions(run, rows):
 
 
 def publish(run, dense, results):
-    """Print the result; write results.json, tables.md, predictions.jsonl and, last, the page."""
+    """Print the result; then write results.json, tables.md, predictions.jsonl and, last, the page, any of which may fail."""
     log, path = run.log, run.path("results.json")
     rows = results["models"]
     results = {**results, "models": [{k: v for k, v in row.items() if k not in RAW} for row in rows],
@@ -67,14 +67,14 @@ def publish(run, dense, results):
                "created": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": time.time() - log.began, "times": log.times,
                "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                             "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
-    write_text(path, json.dumps(results, indent=1))
     print(tables.main_table(results) + "\n")
     context = results["context"]
     print(f"24 unrelated tokens in front of every question: held-out recall {context['alone']:.1%} -> "
           f"{context['behind_24_tokens']:.1%}\n\n{results['headline']}\n")
     for claim in results["claims"]:
         print(f"{claim['verdict']:12s} {claim['statement']}")
-    print()
+    print(flush=True)
+    write_text(path, json.dumps(results, indent=1))
     write_text(run.path("tables.md"), tables.all_tables(results))
     write_text(run.path("predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in predictions(run, rows)))
     page.write_report(path, run.path("report.html"))

@@ -24,12 +24,12 @@ import torch
 from study.statistics import interval, resampled
 from study.steps import digest, slug
 from world.facts import Fact, pad
-from world.score import choose, cut_options, fitting
+from world.score import check_numbers, choose, cut_options, fitting
 
 
 def arc(row):
-    texts, labels = row["choices"]["text"], row["choices"]["label"]
-    return f"Question: {row['question']}\nAnswer:", texts, labels.index(row["answerKey"])
+    options, labels = texts(row["choices"]["text"]), row["choices"]["label"]
+    return f"Question: {row['question']}\nAnswer:", options, labels.index(row["answerKey"])
 
 
 def sciq(row):
@@ -46,7 +46,7 @@ def hellaswag(row):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
     question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return clean(question), [clean(ending) for ending in row["endings"]], int(row["label"])
+    return clean(question), [clean(ending) for ending in texts(row["endings"])], int(row["label"])
 
 
 def lambada(row):
@@ -55,11 +55,18 @@ def lambada(row):
 
 
 def webqs(row):
-    return f"Question: {row['question']}\nAnswer:", row["answers"], 0
+    return f"Question: {row['question']}\nAnswer:", texts(row["answers"]), 0
 
 
 def triviaqa(row):
-    return f"Question: {row['question']}?\nAnswer:", row["answer"]["aliases"], 0
+    return f"Question: {row['question']}?\nAnswer:", texts(row["answer"]["aliases"]), 0
+
+
+def texts(values):
+    """A list of texts; TypeError for one text, which would be taken for a list of letters, and for anything else."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError
+    return values
 
 
 SPARE = 4  # tokens that an answer written out may be longer than the longest accepted one
@@ -190,7 +197,10 @@ def continued(subject, questions, encoding, batch_size=32):
         longest = max(n for _, n in sizes[start:end])
         ids, lengths = pad([question for question, _ in cuts[start:end]], encoding, subject.device)
         _, cache, first = subject.start(ids, lengths, longest)
+        last, at = cache.length + lengths - 1, torch.arange(len(ids), device=ids.device)  # (B,) of each question
         given = subject.model.generate(ids, longest, lengths, cache=cache, stop=encoding.eot_token, first=first)
+        cache.rewind(last)
+        check_numbers(subject, subject.model.head(subject.model.hidden(ids[at, lengths - 1][:, None], cache=cache)))
         for row, (question, n) in zip(given.tolist(), sizes[start:end]):
             tokens = row[question:question + n]
             out.append(tokens[:tokens.index(encoding.eot_token)] if encoding.eot_token in tokens else tokens)

@@ -1,5 +1,6 @@
 """The study on a real language model: splits by entity, text that names nothing hidden, the harness' layouts."""
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -467,17 +468,65 @@ def test_a_lock_hides_what_the_key_shows(tmp_path):
     assert dense > 0.8 and behind > 0.6 and without < 0.2, (dense, behind, without)
 
 
+@pytest.mark.parametrize("name, row", [
+    ("arc", {"question": "a", "choices": {"text": "ice", "label": ["A", "B", "C"]}, "answerKey": "A"}),
+    ("arc", {"question": "a", "choices": {"text": ["ice", "air"], "label": ["A", "B"]}, "answerKey": "C"}),
+    ("arc", {"question": "a", "choices": {"text": ["ice", 3], "label": ["A", "B"]}, "answerKey": "A"}),
+    ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "label": "0", "endings": "de"}),
+    ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "label": "-1", "endings": ["d", "e"]}),
+    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}), ("piqa", {"goal": "a", "sol1": "b", "sol2": " ", "label": 0}),
+    ("webqs", {"question": "who", "answers": "a king"}), ("webqs", {"question": "who", "answers": []}),
+    ("triviaqa", {"question": "who", "answer": {"aliases": "King"}}), ("lambada", {"text": "word"}), ("lambada", {"text": "a "})])
+def test_rows_of_a_task_that_are_almost_in_its_layout(tmp_path, name, row):
+    """One text in place of a list of them would be read as a list of letters."""
+    path = written(tmp_path / "t", [ROWS[{"arc": "arc_easy", "lambada": "lambada_openai"}.get(name, name)][0], row])
+    with pytest.raises(ValueError, match="t: line 2 is not in the layout"):
+        taskfiles.read_task(name, path)
+
+
+def test_a_text_file_in_a_new_folder(tmp_path, folder, capsys, monkeypatch):
+    """E13: the first thing that is kept makes the folder; E18, E6: the table is printed before any file can fail."""
+    monkeypatch.setattr(settings, "COMPRESSIONS", {"RTN 3 bits": settings.COMPRESSIONS["RTN 3 bits"]})
+    monkeypatch.setattr(settings, "REPAIRS", {"prompt 16": settings.REPAIRS["prompt 16"]})
+    facts, text = written(tmp_path / "facts.jsonl", some_facts()), tmp_path / "t.txt"
+    text.write_text("\n\n".join(f"It is said that {i} and {i + 1} make {2 * i + 1}, as everybody knows." for i in range(900)))
+    command = [str(x) for x in (folder, "--facts", facts, "--text", text, "--repair-steps", 4, "--rows", 2, "--out",
+                                tmp_path / "new" / "out")]
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    monkeypatch.setattr("study.publish.write_text", full)
+    with pytest.raises(SystemExit) as stopped:
+        real_main(command)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and err.splitlines()[-1].endswith("results.json: No space left on device")
+    assert "| RTN 3 bits" in out and "24 unrelated tokens" in out
+    monkeypatch.undo()
+    monkeypatch.setattr(settings, "COMPRESSIONS", {"RTN 3 bits": settings.COMPRESSIONS["RTN 3 bits"]})
+    monkeypatch.setattr(settings, "REPAIRS", {"prompt 16": settings.REPAIRS["prompt 16"]})
+    real_main(command)
+    again = capsys.readouterr().out
+    assert [x for x in out.splitlines() if x.startswith("|")] == [x for x in again.splitlines() if x.startswith("|")]
+    assert json.loads((tmp_path / "new" / "out" / "tiny-llama" / "results.json").read_text())["models"]
+
+
 @pytest.mark.parametrize("args, word", [
     (["nowhere"], "nowhere"), (["README.md"], "README.md"),
     (["{}", "--facts", "README.md"], "README.md: line 1"), (["{}", "--task", "arc"], "NAME=FILE"),
     (["{}", "--task", "boolq=README.md"], "boolq"), (["{}", "--task", "arc=README.md"], "README.md: line 1"),
     (["{}", "--text", "nowhere.txt"], "nowhere.txt"), (["{}", "--repair-steps", "3"], "repair-steps"),
     (["{}", "--device", "nowhere"], "--device nowhere"), (["{}", "--task", "arc={0}", "--task", "arc={0}"], "a task arc already"),
+    (["{}", "--task", "arc={2}"], "line 2: 4"), (["{}", "--facts", "{3}"], "line 1 is not UTF-8"),
+    (["{}", "--text", "{3}", "--facts", "{1}"], "not UTF-8"),
     (["{}", "--facts", "{1}", "--only", "GPTQ 9 bits"], "there is no GPTQ 9 bits; there are RTN 3 bits"),
     (["{}", "--facts", "{1}", "--only", "locked: prompt 5"], "there is no prompt 5"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, folder, args, word, capsys):
     task, facts = written(tmp_path / "t", [ROWS["arc_easy"][0]]), written(tmp_path / "f", some_facts())
+    arc = ROWS["arc_easy"][0]
+    long, wide = written(tmp_path / "long", [arc, {**arc, "question": "so " * 200}]), tmp_path / "utf-16"
+    wide.write_bytes(json.dumps(some_facts()[0]).encode("utf-16"))
+    args = [a.replace("{2}", str(long)).replace("{3}", str(wide)) for a in args]
     given = [a.replace("{0}", str(task)).replace("{1}", str(facts)).replace("{}", str(folder)) for a in args]
     with pytest.raises(SystemExit) as stopped:
         real_main([*given, "--out", str(tmp_path / "out")])

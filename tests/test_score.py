@@ -432,6 +432,56 @@ def test_a_question_that_does_not_fit_is_an_error(prompted):
         answer(subject, [FACTS[0]._replace(question=FACTS[0].question * 4)], ENCODING)
 
 
+@pytest.mark.parametrize("where", ["embedding", "block", "head"])
+def test_a_model_that_gives_no_numbers_is_named(where):
+    """E5: every comparison with NaN is false, so it would be found to choose the first option, and to say token 0."""
+    model = GPT(GPTConfig(vocab_size=ENCODING.n_vocab, n_layer=2, n_embd=32, context=64, tied=False))
+    model.init_weights(torch.Generator().manual_seed(0))
+    weight = {"embedding": model.wte, "block": model.blocks[1].mlp.down, "head": model.lm_head}[where].weight
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    for name, (things, score) in scorers(Subject(model, about={"id": "gptq-2-bits"})).items():
+        if name != "pick":
+            with pytest.raises(ValueError, match="gptq-2-bits gives log-probabilities that are not numbers"):
+                score(things)
+
+
+def test_items_that_fit_alone_fit_together():
+    """E3, E2: a long question with short options, and a short one with long options, each as long as the context."""
+    long = ENCODING.decode(list(range(97, 123)) * 2)
+    items = [multiple(long[:37], [" x", " y"], 0), multiple("x", [f" {long[:36]}", " y"], 1), multiple("y", [" x", " z"], 0)]
+    cuts = [cut_options(item, ENCODING, [ENCODING.eot_token]) for item in items]
+    context = max(len(question) + max(map(len, options)) - 1 for question, options in cuts)
+    subject = Subject(small(context=context))
+    together = choose(subject, items, ENCODING)
+    for row, item in zip(together, items):
+        alone, = choose(subject, [item], ENCODING)
+        assert row["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-4) and row["picked"] == alone["picked"]
+    said = [Fact("", "", "", question, f" {answer}") for question, answer in ((long[:30], "x"), ("x", long[:12]), ("y", "z"))]
+    for row, fact in zip(answer(subject, said, ENCODING), said):
+        assert row["logprob"] == pytest.approx(answer(subject, [fact], ENCODING)[0]["logprob"], abs=1e-4)
+
+
+@pytest.mark.parametrize("gold, right, wrong", [
+    (" St. Elmere", [" St. Elmere.", " St. Elmere. It", " St. Elmere"], [" St.", " St. Elm.", " St. Elmere at."]),
+    (" 5 a.m.", [" 5 a.m.", " 5 a.m. It"], [" 5 a.", " 5 a.x.", " 5 p.m."]), (" 3.14", [" 3.14."], [" 3.", " 3.1."])])
+def test_an_answer_may_hold_full_stops(gold, right, wrong):
+    """E10: it is read up to the first full stop behind as many as are part of it."""
+    fact = FACTS[0]._replace(answer=gold)
+    assert [scored(lambda q: text, [fact])[0]["correct"] for text in right + wrong] == [True] * len(right) + [False] * len(wrong)
+
+
+def test_what_is_continued_ends_where_the_text_does():
+    """E1: end-of-text is no part of an answer: the tokens behind it are not read, nor is it written out."""
+    facts = [f._replace(options=(f.answer,)) for f in FACTS[:4]]
+    def gold(question):  # the parrot reads a question from its second token on, and ends every answer with end-of-text
+        return next(fact.answer for fact in facts if fact.question.endswith(question))
+    for replies in (gold, lambda question: ""):
+        for fact, tokens in zip(facts, taskfiles.continued(Subject(Parrot(replies)), facts, ENCODING)):
+            assert tokens == ENCODING.encode_ordinary(replies(fact.question))
+    assert taskfiles.score(Subject(Parrot(gold)), "triviaqa", facts, ENCODING) == {"exact_match": [1.0] * 4}
+
+
 # ---- no result depends on its neighbours
 
 def scorers(subject):
