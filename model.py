@@ -277,10 +277,20 @@ class GPT(nn.Module):
         """Share what is one tensor: embedding and tied head, the rotary table of all layers."""
         if self.config.tied and isinstance(self.lm_head, nn.Linear):
             self.lm_head.weight = self.wte.weight
+        self.share_table()
+
+    def share_table(self):
+        """Give all layers one table of rotary angles, in float32."""
         if self.config.position == "rotary":
             table = rope_table(self.config).to(self.wte.weight.device)
             for block in self.blocks:
                 block.attn.rope = table
+
+    def _apply(self, fn, recurse=True):
+        """A cast or a move (`to`, `half`, ...): the table is made anew, as a cast would round it."""
+        super()._apply(fn, recurse)
+        self.share_table()
+        return self
 
     @torch.no_grad()
     def init_weights(self, generator):

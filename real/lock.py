@@ -113,7 +113,6 @@ def lock(run, dense):
             return train_lock(dense.model, key, facts, wrong, encoding, steps, rows, generator, RATE,
                               run.log.progress(name, steps))
     model = run.once(file, settings, ("real.lock",), make, save, load).requires_grad_(False).to(dense.device)
-    model.tie()
     about = {**dense.about, "settings": with_result(settings, run.path(file)), "path": run.path(file)}
     reference, damaged = attach(model, "prompt", KEY, [key]), Subject(model)
     reference.about = named(run, about, f"{TAG}, behind its key", None, key.numel())

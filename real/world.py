@@ -164,7 +164,6 @@ def real_dense(path, log, device="cpu", dtype=torch.float32):
     if encoding is None:
         raise ValueError(f"{path}: no tokenizer beside the model")
     model.requires_grad_(False).to(device, dtype)
-    model.tie()  # one table of rotary angles for all layers, in float32
     log.say(f"dense: {model.n_parameters():,} parameters, "
             f"{model.flops_per_token():,} floating-point operations a token")
     settings = {"model": digest_of(path), "torch": torch.__version__, "device": str(device), "dtype": str(dtype)}

@@ -59,7 +59,6 @@ def compressed_subject(run, dense, tag):
                            lambda: compress(dense.model, calibration, method, **how), write,
                            lambda path: (load(path), read_json(path + LAYERS, list)))
     model = model.to(dense.device)
-    model.tie()  # moved to a device, each layer has a table of rotary angles of its own
     return Subject(model, about={"id": name, "tag": tag, "base": "dense", "settings": with_result(settings, path), "path": path,
                                  "extra": 0, "layers": rows,
                                  "operation": {"name": operation, "parameters": {"method": method, **how}}})

@@ -181,6 +181,20 @@ def test_rope_table_is_the_definition():
                 assert table[t, 1, i].item() == pytest.approx(math.sin(t * f), abs=1e-6)
 
 
+def test_casts_round_the_weights_and_not_the_rotary_table():
+    """There and back through bfloat16 the weights are rounded, the angles are exact, and all layers share them."""
+    model, ids = gpt(), tokens(2, 9)
+    table = model.blocks[0].attn.rope.clone()
+    for cast in (torch.bfloat16, torch.float16, torch.float32):
+        model = model.to(cast)
+        assert all(block.attn.rope is model.blocks[0].attn.rope for block in model.blocks)
+        assert torch.equal(model.blocks[0].attn.rope, table)
+    fresh = gpt().bfloat16()
+    other = GPT(model.config)
+    other.load_state_dict({name: t.float() for name, t in fresh.half().float().state_dict().items()})
+    assert torch.equal(model(ids), other(ids))
+
+
 def test_a_later_token_changes_nothing_before_it():
     model, ids = gpt(), tokens(1, 8)
     other = ids.clone()
