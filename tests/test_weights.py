@@ -116,8 +116,8 @@ def test_memory_stays_below_the_model_and_a_fifth(tmp_path):
 # ---- what is refused
 
 @pytest.mark.parametrize("name, changes, says", [
-    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
-    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
+    ("opt", {"do_layer_norm_before": False}, "OPT-350m normalizes behind each half block"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16: OPT-350m"),
     ("opt", {"activation_function": "gelu"}, "activation_function"),
     ("gpt2", {"activation_function": "gelu"}, "activation_function"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse"), ("gpt2", {"n_embd": "32"}, "n_embd"),
