@@ -5,7 +5,7 @@ import torch
 
 import recover
 from checkpoints import load, save
-from compress import rtn
+from compress import compress, rtn
 from engine.safetensors import write_safetensors
 from kernels import PackedLinear, pack
 from model import GPT, GPTConfig
@@ -58,3 +58,45 @@ def test_tensors_without_a_name_in_the_format_are_refused_before_they_are_writte
         with pytest.raises(ValueError, match=f"tensor a is of {dtype}, which is not written"):
             write_safetensors(tmp_path / "m", {"a": torch.zeros(2, dtype=dtype)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method, settings", [("magnitude", {"sparsity": 0.5}), ("sparsegpt", {"sparsity": 0.5}),
+                                              ("wanda", {"n_m": (2, 4)}), ("rtn", {"bits": 3}), ("gptq", {"bits": 4, "refit": True}),
+                                              ("sparsegpt", {"n_m": (2, 4), "bits": 4})])
+def test_a_half_precision_checkpoint_through_its_whole_life(dtype, method, settings, tmp_path):
+    """Saved, loaded, compressed, smaller, loaded, repaired, merged, cast, saved, loaded: of its type all the way, its zeros
+    kept, and nothing of it shared with the model that it came from."""
+    model = GPT(GPTConfig(vocab_size=40, context=16, n_layer=1, n_embd=128, bias=True))
+    model.init_weights(torch.Generator().manual_seed(0)).requires_grad_(False).to(dtype)
+    ids = torch.randint(40, (4, 16), generator=torch.Generator().manual_seed(1))
+    save(model, tmp_path / "dense")
+    dense = load(tmp_path / "dense")
+    before = {name: t.clone() for name, t in dense.state_dict().items()}
+    small, _ = compress(dense, ids, method, **settings)
+    save(small, tmp_path / "small")
+    assert (tmp_path / "small").stat().st_size < 0.7 * (tmp_path / "dense").stat().st_size
+    small = load(tmp_path / "small")
+    assert small.wte.weight.dtype == dtype == small(ids).dtype
+    packed = any(isinstance(m, PackedLinear) for m in small.modules())
+    zeros = {name: small.get_submodule(name).weight == 0 for name in small.pruned}
+    assert packed != bool(zeros)
+    recover.add_lora(small, 2, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for _, _, layer in recover.lora_layers(small):
+            layer.B.normal_(0, 0.1)
+    repaired = small(ids)
+    assert repaired.dtype == dtype and not torch.equal(repaired, dense(ids))
+    if packed:
+        with pytest.raises(ValueError, match="few bits or without its zeros"):
+            recover.merge_lora(small)
+        recover.remove_lora(small)
+    else:
+        recover.merge_lora(small, keep_zeros=True)
+        assert all((small.get_submodule(name).weight[gone] == 0).all() for name, gone in zeros.items())
+    assert {p.dtype for p in small.parameters()} == {dtype} and small(ids).dtype == dtype
+    for cast in (torch.float32, torch.bfloat16, torch.float16):
+        save(small.to(cast), tmp_path / "cast")
+        back = load(tmp_path / "cast")
+        assert back.wte.weight.dtype == cast and torch.equal(back(ids), small(ids)) and back.pruned == small.pruned
+    assert dense.wte.weight.dtype == dtype and all(torch.equal(t, before[name]) for name, t in dense.state_dict().items())

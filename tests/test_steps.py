@@ -8,9 +8,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from checkpoints.adapters import load_tensors, save_tensors
+from model import GPT, GPTConfig
 from study import steps
 from study.steps import Run
+from test_script import room
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -115,6 +119,23 @@ def test_a_step_interrupted_before_its_mark_is_not_taken_for_anothers(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run.once("x.json", {"lr": 3}, (), lambda: "third", interrupted, None)
         assert run.once_json("x", {"lr": 3}, (), lambda: "third again") == "third again"
+
+
+@pytest.mark.parametrize("what", ["json", "tensors", "adapter"])
+def test_a_step_on_a_full_disk_leaves_nothing_and_the_next_run_goes_on(tmp_path, what):
+    run, model = tiny_run(tmp_path), GPT(GPTConfig(vocab_size=300, context=16, n_layer=1, n_head=2, n_embd=8))
+    step = {"json": lambda: run.once_json("x", {}, (), lambda: ["a word"] * 500),
+            "tensors": lambda: run.once_tensors("x", {}, (), lambda: {"a": torch.ones(900)}),
+            "adapter": lambda: run.once("x", {}, (), lambda: [torch.ones(12, 8)],
+                                        lambda tensors, path: save_tensors(path, model, "prompt", tensors),
+                                        lambda path: load_tensors(path, model, "prompt"))}[what]
+    for size in (50, 400, 550):
+        with room(size), pytest.raises(OSError) as error:
+            step()
+        assert error.value.errno == errno.EFBIG and str(error.value.filename).startswith(str(tmp_path))
+        assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [steps.LOCK]
+    made, again = step(), step()
+    assert [t["reused"] for t in run.log.times] == [False, True] and str(made) == str(again)
 
 
 # ---- two processes in one folder
