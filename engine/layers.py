@@ -50,6 +50,8 @@ def find_targets(model, config):
         raise ValueError("N:M layers are packed with M of at most 256, got {}:{}".format(*config.n_m))
     if isinstance(config.targets, str):
         raise ValueError(f"targets must be a list of layer names, got the text {config.targets!r}")
+    if config.targets is not None and not config.targets:
+        raise ValueError("targets is an empty list: nothing would be compressed; None means every layer")
     found = {f"blocks.{i}.{name}": layer for i, block in enumerate(model.blocks)
              for name, layer in linears(block).items()}
     packed = {name for name, layer in model.named_modules() if hasattr(layer, "packed")}

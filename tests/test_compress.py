@@ -911,6 +911,7 @@ BAD_CALLS = {  # C11: what is wrong -> (what to change in a good call, what the 
     "ids that are not whole": (dict(ids=torch.zeros(2, 8)), "float32"),
     "more ids than positions": (dict(ids=torch.zeros(2, 40, dtype=torch.long)), "40 tokens.*32"),
     "bits as a float": (dict(bits=3.0), "got 3.0"), "bits as a text": (dict(bits="3"), "got '3'"),
+    "no targets": (dict(targets=[]), "targets is an empty list"),
     "a target as a text": (dict(targets="mlp.down"), "list.*'mlp.down'"),
     "a target that is none": (dict(targets=["mlp.side"]), "mlp.side.*there are attn.k"),
     "group size as a float": (dict(group_size=8.0), "got 8.0"),
