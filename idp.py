@@ -208,6 +208,9 @@ def side_by_side(model, pool, losses):
     """
     def loss(batch):
         ids = inputs(batch)
+        if len(ids) < len(pool):
+            raise ValueError(f"{len(pool)} prompts take turns at a batch of {len(ids)} rows: give "
+                             "each a row")
         turn = torch.arange(len(ids), device=ids.device) % len(pool)  # (B,)
         each = losses(under(model, prefill(model, pool), turn, ids), batch).mean(-1)  # (B,)
         return sum(each[m::len(pool)].mean() for m in range(len(pool)))

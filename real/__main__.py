@@ -64,6 +64,8 @@ def main(arguments=None):
 
     def job():
         """The whole job, for `guard` to watch."""
+        if args.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds, args.rows)
         read_facts(args.facts)  # what is wrong with a file is said before the model is read
         named(args.task)

@@ -34,8 +34,10 @@ def real_config(path, seed=0, out="out", steps=STEPS, seeds=1, rows=16):
 
     rows  of 24 tokens in a step of a repair
     """
-    if steps < 4:
-        raise ValueError(f"--repair-steps must be at least 4, got {steps}")
+    least = max([2, *(size[0] for kind, size in REPAIRS.values() if kind == "idp")])  # a pool's prompts need a row each
+    for option, value, lowest in (("--repair-steps", steps, 4), ("--seeds", seeds, 1), ("--rows", rows, least)):
+        if value < lowest:
+            raise ValueError(f"{option} must be at least {lowest}, got {value}")
     name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
     return StudyConfig(calibration=(64, 64), repair_batch=(rows, 24), repair_steps=steps, test_people=10 ** 6, seed=seed,
                        seeds=seeds, ablation_people=25, out=os.path.join(out, name), compressions=COMPRESSIONS,

@@ -331,6 +331,8 @@ def test_side_by_side_is_each_prompt_alone_on_its_rows():
     for a, b, start in zip(together.prompts, apart.prompts, make_pool(4, 2, 5).prompts):
         close(a, b, atol=1e-5)
         assert (a - start).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="3 prompts take turns at a batch of 2 rows"):  # the mean over no row is NaN
+        idp.side_by_side(model, together, losses)(batch[:2])
 
 
 def test_fit_trains_the_pool_and_nothing_else():

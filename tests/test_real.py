@@ -515,6 +515,8 @@ def test_a_text_file_in_a_new_folder(tmp_path, folder, capsys, monkeypatch):
     (["{}", "--facts", "README.md"], "README.md: line 1"), (["{}", "--task", "arc"], "NAME=FILE"),
     (["{}", "--task", "boolq=README.md"], "boolq"), (["{}", "--task", "arc=README.md"], "README.md: line 1"),
     (["{}", "--text", "nowhere.txt"], "nowhere.txt"), (["{}", "--repair-steps", "3"], "repair-steps"),
+    (["{}", "--seeds", "0"], "--seeds must be at least 1, got 0"), (["{}", "--rows", "3"], "--rows must be at least 4, got 3"),
+    (["{}", "--jobs", "0"], "--jobs must be at least 1, got 0"),
     (["{}", "--device", "nowhere"], "--device nowhere"), (["{}", "--task", "arc={0}", "--task", "arc={0}"], "a task arc already"),
     (["{}", "--task", "arc={2}"], "line 2: 4"), (["{}", "--facts", "{3}"], "line 1 is not UTF-8"),
     (["{}", "--text", "{3}", "--facts", "{1}"], "not UTF-8"),
