@@ -186,17 +186,18 @@ def mean_attention(q, k, keys, lengths):
 
 # ---- sitting 4: displaced or re-learned? (study/shares.py, study/statistics.py)
 
-def displaced(right, sizes, draws):
+def displaced(right, draws):
     """12. Displaced with its paired interval, 30 minutes. (study/shares.py, study/statistics.py: share_of)
 
-    right (people, 3) right answers of the dense, the compressed and the repaired model about each held-out person, sizes
-    (people,) how many facts each was asked about, draws (R, people) who is drawn in each of R resamples -> (3,): the
-    share (repaired - compressed) / (dense - compressed) of the recalls, and the 2.5 and 97.5 percentile of that share
-    over the resamples. A recall is right answers over facts of whoever is drawn; the same people for all three models.
+    right (people, 3) right answers of the dense, the compressed and the repaired model about each held-out person, draws
+    (R, people) who is drawn in each of R resamples -> (3,): the share (repaired - compressed) / (dense - compressed) of
+    all right answers, and the 2.5 and the 97.5 percentile of that share over the resamples. A resample draws the same
+    people for all three models: that is what "paired" means. (Recalls are right answers over facts; all three are asked
+    the same facts, so the number of facts cancels.)
 
-    By hand: two people with 2 facts each, right ((2, 0, 1), (2, 1, 2)): recalls 4/4, 1/4, 3/4, displaced (2/4) / (3/4) =
-    0.667. The resample (0, 0): 4/4, 0/4, 2/4, share 0.5. The resample (1, 1): 4/4, 2/4, 4/4, share 1. From these two
-    resamples alone the percentiles stand between 0.5 and 1 on a straight line: 0.5125 and 0.9875.
+    By hand: two people, right ((2, 0, 1), (2, 1, 2)): sums 4, 1, 3, displaced 2/3. The resample (0, 0): 4, 0, 2, share
+    0.5. The resample (1, 1): 4, 2, 4, share 1. From these two resamples alone the percentiles stand between 0.5 and 1 on
+    a straight line: 0.5125 and 0.9875.
 
     Stuck? right[draws] is (R, people, 3). torch.quantile, or sort and interpolate at q (R - 1).
     """

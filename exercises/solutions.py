@@ -111,12 +111,12 @@ def mean_attention(q, k, keys, lengths):
 
 # ---- sitting 4: displaced or re-learned?
 
-def displaced(right, sizes, draws):
+def displaced(right, draws):
     """(3,): displaced and the ends of its 95 % interval, over resamples `draws` (R, people)."""
-    def share(right, sizes):
-        """From right answers (..., people, 3) of `sizes` (..., people) facts."""
-        dense, compressed, repaired = (right.sum(-2) / sizes.sum(-1)[..., None]).unbind(-1)
+    def share(right):
+        """Of right answers (..., people, 3). All models are asked the same facts: their number cancels."""
+        dense, compressed, repaired = right.sum(-2).unbind(-1)
         return (repaired - compressed) / (dense - compressed)
-    samples = share(right[draws], sizes[draws])  # (R,): the same people for all three models
+    samples = share(right[draws])  # (R,): the same people for all three models
     ends = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype))
-    return torch.cat([share(right, sizes)[None], ends])
+    return torch.cat([share(right)[None], ends])
