@@ -82,6 +82,49 @@ def test_edited_code_is_run_and_edited_comments_are_not(tmp_path):
     assert said == [("1", False), ("1", False), ("2", True)]
 
 
+JOB = """
+from study.settings import StudyConfig
+from study.steps import Run
+from study.ask import facts_by_split, read_world, recall
+from checkpoints import read_model
+from world.score import Subject, answer
+from world.small import World
+
+model, encoding = read_model("trained/dense.safetensors")
+config = StudyConfig(world=read_world("trained/dense.safetensors"), out="out")
+run = Run(config, World(config))
+facts = facts_by_split(config.world, 4)["heldout"]
+run.describe_reuse()
+table = run.once_json("table", {}, ("world.score",),
+                      lambda: recall(answer(Subject(model.float()), facts, encoding), facts))
+print(table[0], run.log.times[0]["reused"])
+"""
+
+
+def test_an_edited_rule_of_the_study_changes_its_table(tmp_path):
+    """A copy of the project: the rule that counts an answer as right is edited, then the texts of the world."""
+    for folder in ("engine", "checkpoints", "world", "study"):
+        shutil.copytree(os.path.join(ROOT, folder), tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for card in ("model", "kernels", "recover", "compress", "idp"):
+        shutil.copy(os.path.join(ROOT, card + ".py"), tmp_path)
+    shutil.copytree(os.path.join(ROOT, "tests", "golden", "trained"), tmp_path / "trained")
+    (tmp_path / "job.py").write_text(JOB)
+
+    def table():
+        done = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        recalled, reused = done.stdout.split()
+        return float(recalled), reused == "True", done.stderr
+    assert table()[:2] == (1.0, False)
+    assert table()[:2] == (1.0, True)
+    for file, old, new in (("world/score.py", 'gold.strip().rstrip(".") != ""', 'gold.strip().rstrip(".") == ""'),
+                           ("world/small.py", 'first, self.people["seen"]', 'first, self.people["heldout"]')):
+        source = (tmp_path / file).read_text()
+        assert source.count(old) == 1
+        (tmp_path / file).write_text(source.replace(old, new))
+        recalled, reused, said = table()
+        assert (recalled, reused) == (0.0, False) and file in said  # the first edit still counts nothing as right
+
+
 def test_a_step_depends_on_the_code_of_its_world(tmp_path):
     """What the small world's World tells, or a real one's, is in no module that the algorithms import."""
     for module, file in (("world.small", "world/small.py"), ("real.world", "real/text.py")):
