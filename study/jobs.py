@@ -4,7 +4,7 @@ Single steps of the study as scripts: train the dense GPT, compress it, repair w
 import os
 
 from checkpoints.compression import print_layers
-from study.settings import COMPRESSIONS, options, sized
+from study.settings import options, sized
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
 from study.training import RECIPE
@@ -32,20 +32,20 @@ def train(arguments):
 def compress(arguments):
     """python -m study compress: one of the study's compressions."""
     parser = options("study compress", "Compress the dense GPT; ask it before and after.")
-    parser.add_argument("--tag", choices=list(COMPRESSIONS), default="GPTQ 3 bits", help="how")
+    parser.add_argument("--tag", help='how: "RTN 3 bits", ...; none: with GPTQ')
     args = parser.parse_args(arguments)
     config = sized(args.size, args.seed, args.out)
-    run = Run(config, World(config))
+    tag, run = tag_of(config, args.tag), Run(config, World(config))
     dense = dense_subject(run)
-    small = compressed_subject(run, dense, args.tag)
+    small = compressed_subject(run, dense, tag)
     print_layers(small.about["layers"])
-    print_recalls(run, {"dense": dense, args.tag: small})
+    print_recalls(run, {"dense": dense, tag: small})
 
 
 def repair(arguments):
     """python -m study repair: one repair of one compressed model."""
     parser = options("study repair", "Repair a compressed model of the small world; ask it before and after.")
-    parser.add_argument("--base", choices=list(COMPRESSIONS), default="GPTQ 3 bits", help="what to repair")
+    parser.add_argument("--base", help='what to repair: "RTN 3 bits", ...; none: what GPTQ made')
     parser.add_argument("--method", choices=["lora", "prompt", "prefix", "idp", "bias"], default="lora", help="how")
     parser.add_argument("--repair-size", type=int, default=8, help="LoRA's rank, or the tokens of a prompt or prefix")
     parser.add_argument("--prompts", type=int, default=4, help="idp: prompts in the pool")
@@ -55,14 +55,22 @@ def repair(arguments):
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     args = parser.parse_args(arguments)
     config = sized(args.size, args.seed, args.out)
-    run = Run(config, World(config))
+    base, run = tag_of(config, args.base), Run(config, World(config))
     dense = dense_subject(run)
-    base = compressed_subject(run, dense, args.base)
+    base = compressed_subject(run, dense, base)
     size = {"idp": (args.prompts, args.repair_size, args.way), "bias": "o down"}.get(args.method, args.repair_size)
     tag = f"{args.method} {' '.join(map(str, size)) if args.method == 'idp' else size} lr {args.lr:g}"
     repaired = repaired_subject(run, base, tag, args.method, size, repair_batches(run, dense), args.objective, args.lr)
-    print_recalls(run, {"dense": dense, args.base: base, "repaired": repaired})
+    print_recalls(run, {"dense": dense, base.about["tag"]: base, "repaired": repaired})
     print(f"{repaired.about['extra']:,} extra parameters")
+
+
+def tag_of(config, tag):
+    """The compression that `tag` names among those of this size of the study; without a tag the one by GPTQ."""
+    tag = tag or next(name for name, (_, method, _) in config.compressions.items() if method == "gptq")
+    if tag not in config.compressions:
+        raise ValueError(f"no compression {tag!r} at --size {config.size}; there are {', '.join(config.compressions)}")
+    return tag
 
 
 def print_recalls(run, subjects):
