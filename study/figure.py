@@ -150,7 +150,8 @@ def row(model, base, sure, y):
 
 def dot(value, low, high, panel, role, sure, y, model):
     """The estimate as a dot, or an arrow where it lies off the axis; the interval is drawn over the dot."""
-    label = f"{model.get('tag') or model['id']}, {NAMES[panel]} {percent(value)} ({percent(low)} to {percent(high)})"
+    label = (f"{model.get('tag') or model['id']}, {NAMES[panel]} {in_percent(value)} "
+             f"({in_percent(low)} to {in_percent(high)})")
     hollow = "" if sure else " hollow"
     x = across(value, panel)
     if LOW <= value <= HIGH:
@@ -177,7 +178,7 @@ def counted(n, word):
     return f"{n} {word}" + "s" * (n != 1)
 
 
-def percent(share):
+def in_percent(share):
     return f"{100 * share:.1f} %".replace("-", "−")
 
 

@@ -33,7 +33,7 @@ def share(values, digits=1):
     return f"{100 * mean:.{digits}f}{bounds}"
 
 
-def points(difference, bounds):
+def in_points(difference, bounds):
     """A difference of shares in percentage points: "+12.0 [+8.1, +15.9]"."""
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in (difference, *bounds)))
 
@@ -88,14 +88,15 @@ def knowledge_table(results):
 
 def claims_table(results):
     """The four claims that were written down before the run."""
-    rows = [[c["statement"], points(c["estimate"], c["interval"]), f"{c['p_holm']:.2g}", c["verdict"]]
+    rows = [[c["statement"], in_points(c["estimate"], c["interval"]), f"{c['p_holm']:.2g}", c["verdict"]]
             for c in results["claims"]]
     return markdown(["claim", "difference, points", "p (Holm)", "verdict"], rows)
 
 
 def pairs_table(results):
     """Two repairs of one model compared: the paper's own comparison among them."""
-    rows = [[p["base"], p["a"], p["b"], points(p["difference"], p["interval"]), p["verdict"]] for p in results["pairs"]]
+    rows = [[p["base"], p["a"], p["b"], in_points(p["difference"], p["interval"]), p["verdict"]]
+            for p in results["pairs"]]
     return markdown(["on", "repair", "against", "displaced, points", "verdict (margin 5 points)"], rows, 3)
 
 
