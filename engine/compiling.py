@@ -10,13 +10,18 @@ What it leaves out: which functions are compiled (kernels.py, engine/decode.py).
 import warnings
 
 import torch
+import torch.nn.functional as F
 
 # Inductor's own limits would store the long expression of the fused loop half-way, and write it out again for each of
 # a few groups, which takes minutes to compile; "fast" lets it multiply and add in one instruction. The assertions would
 # look at the sizes of all tensors at every call.
 OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20,
            "realize_acc_reads_threshold": 1 << 20, "unroll_reductions_threshold": 1,
-           "size_asserts": False, "alignment_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+           "size_asserts": False, "alignment_asserts": False, "cpp.enable_floating_point_contract_flag": "fast",
+           # as wide as torch's own kernels, so that ATEN_CPU_CAPABILITY=avx2 gives the narrow code on every machine
+           "cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())}
+
+NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"  # 16 registers of 8 floats, not 32 of 16
 
 ready = {}  # {all that the code takes for granted: compiled code}
 
@@ -80,6 +85,25 @@ def compiled(f, tensors, dynamic=()):
     with torch._inductor.config.patch(OPTIONS), torch._functorch.config.patch(bundled_autograd_cache=False), \
             torch._guards.tracing(torch._guards.TracingContext(mode)):
         return compile_fx_inner(graph, fakes).current_callable
+
+
+def written_out(x):
+    """x itself, but computed once: in a fused loop each block of rows would compute x anew. as_strided needs memory to
+    stride over, so Inductor has to write x out.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
+def loaded(words):
+    """words (T, NB, ...), to be loaded in one instruction on every CPU.
+
+    In code for AVX2, Inductor copies 32-bit integers to the stack in two halves and loads them from there. That load
+    waits until both halves have left the store buffer: a third of the speed. A load under a mask has no copy; padding
+    that is cut off again makes every load one.
+    """
+    if not NARROW:
+        return words
+    return F.pad(words, (0, 0) * (words.dim() - 2) + (0, 1))[:, :words.shape[1]]
 
 
 def or_eager(compiled, eager, *arguments):
