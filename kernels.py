@@ -9,14 +9,14 @@ nn.Linear and holds packed tensors only.
 What it leaves out: code of our own in C++ or CUDA, integer activations, a fast kernel for
 unstructured sparsity. The words are made in engine/packing.py.
 
-    python kernels.py              # a lesson of seconds: codes in words, and back
-    python kernels.py --quick         # only what a claim is made about
+    python kernels.py                 # a lesson of seconds: codes in words, and back
+    python kernels.py --model FILE --text "The capital of France is" --bits 4    # any checkpoint
+    python -m tests.bench_kernels     # how fast, beside float32 and torch's int4: minutes
 
 Source: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit kernel is fast when
 it generates one token at a time).
 """
 import math
-import pathlib
 import runpy
 import sys
 
@@ -31,6 +31,7 @@ from engine.compiling import (NARROW, compile_enabled, compile_failure, compiled
 from engine.grids import Quantized
 from engine.packing import (CELL, LANES, LAYOUT, Packed, pack, pack_sparse, pieces, place_bits,
                             stored_bits, unpack)
+from engine.script import guard
 
 __all__ = ["Packed", "PackedLinear", "compile_failure", "from_spec", "matmul", "pack",
            "pack_sparse", "unpack", "use_compile"]
@@ -321,22 +322,22 @@ def from_spec(spec):
 
 
 def main():
-    """A lesson of seconds: codes in words, and back; or the benchmark, with any argument."""
+    """Alone a lesson of seconds: codes in words, and back; with arguments a job, see the top."""
     if len(sys.argv) > 1:
-        bench = pathlib.Path(__file__).resolve().parent / "tests" / "bench_kernels.py"
-        return runpy.run_path(str(bench), run_name="__main__")
+        return runpy.run_module("checkpoints.writing", run_name="__main__")  # it imports this file
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(8, (16, 32), generator=generator, dtype=torch.uint8)  # 3 bits each
     scale, zero = torch.ones(16, 1), torch.full((16, 1), 4, dtype=torch.uint8)
     quantized = Quantized(codes, scale, zero, torch.zeros(32, dtype=torch.long), 3)
     packed = pack(quantized)
     print(f"a row of 32 codes of 3 bits: {codes[0].tolist()}")
-    print(f"its three 32-bit words:      {[f'{int(w) & 0xFFFFFFFF:08x}' for w in packed.codes[0, 0, 0, :, 0]]}")
+    words = [f"{int(w) & 0xFFFFFFFF:08x}" for w in packed.codes[0, 0, 0, :, 0]]
+    print(f"its three 32-bit words:      {words}")
     print(f"unpacked it is the same: {torch.equal(unpack(packed).codes, codes)}")
     x = torch.randn(1, 32, generator=generator)
     off = (matmul(x, packed, fused=False) - x @ quantized.dequantize().T).abs().max()
     print(f"the product with the packed weight is off by {float(off):.1g}")
-    print("next: python kernels.py --quick (the benchmark, minutes), or engine/packing.py")
+    print("next: python kernels.py --model FILE --text ... (any checkpoint), or engine/packing.py")
 
 
 if __name__ == "__main__":

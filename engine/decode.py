@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from engine.compiling import compiled, or_eager, ready
 
+UNPACK, COMPILE = 4e-9, 5  # seconds to unpack a weight in eager code; to compile a block, or to read it from the disk
 ROWS = 4  # most rows of a batch that compiled code is made for; more take the eager way
 
 
@@ -106,3 +107,16 @@ def compile_decode(model, enabled=True):
     if enabled:
         model.step = Decoder(model)
     return model
+
+
+def worth_compiling(model, tokens, asked=None):
+    """(whether to compile, a line that says why) for a packed model that will write so many tokens.
+
+    asked  True or False: what the caller wants; None: compile where the time of the compiler is earned back
+    """
+    weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "packed"))
+    if asked is not None:
+        return asked, f"{'compiled' if asked else 'not compiled'}, as asked"
+    spent = UNPACK * weights * tokens
+    return spent > COMPILE, (f"{'compiled' if spent > COMPILE else 'not compiled'}: unpacking {weights:,} weights for each "
+                             f"of {tokens} tokens takes about {spent:.2g} s, compiling about {COMPILE} s")

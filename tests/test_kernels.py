@@ -13,11 +13,13 @@ import kernels
 import model
 import recover
 from checkpoints import load, save
+from checkpoints.writing import packed_model, write_text
 from engine import compiling, decode, packing
-from engine.decode import compile_decode
+from engine.decode import compile_decode, worth_compiling
 from engine.grids import Quantized
 from engine.packing import LANES, to_words
 from kernels import Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, unpack
+from world.facts import make_encoding, train_bpe
 
 SHAPES = [(1, 1), (5, 7), (16, 128), (33, 100), (40, 384)]
 
@@ -447,3 +449,52 @@ def test_compiled_decode_of_every_repair():
         for got, want in zip(answers(), expected):
             assert torch.equal(got, want)
     assert len(compiling.ready) == 2  # the head, the block
+
+
+NARROW_BODY = """
+import torch, tests.test_kernels as here
+from engine import compiling
+from kernels import _fused, matmul, pack
+torch.set_num_threads(1)
+assert compiling.NARROW
+for bits in (2, 3, 4, 8):
+    for N, K in here.SHAPES + [(64, 256)]:
+        for M in (1, 4):
+            p, x = pack(here.quantized(N, K, bits, 32)), torch.randn(M, K, generator=torch.Generator().manual_seed(M))
+            assert here.relative_error(_fused(x, p), x, p.dequantize()) < 1e-6, (N, K, bits, M)
+p, x = pack(here.quantized(64, 256, 4, 64)), torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+assert here.relative_error(matmul(x, p), x, p.dequantize()) < 1e-6 and len(compiling.ready) == 1
+"""
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU runs the narrow body above")
+def test_the_narrow_body_gives_the_same_numbers():
+    """K1 and K2 of the loop that CPUs without AVX512 run, on one that has it."""
+    done = subprocess.run([sys.executable, "-c", NARROW_BODY], env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+                          capture_output=True, text=True, cwd=pathlib.Path(kernels.__file__).parent)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_goes_on_with_a_text(tmp_path, capsys):
+    """Dense and packed at 8 bits write the same text; what is packed already has no dense row."""
+    encoding = make_encoding(train_bpe(["one two three four"] * 3, 270))
+    gpt = model.GPT(model.GPTConfig(vocab_size=encoding.n_vocab, context=24, n_layer=2, n_head=2, n_embd=32))
+    save(gpt.init_weights(torch.Generator().manual_seed(0)), tmp_path / "dense", encoding)
+    wanted = encoding.encode_ordinary("one two")
+    write_text(["--model", str(tmp_path / "dense"), "--text", "one two", "--tokens", "5", "--bits", "8", "--no-compile"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("dense, float32") and printed[2] == "not compiled, as asked"
+    assert printed[3].startswith("packed, 8 bits") and printed[1] == printed[4]
+    text = encoding.decode(load(tmp_path / "dense").generate(torch.tensor([wanted]), 5)[0].tolist())
+    assert printed[1].strip() == repr(text)
+    with pytest.raises(ValueError, match="the context of 24"):
+        write_text(["--model", str(tmp_path / "dense"), "--tokens", "30"])
+    save(packed_model(gpt, 8), tmp_path / "packed", encoding)
+    write_text(["--model", str(tmp_path / "packed"), "--text", "one two", "--tokens", "5", "--no-compile"])
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()][2:] == [repr(text)]
+
+
+def test_compiling_is_worth_it_for_much_work():
+    gpt = small_packed_model()
+    assert not worth_compiling(gpt, 10)[0] and worth_compiling(gpt, 10**7)[0]
+    assert worth_compiling(gpt, 10, True)[0] and not worth_compiling(gpt, 10**7, False)[0]
