@@ -1,31 +1,33 @@
 """
-The study: train, compress, repair, and answer the question - is the knowledge forgotten or displaced?
+The study: train, compress, repair, and answer: is the knowledge forgotten or displaced?
 
-    python evaluate.py                     # the whole study: out/results.json, tables.md, report.html, predictions.jsonl
-    python evaluate.py --quick             # the same path through a smaller world, in a minute
-    python evaluate.py --seeds 3           # compression data, repair and prompts drawn three times: adds the spread
-    python evaluate.py --full              # adds the next-token twins, and pools trained in other ways
-    python evaluate.py --size medium       # a second GPT, which has also been taught to read, compare and follow
-    python -m study                        # single steps, sweeps of one setting, the figure
-    python -m real MODEL                   # the same on a real language model
+    python evaluate.py                  # the whole study: out/results.json, tables.md, report.html
+    python evaluate.py --quick          # the same path through a smaller world, in a minute
+    python evaluate.py --seeds 3        # text and starts of compression and repair drawn 3 times
+    python evaluate.py --full           # adds next-token twins, and pools trained in other ways
+    python evaluate.py --size medium    # a second GPT, also taught to read, compare and follow
+    python -m study                     # single steps, sweeps of one setting, the figure
+    python -m real MODEL                # the same on a real language model
 
-The hypothesis, written down before the run. People are split into seen (in the repair's text) and held-out (never in
-it). With a(m, s) the recall of model m on split s,
+The hypothesis, written down before the run. People are split into seen (in the repair's text) and
+held-out (never in it). With a(m, s) the recall of model m on split s,
 
-    displaced = (a(repaired, held-out) - a(compressed, held-out)) / (a(dense, held-out) - a(compressed, held-out))
+    displaced = (a(repaired, held-out) - a(compressed, held-out))
+                / (a(dense, held-out) - a(compressed, held-out))
     relearned = the same fraction on seen people, minus displaced
 
-    H0  what compression took is forgotten: displaced = 0, and a repair gains on the people in its text only
+    H0  what compression took is forgotten: displaced = 0; a repair gains on the people in its text
     H1  it is displaced: displaced > 0, on people that no repair has read about
 
-Displaced is a lower bound: a repair brings back at least so much; what it does not bring back may still be there. Three
-controls (study/controls.py), damaged by construction, say what the test answers where the truth is known. Every number
-has a 95 % interval over people and draws; every model is compared with the one it was made from by an exact test that
-flips a person's facts together, all corrected together (study/comparisons.py). Four claims were written down before the
+Displaced is a lower bound: a repair brings back at least so much; what it does not bring back may
+still be there. Three controls (study/controls.py), damaged by construction, say what the test
+answers where the truth is known. Every number has a 95 % interval over people and draws; every
+model is compared with the one it was made from by an exact test that flips a person's facts
+together, all corrected together (study/comparisons.py). Four claims were written down before the
 run (study/claims.py). The verdicts in words follow from these alone.
 
-Read it from the bottom: `study` makes every model and asks it (`every_model`, `ask`), so that each is a row; then it
-passes over the finished rows for intervals, comparisons and verdicts.
+Read it from the bottom: `study` makes every model and asks it (`every_model`, `ask`), so that each
+is a row; then it passes over the finished rows for intervals, comparisons and verdicts.
 """
 from dataclasses import asdict
 
@@ -51,7 +53,7 @@ from world.small import World
 # ---- every model is made and asked: a row each
 
 def every_model(run, dense):
-    """The Subjects of the study, in the order of the table: dense, then each compression and its repairs."""
+    """The Subjects of the study in the table's order: dense, each compression and its repairs."""
     yield dense
     batches = repair_batches(run, dense)
     for tag in run.config.compressions:
@@ -68,22 +70,24 @@ def every_model(run, dense):
 def ask(run, subject, asked, group="study"):
     """One model becomes a row: what it is, what it costs, what it answers to asked {split: facts}.
 
-    group  "study", or the control that it belongs to: rows of a group share facts and one undamaged reference
+    group  "study", or the control that it belongs to: rows of a group share facts and one undamaged
+           reference
 
-    "answers", "entities" and "scores" hold single facts; `publish` takes them out of the finished row.
+    "answers", "entities" and "scores" hold single facts; `publish` takes them out of the row.
     """
     about, world = subject.about, run.world
     settings = {**about["settings"], "asked": publish.digest_of_facts(asked)}
     given = run.once_json(about["id"] + ".answers", settings, ANSWERS,
                           lambda: {split: answer(light(subject), facts, world.encoding)
                                    for split, facts in asked.items()})
-    return {**{key: about[key] for key in ("id", "tag", "base", "operation", "layers")}, "kind": kind_of(about),
-            "group": group, "metrics": costs(subject), "intervals": {}, "verdict": None, "confirmed": None, "answers": given,
-            "entities": {split: [fact.person for fact in facts] for split, facts in asked.items()}}
+    entities = {split: [fact.person for fact in facts] for split, facts in asked.items()}
+    return {**{key: about[key] for key in ("id", "tag", "base", "operation", "layers")},
+            "kind": kind_of(about), "group": group, "metrics": costs(subject), "intervals": {},
+            "verdict": None, "confirmed": None, "answers": given, "entities": entities}
 
 
 def kind_of(about):
-    """What a row is: the undamaged reference, a control, a compressed model, or a repair of one of the last two."""
+    """The undamaged reference, a control, a compressed model, or a repair of one of these two."""
     if about["base"] is None:
         return "dense" if about["id"] == "dense" else "reference"
     if "kind" in about:
@@ -92,22 +96,27 @@ def kind_of(about):
 
 
 def look_closer(run, row, subject, dense, base):
-    """What the study asks of its own models beside facts: perplexity, tasks, attention, ways to choose a prompt."""
+    """What else the study's own models are asked: perplexity, tasks, attention, ways to choose."""
     about, world, config = subject.about, run.world, run.config
-    row["metrics"]["perplexity"] = run.once_json(about["id"] + ".perplexity", about["settings"], ANSWERS,
-                                                 lambda: perplexity(light(subject), world.windows))
+    name, settings, people = about["id"], about["settings"], config.ablation_people
+    row["metrics"]["perplexity"] = run.once_json(
+        name + ".perplexity", settings, ANSWERS, lambda: perplexity(light(subject), world.windows))
     row["scores"] = score_tasks(run, subject, row["answers"])
-    row["similarity"] = run.once_json(about["id"] + ".inside", {**about["settings"], "texts": len(world.inside)},
-                                      ("study.inside", *ANSWERS),
-                                      lambda: inside.similarity(subject, dense, world.inside))
-    if about.get("kind") == "idp" and config.ablation_people:
-        tried = run.once_json(about["id"] + ".selectors", {**about["settings"], "people": config.ablation_people},
-                              ("study.pools", *ANSWERS), lambda: pools.try_selectors(run, subject, base))
-        row["idp"] = pools.summary(tried, world.facts("heldout", config.ablation_people), config.seed)
+    row["similarity"] = run.once_json(
+        name + ".inside", {**settings, "texts": len(world.inside)}, ("study.inside", *ANSWERS),
+        lambda: inside.similarity(subject, dense, world.inside))
+    if about.get("kind") == "idp" and people:
+        tried = run.once_json(
+            name + ".selectors", {**settings, "people": people}, ("study.pools", *ANSWERS),
+            lambda: pools.try_selectors(run, subject, base))
+        row["idp"] = pools.summary(tried, world.facts("heldout", people), config.seed)
 
 
 def own_group(run, dense):
-    """(Subjects, draws): the study's own models, and their rows for each draw of `--seeds`; the first draw has all."""
+    """(Subjects, draws): the study's own models, and their rows for each draw of `--seeds`.
+
+    The first draw has all that is measured, the others have what intervals need.
+    """
     asked, draws = run.world.asked(run.config), []
     for k in range(run.config.seeds):
         drawn, rows, made = run.draw(k), [], {}
@@ -125,7 +134,9 @@ def own_group(run, dense):
 
 
 def control_group(run, dense, name, make=control_subjects):
-    """[rows] of one control for each draw: its reference, the damaged model, the repairs; and what they were asked.
+    """[rows] of one control for each draw, and what they were asked.
+
+    The rows are its reference, the damaged model, the repairs.
 
     make  (run, dense, name) -> (Control, its Subjects)
     """
@@ -143,20 +154,22 @@ def control_group(run, dense, name, make=control_subjects):
 # ---- passes over the finished rows
 
 def add_verdicts(rows, tests):
-    """Whether each repair's gain on held-out people is confirmed, and the verdict in words, from its comparison."""
+    """From its comparison: whether a repair's held-out gain is confirmed, the verdict in words."""
     recall = {m["id"]: m["metrics"]["recall_heldout"] for m in rows}
     for m in rows:
         if m["kind"] == "repaired":
             test, = [t for t in tests if (t["model"], t["what"]) == (m["id"], "recall, held-out")]
             lost = recall[rows[0]["id"]] - recall[m["base"]]
             m["confirmed"] = bool(test["p_holm"] < 0.05 and test["difference"] > 0)
-            m["verdict"] = verdict(m, test, test["detectable"] / lost if test["detectable"] and lost > 0 else None)
+            reach = test["detectable"] / lost if test["detectable"] and lost > 0 else None
+            m["verdict"] = verdict(m, test, reach)
 
 
 def verdict(model, test, reach=None):
     """What one repaired model's test and intervals say in words: nothing in it is judged by hand.
 
-    test   its comparison with the unrepaired model on held-out recall: for a claim its corrected p is below 0.05
+    test   its comparison with the unrepaired model on held-out recall: for a claim its corrected p
+           is below 0.05
     reach  the smallest displaced share that the test would find four times in five
     """
     value, bounds = model["metrics"], model["intervals"]
@@ -170,14 +183,19 @@ def verdict(model, test, reach=None):
     else:
         said = f"at least {max(low, 0):.0%} was displaced"
     power = f", a share of {reach:.0%} would be found four times in five" if reach else ""
-    gain = "is re-learned" if least > 0 else "are lost again" if most < 0 else "re-learned is not told from zero"
-    again = gain if least <= 0 <= most else f"of seen facts {abs(value['relearned']):.0%} more {gain}"
+    gain = "is re-learned" if least > 0 else "are lost again"
+    again = f"of seen facts {abs(value['relearned']):.0%} more {gain}"
+    if least <= 0 <= most:
+        again = "re-learned is not told from zero"
     return (f"{said}: displaced {value['displaced']:.0%} [{low:.0%}, {high:.0%}]{power}; {again}, "
             f"{value['relearned']:.0%} [{least:.0%}, {most:.0%}]")
 
 
 def context_check(run, dense):
-    """Held-out recall with and without 24 tokens of unrelated text in front: what every prompt's result rests on."""
+    """Held-out recall with and without 24 tokens of unrelated text in front of the question.
+
+    If these cost recall, so would every prompt, whatever it holds.
+    """
     facts = run.world.facts("heldout", run.config.test_people)
     with torch.no_grad():
         prompt = dense.model.wte(run.world.unrelated())
@@ -190,10 +208,11 @@ def context_check(run, dense):
 # ---- the main job
 
 def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjects):
-    """The whole study of one dense model: what results.json holds, its rows still with their single answers.
+    """The whole study of one dense model: what results.json holds, rows with their single answers.
 
     files     {task: its questions} to ask of every model beside the facts, see study/taskfiles.py
-    controls  the names of the kinds of damage that are known by construction, which `make_control` makes (control_group)
+    controls  the names of the kinds of damage that are known by construction, which `make_control`
+              makes (control_group)
     """
     config, asked, seed = run.config, run.world.asked(run.config), run.config.seed
     subjects, draws = own_group(run, dense)
@@ -205,11 +224,10 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
     add_files(run, rows, subjects, files or {})
     compared = comparisons(draws, items)
     add_verdicts(rows, compared)
-    where = {m["id"]: m for m in rows}
+    texts = {m["id"]: m["similarity"]["texts"] for m in rows}
     for m in rows:
         if m["kind"] == "repaired":
-            m["similarity"]["nearer"] = inside.nearer(m["similarity"]["texts"], where[m["base"]]["similarity"]["texts"],
-                                                      seed + 8)
+            m["similarity"]["nearer"] = inside.nearer(texts[m["id"]], texts[m["base"]], seed + 8)
     for name in controls:
         known, facts = control_group(run, dense, name, make_control)
         add_shares(known, facts, seed)
@@ -218,35 +236,48 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         compared, rows = compared + tests, rows + known[0]
 
     said = {"asked": publish.digest_of_facts(asked)}
-    context = run.once_json("context", {**dense.about["settings"], **said}, ANSWERS, lambda: context_check(run, dense))
-    noise = run.once_json("noise", [said, *(s.about["settings"] for s in subjects)], ("study.comparisons", *ANSWERS),
-                          lambda: noise_floor(run, subjects, {m["id"]: m["answers"] for m in draws[0]}))
-    return {"name": run.world.name, "settings": asdict(config), "seed": seed, "models": rows, "context": context,
-            "headline": claims.headline(draws[0]), "claims": claims.claims(draws, displaced, config.claimed, config.endpoint),
-            "pairs": claims.pairs(draws[0], displaced, config.claimed), "comparisons": compared, "noise": noise,
-            "metrics": publish.metrics(rows, files or {}),
-            "files": {name: len(questions) for name, questions in (files or {}).items()},
-            "operations": [{"name": n, "parameters": None, "description": d} for n, d in OPERATIONS.items()],
-            "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"} for m in rows if m["verdict"]],
-            "hypothesis": "H0: displaced = 0. H1: displaced > 0 on people that no repair has read about."}
+    context = run.once_json("context", {**dense.about["settings"], **said}, ANSWERS,
+                            lambda: context_check(run, dense))
+    noise = run.once_json("noise", [said, *(s.about["settings"] for s in subjects)],
+                          ("study.comparisons", *ANSWERS),
+                          lambda: noise_floor(run, subjects,
+                                              {m["id"]: m["answers"] for m in draws[0]}))
+    return {
+        "name": run.world.name, "settings": asdict(config), "seed": seed,
+        "hypothesis": "H0: displaced = 0. "
+                      "H1: displaced > 0 on people that no repair has read about.",
+        "headline": claims.headline(draws[0]),
+        "claims": claims.claims(draws, displaced, config.claimed, config.endpoint),
+        "pairs": claims.pairs(draws[0], displaced, config.claimed),
+        "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"}
+                     for m in rows if m["verdict"]],
+        "models": rows, "comparisons": compared, "noise": noise, "context": context,
+        "metrics": publish.metrics(rows, files or {}),
+        "files": {name: len(questions) for name, questions in (files or {}).items()},
+        "operations": [{"name": name, "parameters": None, "description": what}
+                       for name, what in OPERATIONS.items()]}
 
 
 def main():
     """The script: see the top of this file, and --help."""
-    parser = options("evaluate.py", "Train, compress, repair, and say whether knowledge was forgotten or displaced.")
-    parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="the same as --size quick")
+    parser = options("evaluate.py", "Train, compress, repair, and say whether knowledge was "
+                                    "forgotten or displaced.")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="size",
+                        help="the same as --size quick")
     parser.add_argument("--full", action="store_true",
                         help="also the next-token twins, and pools trained in other ways")
     parser.add_argument("--seeds", type=int, default=StudyConfig.seeds, metavar="K",
-                        help="draw compression data, repair and prompts K times, and add the spread")
-    parser.add_argument("--all-tasks", action="store_true", help="ask every model every task of items.py, not a few")
+                        help="draw the text and starts of compression and repair K times")
+    parser.add_argument("--all-tasks", action="store_true",
+                        help="ask every model every task of items.py, not a few")
     args = parser.parse_args()
 
     def job():
         """The whole job, for `guard` to watch."""
         if args.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
-        config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
+        config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks,
+                       seeds=args.seeds)
         run = Run(config, World(config))
         run.alone()
         run.describe_reuse()

@@ -287,7 +287,7 @@ class GPT(nn.Module):
                 block.attn.rope = table
 
     def _apply(self, fn, recurse=True):
-        """A cast or a move (`to`, `half`, ...): the table is made anew, as a cast would round it."""
+        """A cast or a move (`to`, `half`): the table is made anew, as a cast would round it."""
         super()._apply(fn, recurse)
         self.share_table()
         return self

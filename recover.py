@@ -352,7 +352,9 @@ def make_optimizers(model, parameters, config):
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     groups = [g for g in groups if g["params"]]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)] if groups else []
+    optimizers = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, config.lr, config.betas, fused=True))
     if hidden:
         optimizers.append(Muon(hidden, config.muon, config.weight_decay))
     return optimizers
