@@ -162,7 +162,7 @@ def mean_attention():
     q, k, keys = tensor([1.]).view(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), tensor([0, math.log(2)]).view(2, 1, 1, 1)
     yield "the example", (q, k, keys, torch.tensor([1])), tensor([[0.25, 0.5]]), 1e-6
     q, k, keys, lengths = draw(11, 2, 2, 4, 3), draw(12, 2, 2, 4, 3), draw(13, 3, 2, 5, 3), torch.tensor([4, 2])
-    (B, nh, T, hs), (M, P) = q.shape, (3, 5)
+    (B, nh, _, hs), (M, P) = q.shape, (3, 5)
     expected = torch.zeros(B, M, dtype=torch.float64)
     for b, h in torch.cartesian_prod(torch.arange(B), torch.arange(nh)).tolist():
         for t in range(lengths[b]):
