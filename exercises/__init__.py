@@ -1,1 +1,1 @@
-"""The exercises of the course: fill.py is to be written, check.py says what is right, solutions.py has one answer each."""
+"""The exercises of the course: fill.py is to be written, check.py says what is right, solutions.py has answers."""

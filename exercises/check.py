@@ -6,11 +6,12 @@ Check the exercises: of each function right, where the first number differs, or 
     python exercises/check.py --file my.py            # of a copy
     python exercises/check.py --solutions             # of exercises/solutions.py: all are right
 
-Exit status 0 where everything asked for is right, 1 where something is wrong or missing, 2 where the file cannot be run.
+Exit status 0 where all that was asked for is right, 1 where something is wrong or missing, 2 for a file that does not
+run.
 
-Where the expected numbers come from: the examples in the text, which a hand can follow; tests/golden, which other programs
-or a naive loop in float64 made; complex numbers (rotate), loops over single numbers (attention), torch's kl_div
-(distillation), whole numbers of Python (pack4). None comes from the product's own function.
+Where the expected numbers come from: the examples in the text, which a hand can follow; tests/golden; complex numbers
+(rotate); loops over single numbers (attention, mean_attention); torch's kl_div (distillation); whole numbers of Python
+(pack4).
 """
 import argparse
 import cmath
@@ -35,12 +36,13 @@ GOLDEN = ROOT / "tests" / "golden"
 
 def rotate():
     """Turning is multiplication by exp(i angle) of a complex number."""
-    yield "the example", (tensor([[[[1., 2, 3, 4]]]]), tensor([[0., 1]]), tensor([[1., 0]])), tensor([[[[-3., 2, 1, 4]]]]), 1e-6
+    one, cos, sin = tensor([[[[1., 2, 3, 4]]]]), tensor([[0., 1]]), tensor([[1., 0]])
+    yield "the example", (one, cos, sin), tensor([[[[-3., 2, 1, 4]]]]), 1e-6
     x, angle = draw(0, 2, 3, 4, 6), draw(1, 4, 3)
     turned = [[[[complex(token[i], token[i + 3]) * cmath.exp(1j * angle[t, i].item()) for i in range(3)]
                 for t, token in enumerate(head)] for head in row] for row in x.tolist()]
-    expected = [[[[z.real for z in token] + [z.imag for z in token] for token in head] for head in row] for row in turned]
-    yield "4 tokens, 3 pairs", (x, angle.cos(), angle.sin()), tensor(expected), 1e-9
+    turned = torch.tensor(turned, dtype=torch.complex128)
+    yield "4 tokens, 3 pairs", (x, angle.cos(), angle.sin()), torch.cat([turned.real, turned.imag], -1), 1e-9
 
 
 def attention():
@@ -65,8 +67,8 @@ def cached_attention():
     whole = looped_attention(q, k, v)
     for at, T in ((3, 1), (4, 2)):
         cache = torch.stack([k[:, :, :at], v[:, :, :at]])
-        new = (t[:, :, at:at + T] for t in (q, k, v))
-        yield (f"{T} new behind {at}", (*new, cache), (whole[:, :, at:at + T], torch.stack([k, v])[:, :, :, :at + T]), 1e-9)
+        new, longer = (t[:, :, at:at + T] for t in (q, k, v)), torch.stack([k, v])[:, :, :, :at + T]
+        yield f"{T} new behind {at}", (*new, cache), (whole[:, :, at:at + T], longer), 1e-9
 
 
 def looped_attention(q, k, v):
@@ -85,11 +87,9 @@ def rtn():
     """tests/golden/compress.json."""
     yield "the example", (tensor([[-1., 0, 2, 0.5]]), 2, 4), tensors([[0, 1, 3, 1]], [[1.]], [[1]]), 1e-6
     yield "zeros", (torch.zeros(1, 2), 3, 2), tensors([[0, 0]], [[1.]], [[0]]), 1e-6
-    for name, group in (("plain", 22), ("odd rows", 12)):
-        for case, W, _ in golden("compress", "rtn", {"bits": 3}, name) + golden("compress_edges", "rtn", {"bits": 3}, name):
-            yield f"{name}, 3 bits", (W, 3, group), quantized(case), 1e-6
-    for case, W, _ in golden("compress_edges", "rtn", {"bits": 3}, "halves"):
-        yield "halves, 3 bits", (W, 3, 8), quantized(case), 1e-6
+    for file, name, columns in (("compress", "plain", 22), ("compress_edges", "halves", 8)):
+        case, W, _ = golden(file, "rtn", {"bits": 3}, name)
+        yield f"{name}, 3 bits", (W, 3, columns), quantized(case), 1e-6
     W = tensor([[0, 1, 2, 3, -3, -2, 0, 0], [10, 20, 30, 0, 4, 5, 6, 4]])
     yield ("two groups, 2 bits", (W, 2, 4), tensors([[0, 1, 2, 3, 0, 1, 3, 3], [1, 2, 3, 0, 2, 2, 3, 2]],
                                                    [[1, 1], [10, 2]], [[0, 3], [0, 0]]), 1e-6)
@@ -120,17 +120,19 @@ def gptq():
     H[2, 3] = H[3, 2] = 0.9
     yield "the example", (tensor([[0, 3, 1.4, 1.4]]), H, 2, 0.0), tensors([[0, 3, 1, 2]], [[1.]], [[0]]), 1e-6
     for name, settings in (("plain", {"bits": 3}), ("odd rows", {"bits": 3}), ("plain", {"bits": 8, "damp": 0.05})):
-        for case, W, H in golden("compress", "gptq", settings, name):
-            yield f"{name}, {settings['bits']} bits", (W, H, settings["bits"], settings.get("damp", 0.01)), quantized(case), 1e-6
+        case, W, H = golden("compress", "gptq", settings, name)
+        given = W, H, settings["bits"], settings.get("damp", 0.01)
+        yield f"{name}, {settings['bits']} bits", given, quantized(case), 1e-6
 
 
 def keep_n_of_m():
     """tests/golden/compress.json and compress_edges.json: ties, a short last group."""
     keep = torch.tensor([[True, False, False, True, True]])
     yield "the example", (tensor([[5., 1, 1, 1, 2]]), 2, 4), keep, 0
-    for file, n_m, name in (("compress", [2, 4], "plain"), ("compress_edges", [2, 5], "ties"), ("compress_edges", [1, 3], "ties")):
-        for case, W, _ in golden(file, "magnitude", {"n_m": n_m}, name):
-            yield f"{name}, {n_m[0]}:{n_m[1]}", (W.abs(), *n_m), torch.tensor(case["keep"]).bool(), 0
+    edges = "compress_edges"
+    for file, n_m, name in (("compress", [2, 4], "plain"), (edges, [2, 5], "ties"), (edges, [1, 3], "ties")):
+        case, W, _ = golden(file, "magnitude", {"n_m": n_m}, name)
+        yield f"{name}, {n_m[0]}:{n_m[1]}", (W.abs(), *n_m), torch.tensor(case["keep"]).bool(), 0
 
 
 def pack4():
@@ -152,7 +154,7 @@ def distillation():
         log_p, tokens = teacher.topk(k, dim=-1)
         log_q = logits.log_softmax(-1).gather(-1, tokens)
         if k < 7:  # the rest as one more token
-            log_p, log_q = (torch.cat([t, (-torch.expm1(t.logsumexp(-1, keepdim=True))).log()], -1) for t in (log_p, log_q))
+            log_p, log_q = (torch.cat([t, (1 - t.exp().sum(-1, keepdim=True)).log()], -1) for t in (log_p, log_q))
         expected = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         yield f"the {k} likeliest of 7", (logits, teacher.topk(k, dim=-1).values, tokens), expected, 1e-6
 
@@ -209,11 +211,10 @@ def draw(seed, *shape):
 
 
 def golden(file, call, settings, name):
-    """[(result, W, H)] of the golden cases of this call, these settings and this problem, none or one."""
-    data = read_json(GOLDEN / f"{file}.json")
-    cases = [c for c in data["cases"] if (c["call"], c["settings"], c["problem"]) == (call, settings, name)]
-    problem = data["problems"].get(name) or (cases and read_json(GOLDEN / "compress.json")["problems"][name])
-    return [(case["result"], tensor(problem["W"]), tensor(problem["H"])) for case in cases]
+    """(result, W, H) of the golden case of this call, these settings and this problem."""
+    data, wanted = read_json(GOLDEN / f"{file}.json"), (call, settings, name)
+    case = next(c for c in data["cases"] if (c["call"], c["settings"], c["problem"]) == wanted)
+    return case["result"], *(tensor(data["problems"][name][key]) for key in "WH")
 
 
 def quantized(result):
@@ -249,7 +250,8 @@ def differs(got, expected, tolerance, name="result"):
     """Where `got` first differs from `expected`, a tensor or a tuple of them, in words; "" where it does not."""
     if isinstance(expected, tuple):
         if not isinstance(got, tuple) or len(got) != len(expected):
-            return f"{name} must be {len(expected)} tensors, got {len(got) if isinstance(got, tuple) else type(got).__name__}"
+            count = len(got) if isinstance(got, tuple) else type(got).__name__
+            return f"{name} must be {len(expected)} tensors, got {count}"
         parts = (differs(g, e, tolerance, f"{name} {i}") for i, (g, e) in enumerate(zip(got, expected)))
         return next(filter(None, parts), "")
     if isinstance(got, (int, float)) and expected.dim() == 0:

@@ -4,8 +4,8 @@ Ask checkpoints the facts of the world that they were trained on: right answers,
     python -m study ask --model tests/golden/trained/dense.safetensors tests/golden/trained/gptq-3-bits.safetensors
     python -m study ask --model out/gptq-3-bits.safetensors
 
-Which world a checkpoint knows stands beside it: in FILE.made.json, where the study made it, or in world.json. The world's
-sizes and seed are all there is to know: the same people come of them again (world/facts.py).
+Which world a checkpoint knows stands beside it: in FILE.made.json, where the study made it, or in world.json. The
+world's sizes and seed are all there is to know: the same people come of them again (world/facts.py).
 
 What it leaves out: repairs (`python -m study repair`), models that know no invented people (`python -m real`).
 """
@@ -33,8 +33,8 @@ def read_world(model, facts=None):
     beside = [model + ".made.json", os.path.join(os.path.dirname(model), "world.json")]
     found = [path for path in ([facts] if facts else beside) if facts or os.path.exists(path)]
     if not found:
-        raise ValueError(f"{model}: no {' or '.join(map(os.path.basename, beside))} beside it says which world it knows: "
-                         "name such a file with --facts")
+        raise ValueError(f"{model}: no {' or '.join(map(os.path.basename, beside))} beside it says which world it "
+                         "knows: name such a file with --facts")
     fields = read_json(found[0])
     settings = fields.get("settings", fields)
     fields = settings.get("world", fields) if isinstance(settings, dict) else fields
@@ -73,7 +73,8 @@ def main(arguments):
                                      description="Ask checkpoints the facts of the world that they were trained on.")
     parser.add_argument("--model", nargs="+", metavar="FILE", default=[os.path.join(TRAINED, "dense.safetensors")],
                         help="checkpoints of this study")
-    parser.add_argument("--facts", metavar="FILE", help="a world.json, or the .made.json of a step; none: beside each model")
+    parser.add_argument("--facts", metavar="FILE",
+                        help="a world.json, or the .made.json of a step; none: beside each model")
     parser.add_argument("--people", type=int, default=500, help="of each split, at most")
     parser.add_argument("--show", type=int, default=3, help="answers of each split to print, the first wrong ones")
     args = parser.parse_args(arguments)

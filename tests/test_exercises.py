@@ -1,4 +1,4 @@
-"""The checker says right of every solution and wrong of every mistake; the small GPT that comes along answers as it did."""
+"""The checker says right of every solution and wrong of every mistake; the small GPT answers as it did."""
 import json
 import os
 import pathlib
@@ -25,7 +25,8 @@ WRONG = {  # exercise: [(a piece of its solution, a plausible mistake in its pla
     "rotate": [("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
                ("a, b = x.chunk(2, dim=-1)  #", "a, b = x[..., ::2], x[..., 1::2]  #"),
                ("a * sin], dim=-1)", "a * sin], dim=-2)")],
-    "attention": [("/ math.sqrt(hs)  # (B, nh, T, S)", ""), ("t.repeat_interleave(nh // nkv, dim=1)", "t.repeat(1, nh // nkv, 1, 1)"),
+    "attention": [("/ math.sqrt(hs)  # (B, nh, T, S)", ""),
+                  ("t.repeat_interleave(nh // nkv, dim=1)", "t.repeat(1, nh // nkv, 1, 1)"),
                   ("triu(S - T + 1)", "triu(1)"), ("triu(S - T + 1)", "triu(S - T)"),
                   (".masked_fill(later, -torch.inf).softmax(-1) @ v", ".softmax(-1).masked_fill(later, 0) @ v"),
                   (".softmax(-1) @ v", ".softmax(-2) @ v")],
@@ -33,7 +34,8 @@ WRONG = {  # exercise: [(a piece of its solution, a plausible mistake in its pla
                          ("[cache, torch.stack([k, v])]", "[torch.stack([k, v]), cache]"),
                          ("attention(q, *cache), cache", "attention(q, k, v), cache"),
                          ("attention(q, *cache), cache", "attention(q, *cache)")],
-    "rtn": [("(groups / scale[:, :, None]).round() + zero[:, :, None]", "(groups / scale[:, :, None] + zero[:, :, None]).round()"),
+    "rtn": [("(groups / scale[:, :, None]).round() + zero[:, :, None]",
+             "(groups / scale[:, :, None] + zero[:, :, None]).round()"),
             (".clamp(max=0), groups", ", groups"), ("top = 2**bits - 1\n    groups", "top = 2**bits\n    groups"),
             ("    scale = torch.where(scale > 0, scale, 1.0)\n", ""), ("(-low / scale).round()", "low / scale"),
             ("codes.clamp(0, top).view", "codes.view"),
@@ -42,25 +44,32 @@ WRONG = {  # exercise: [(a piece of its solution, a plausible mistake in its pla
                        ("X.T @ X / len(X)", "2 * X.T @ X / len(X)"), ("< lengths[:, None]", "<= lengths[:, None]")],
     "output_error": [("((D @ H) * D).sum()", "(D * D).sum()"), ("((D @ H) * D).sum()", "((D @ H) * D).mean()"),
                      ("((D @ H) * D).sum()", "(D @ H @ D.T).sum()")],
-    "gptq": [("upper=True)", "upper=False)"), ("torch.linalg.cholesky(torch.linalg.inv(H), upper=True)", "torch.linalg.cholesky(H, upper=True)"),
+    "gptq": [("upper=True)", "upper=False)"),
+             ("torch.linalg.cholesky(torch.linalg.inv(H), upper=True)", "torch.linalg.cholesky(H, upper=True)"),
              ("W[:, j:] -=", "W[:, j:] +="), ("/ U[j, j]\n", "\n"), ("    H = H + damp", "    H = H + 0 * damp"),
              ("W, codes = W.clone(), torch", "codes = torch"), ("H.diagonal().mean()", "H.mean()")],
-    "keep_n_of_m": [("order[:, :m - n]", "order[:, :n]"), ("order[:, :m - n]", "order[:, n:]"), ("value=-1.0", "value=1e9"),
+    "keep_n_of_m": [("order[:, :m - n]", "order[:, :n]"), ("order[:, :m - n]", "order[:, n:]"),
+                    ("value=-1.0", "value=1e9"),
                     ("order = padded.view(-1, m).argsort(dim=-1, stable=True)",
                      "order = m - 1 - padded.view(-1, m).flip(1).argsort(dim=-1, stable=True)"),
                     ("    keep = torch.ones_like", "    return score >= score.median()\n    keep = torch.ones_like")],
     "pack4": [("<< 4 * torch.arange(8)", "<< 4 * torch.arange(8).flip(0)"), ("<< 4 *", "<< 3 *"),
-              ("torch.where(words < 2**31, words, words - 2**32)", "words.clamp(max=2**31 - 1)"), ("words - 2**32).int()", "words - 2**32)")],
+              ("torch.where(words < 2**31, words, words - 2**32)", "words.clamp(max=2**31 - 1)"),
+              ("words - 2**32).int()", "words - 2**32)")],
     "distillation": [("logits.log_softmax(-1).gather(-1, tokens)", "logits.gather(-1, tokens).log_softmax(-1)"),
                      (" + rest_p * (rest_p / rest_q).log()", ""), ("(p * (log_p - log_q))", "(q * (log_q - log_p))"),
-                     ("rest_p * (rest_p / rest_q)", "rest_q * (rest_q / rest_p)"), ("log_p - log_q)).sum(-1)", "log_p - log_q)).mean(-1)")],
-    "mean_attention": [(".mean((1, -1))  # (B", ".sum(-1).mean(1)  # (B"), (".softmax(-1)[..., :M * P]", "[..., :M * P].softmax(-1)"),
+                     ("rest_p * (rest_p / rest_q)", "rest_q * (rest_q / rest_p)"),
+                     ("log_p - log_q)).sum(-1)", "log_p - log_q)).mean(-1)")],
+    "mean_attention": [(".mean((1, -1))  # (B", ".sum(-1).mean(1)  # (B"),
+                       (".softmax(-1)[..., :M * P]", "[..., :M * P].softmax(-1)"),
                        (".sum(1) / lengths[:, None]", ".sum(1) / T"), ("(p * real[..., None]).sum(1)", "p.sum(1)"),
-                       ("triu(M * P + 1)", "triu(1)"), ("torch.cat([side, k], dim=2)", "torch.cat([side, k.flip(2)], dim=2)")],
+                       ("triu(M * P + 1)", "triu(1)"),
+                       ("torch.cat([side, k], dim=2)", "torch.cat([side, k.flip(2)], dim=2)")],
     "displaced": [("(repaired - compressed) / (dense - compressed)", "repaired / dense"),
                   ("(repaired - compressed) / (dense - compressed)", "(repaired - compressed) / dense"),
                   ("[0.025, 0.975]", "[0.05, 0.95]"), ("share(right)[None], ends", "samples.mean()[None], ends"),
-                  ("share(right[draws])", "share(torch.stack([right[draws.flip(0), 0], right[draws, 1], right[draws, 2]], -1))")]}
+                  ("share(right[draws])",
+                   "share(torch.stack([right[draws.flip(0), 0], right[draws, 1], right[draws, 2]], -1))")]}
 
 
 def judged(path, name):
@@ -84,7 +93,8 @@ def test_there_are_enough_mistakes():
 
 def run_check(*arguments):
     """(exit status, what is printed, on stderr) of the checker, as a reader runs it: on one thread."""
-    done = subprocess.run([sys.executable, "exercises/check.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "exercises/check.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -105,7 +115,8 @@ def test_the_sheet_as_it_comes_is_not_written_yet():
 @pytest.mark.parametrize("body, said", [
     ("    pass", "result must be a tensor, got NoneType"), ("    return D", "result must have shape (), got (1, 2)"),
     ("    return torch.tensor(1.0)", "wrong, the example, nearest: result is 1, expected 0.608"),
-    ("    raise KeyError('x')", "stops in line 3 with KeyError: 'x'"), ("    D.zero_()\n    return torch.tensor(0.608)", "argument 0 was changed"),
+    ("    raise KeyError('x')", "stops in line 3 with KeyError: 'x'"),
+    ("    D.zero_()\n    return torch.tensor(0.608)", "argument 0 was changed"),
     ("    return float('nan')", "result is nan, expected 0.608"), ("    raise NotImplementedError", "not written yet")])
 def test_what_is_said_of_an_unfinished_function(body, said, tmp_path):
     (tmp_path / "mine.py").write_text(f"import torch\ndef output_error(D, H):\n{body}\n")
@@ -118,7 +129,8 @@ def test_where_the_first_number_differs():
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["nonsense"], "no exercise 'nonsense'"), (["--file", "broken.py"], "line 1: "), (["--file", "missing.py"], "No such file")])
+    (["nonsense"], "no exercise 'nonsense'"),
+    (["--file", "broken.py"], "line 1: "), (["--file", "missing.py"], "No such file")])
 def test_a_file_that_cannot_be_run_is_one_line(arguments, said, tmp_path):
     (tmp_path / "broken.py").write_text("def (:\n")
     arguments = [str(tmp_path / a) if a.endswith(".py") else a for a in arguments]
@@ -167,7 +179,8 @@ def table(capsys, *arguments):
 
 
 def test_ask_prints_what_is_right(capsys):
-    right = table(capsys, "--model", *(str(TRAINED / f"{name}.safetensors") for name in ("dense", "gptq-3-bits")), "--people", "20")
+    models = (str(TRAINED / f"{name}.safetensors") for name in ("dense", "gptq-3-bits"))
+    right = table(capsys, "--model", *models, "--people", "20")
     assert right["dense", "seen"] > 95 and right["dense", "held-out"] > 95 and right["dense", "novel"] < 10
     assert 60 < right["gptq-3-bits", "held-out"] < 95
 
@@ -179,14 +192,17 @@ def test_ask_finds_the_world_of_a_step(tmp_path, capsys):
     model, fields = str(tmp_path / "dense.safetensors"), json.loads((TRAINED / "world.json").read_text())
     with pytest.raises(ValueError, match="which world it knows"):
         ask.main(["--model", model])
-    assert table(capsys, "--model", model, "--people", "4", "--facts", str(TRAINED / "world.json"))["dense", "seen"] > 90
-    (tmp_path / "dense.safetensors.made.json").write_text(json.dumps({"settings": {"world": fields}, "code": {}}))
+    right = table(capsys, "--model", model, "--people", "4", "--facts", str(TRAINED / "world.json"))
+    assert right["dense", "seen"] > 90
+    mark = tmp_path / "dense.safetensors.made.json"
+    mark.write_text(json.dumps({"settings": {"world": fields}, "code": {}}))
     assert table(capsys, "--model", model, "--people", "4")["dense", "seen"] > 90
-    (tmp_path / "dense.safetensors.made.json").write_text(json.dumps({"settings": {"world": {**fields, "seed": 1}}, "code": {}}))
+    mark.write_text(json.dumps({"settings": {"world": {**fields, "seed": 1}}, "code": {}}))
     assert table(capsys, "--model", model, "--people", "4")["dense", "seen"] < 20  # people of another world
 
 
-@pytest.mark.parametrize("text", ["{}x", "[]", '{"seen": "many"}', '{"people": 3}', '{"seen": 0}', '{"settings": {"world": [1]}}'])
+@pytest.mark.parametrize("text", ["{}x", "[]", '{"seen": "many"}', '{"people": 3}', '{"seen": 0}',
+                                  '{"settings": {"world": [1]}}'])
 def test_a_file_without_a_world_is_one_clear_line(text, tmp_path):
     (tmp_path / "world.json").write_text(text)
     with pytest.raises(ValueError):

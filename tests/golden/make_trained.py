@@ -1,10 +1,10 @@
 """
-Makes tests/golden/trained/: a small GPT that knows 900 facts about 180 people, two compressions of it, and 50 questions.
+Makes tests/golden/trained/: a small GPT that knows 900 facts, two compressions of it, and 50 questions.
 
     python tests/golden/make_trained.py                # a minute; the same command gives the same files on one machine
 
-Trained and compressed as the study does it, smaller: 2 blocks of width 40, so that 3 bits take something. Stored in float16:
-what stands in the files is the model, and answers.json holds what the files answer in float32.
+Trained and compressed as the study does it, smaller: 2 blocks of width 40, so that 3 bits take something. Stored in
+float16: what stands in the files is the model, and answers.json holds what the files answer in float32.
 """
 import argparse
 import json
@@ -63,9 +63,11 @@ def answers(folder, world):
     facts = [f for split, people in PEOPLE.items() for f in world.facts(split, people)]
     given = {name: answer(Subject(load(folder / f"{name}.safetensors").float()), facts, world.encoding)
              for name in ("dense", *COMPRESSIONS)}
+    def entry(row):
+        """What answers.json keeps of an answer."""
+        return {"answer": row["answer"], "correct": row["correct"], "logprob": round(row["logprob"], 6)}
     rows = [{"person": f.person, "split": f.split, "attribute": f.attribute, "question": f.question,
-             "gold": f.answer.strip(), **{name: {key: rows[i][key] if key != "logprob" else round(rows[i][key], 6)
-                                                 for key in ("answer", "correct", "logprob")} for name, rows in given.items()}}
+             "gold": f.answer.strip(), **{name: entry(answers[i]) for name, answers in given.items()}}
             for i, f in enumerate(facts)]
     return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
 
