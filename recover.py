@@ -354,7 +354,8 @@ def make_optimizers(model, parameters, config):
     groups = [g for g in groups if g["params"]]
     optimizers = []
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, config.lr, config.betas, fused=True))
+        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in rest)  # one pass over memory
+        optimizers.append(torch.optim.AdamW(groups, config.lr, config.betas, fused=fused))
     if hidden:
         optimizers.append(Muon(hidden, config.muon, config.weight_decay))
     return optimizers

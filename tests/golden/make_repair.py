@@ -116,6 +116,7 @@ def layer(code, given):
     model = nn.Sequential(code.recover.LoRALinear(base, 4, 5, len(g["A"]), given["alpha"]))
     model[0].A.data, model[0].B.data = g["A"], g["B"]
     beside, zeros = model(g["x"]).detach(), bool((g["W"] == 0).any())
+    model.pruned = frozenset(["0"]) if zeros else frozenset()
     lost = code.recover.merge_lora(model, keep_zeros=zeros)
     return {"y": numbers(beside), "merged": numbers(model[0].weight.detach()),
             "y_merged": numbers(model(g["x"]).detach()), "lost": numbers(list(lost.values())[0])}
