@@ -118,5 +118,6 @@ def worth_compiling(model, tokens, asked=None):
     if asked is not None:
         return asked, f"{'compiled' if asked else 'not compiled'}, as asked"
     spent = UNPACK * weights * tokens
-    return spent > COMPILE, (f"{'compiled' if spent > COMPILE else 'not compiled'}: unpacking {weights:,} weights for each "
-                             f"of {tokens} tokens takes about {spent:.2g} s, compiling about {COMPILE} s")
+    pays = spent > COMPILE
+    return pays, (f"{'compiled' if pays else 'not compiled'}: unpacking {weights:,} weights for each of {tokens} tokens is "
+                  f"{'more' if pays else 'less'} work than compiling")

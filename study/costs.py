@@ -1,14 +1,13 @@
 """
-What a model costs: bits a weight, bytes on disk, extra parameters, and the time of one question.
+What a model costs: bits a weight, bytes on disk, extra parameters.
+
+What it leaves out: time, which docs/speed.md is about. The study answers on weights unpacked once.
 """
 import os
-import statistics
-import time
 
 import torch
 
 from recover import shape_of
-from world.score import answer
 
 
 def costs(subject):
@@ -26,14 +25,3 @@ def costs(subject):
     stored = subject.about.get("bytes") or os.path.getsize(subject.about["path"])
     return {"bits_per_weight": bits / weights, "bytes": stored + 4 * subject.about["extra"],
             "extra_parameters": subject.about["extra"]}
-
-
-def milliseconds(run, subjects):
-    """Median milliseconds to answer one question, alone, {id: ms}; the subjects take turns."""
-    fact, took = run.world.facts("heldout", 1)[:1], {s.about["id"]: [] for s in subjects}
-    for _ in range(run.config.timing_rounds):
-        for subject in subjects:
-            began = time.perf_counter()
-            answer(subject, fact, run.world.encoding)
-            took[subject.about["id"]].append(1000 * (time.perf_counter() - began))
-    return {name: statistics.median(t) for name, t in took.items()}

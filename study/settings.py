@@ -21,7 +21,6 @@ class StudyConfig:
     repair_steps: int = 200
     repair_bfloat16: bool = False            # matrix products of a repair's training in bfloat16
     test_people: int = 500                   # of each split, at most, that the table asks about
-    timing_rounds: int = 15                  # times that each model answers one question, taking turns
     ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
     size: str = "default"                    # the preset these settings are
     seed: int = 0

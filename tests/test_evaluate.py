@@ -36,7 +36,7 @@ def tiny(out):
     config = StudyConfig(world=world, out=str(out))
     config.full, config.gpt = False, {"n_layer": 1, "n_embd": 32, "n_head": 2}
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
-    config.calibration, config.repair_batch, config.timing_rounds = (8, 32), (4, 24), 2
+    config.calibration, config.repair_batch = (8, 32), (4, 24)
     config.task_items = 6
     return config
 
