@@ -14,14 +14,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
 def leave(*_):
-    """End the process with one line: what Ctrl-C does while a script's modules are imported, before `guard` runs it."""
+    """End the process with one line: what Ctrl-C does while a script's modules are imported."""
     os.write(2, b"\ninterrupted before anything was begun\n")
     os._exit(130)
 
 
 def is_script(path):
-    """Whether a process whose sys.argv[0] is `path` runs a script of this project; -m stands there until Python has found
-    the module."""
+    """Whether sys.argv[0] = `path` is a script of this project; -m stands there until Python has found the module."""
     folder = os.path.dirname(os.path.realpath(path))
     return path == "-m" or os.path.isfile(path) and ROOT in (folder, os.path.dirname(folder))
 
