@@ -142,9 +142,11 @@ SCRIPTS = [["model.py"], ["compress.py"], ["kernels.py"], ["recover.py"], ["idp.
 @pytest.mark.parametrize("script", SCRIPTS, ids=" ".join)
 def test_ctrl_c_while_torch_is_imported_is_one_line(script, tmp_path):
     """Torch is a file that says when it is imported, and then takes its time."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     run = subprocess.Popen([sys.executable, *script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    signal.signal(signal.SIGINT, before)
     assert run.stdout.readline() == "importing\n"
     run.send_signal(signal.SIGINT)
     out, said = run.communicate(timeout=30)
