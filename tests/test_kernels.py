@@ -13,7 +13,7 @@ import kernels
 import model
 import recover
 from checkpoints import load, save
-from checkpoints.writing import packed_model, write_text
+from checkpoints.writing import go_on, packed_model
 from engine import compiling, decode, packing
 from engine.decode import compile_decode, worth_compiling
 from engine.grids import Quantized
@@ -481,16 +481,16 @@ def test_the_command_goes_on_with_a_text(tmp_path, capsys):
     gpt = model.GPT(model.GPTConfig(vocab_size=encoding.n_vocab, context=24, n_layer=2, n_head=2, n_embd=32))
     save(gpt.init_weights(torch.Generator().manual_seed(0)), tmp_path / "dense", encoding)
     wanted = encoding.encode_ordinary("one two")
-    write_text(["--model", str(tmp_path / "dense"), "--text", "one two", "--tokens", "5", "--bits", "8", "--no-compile"])
+    go_on(["--model", str(tmp_path / "dense"), "--text", "one two", "--tokens", "5", "--bits", "8", "--no-compile"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("dense, float32") and printed[2] == "not compiled, as asked"
     assert printed[3].startswith("packed, 8 bits") and printed[1] == printed[4]
     text = encoding.decode(load(tmp_path / "dense").generate(torch.tensor([wanted]), 5)[0].tolist())
     assert printed[1].strip() == repr(text)
     with pytest.raises(ValueError, match="the context of 24"):
-        write_text(["--model", str(tmp_path / "dense"), "--tokens", "30"])
+        go_on(["--model", str(tmp_path / "dense"), "--tokens", "30"])
     save(packed_model(gpt, 8), tmp_path / "packed", encoding)
-    write_text(["--model", str(tmp_path / "packed"), "--text", "one two", "--tokens", "5", "--no-compile"])
+    go_on(["--model", str(tmp_path / "packed"), "--text", "one two", "--tokens", "5", "--no-compile"])
     assert [line.strip() for line in capsys.readouterr().out.splitlines()][2:] == [repr(text)]
 
 

@@ -137,3 +137,28 @@ def test_a_prompt_length_is_trained_and_measured(tmp_path, monkeypatch):
     assert all(p["perplexity_wrong_divisor"] < p["perplexity"] for p in points)
     lines = sweeps.sweep_table("prompt-length", points).splitlines()
     assert cells(lines[0])[-3:] == ["seen %", "held-out %", "novel %"] and len(lines) == 6
+
+
+def test_a_dose_is_displaced_by_hand(tmp_path, monkeypatch):
+    """Dense all right, damaged all wrong; the prompt brings back every second held-out fact, biases every fourth."""
+    right = iter([(1, 1, 1), (0, 0, 0), (1, 2, 0), (2, 4, 0)])  # every nth fact of seen, held-out, novel; 0: none
+
+    def answered(subject, facts, encoding):
+        if not state:
+            state.extend(next(right))
+        every = state.pop(0)
+        return [{key: float(every > 0 and i % every == 0) for key in ("correct", "knowledge", "logprob")}
+                for i in range(len(facts))]
+    state, config = [], tiny(tmp_path)
+    run = Run(config, World(config))
+    dense = dense_subject(run)
+    monkeypatch.setattr(sweeps, "answer", answered)
+    monkeypatch.setattr(sweeps, "DOSES", ("prompt 8", "biases"))
+    monkeypatch.setattr(sweeps, "DAMAGE", {"RTN": sweeps.quantized("RTN", (3, 16))})
+    prompt, biases = sweeps.sweep(run, "damage", dense)
+    facts = len(run.world.asked(config)["heldout"])
+    assert prompt["lost"] == biases["lost"] == 1 and (prompt["repair"], biases["repair"]) == ("prompt 8", "biases")
+    assert prompt["displaced"][0] == pytest.approx(-(-facts // 2) / facts)
+    assert biases["displaced"][0] == pytest.approx(-(-facts // 4) / facts)
+    assert prompt["relearned"][0] == pytest.approx(1 - prompt["displaced"][0])
+    assert len(sweeps.sweep_table("damage", [prompt, biases]).splitlines()) == 3
