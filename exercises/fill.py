@@ -42,7 +42,7 @@ def attention(q, k, v):
 
 
 def cached_attention(q, k, v, cache):
-    """3. The same with a cache, 10 minutes. (model.py: Cache)
+    """3. The same with a cache, 10 minutes. (engine/cache.py: Cache)
 
     q, k, v of T new tokens, cache (2, B, nkv, S, hs) the keys, then the values, of S tokens read before (S may be 0)
     -> (y (B, nh, T, hs), the cache of all S + T tokens). Reading a text token by token must give what reading it at
