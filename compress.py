@@ -39,7 +39,6 @@ from engine.columns import Swept, factor, inverse, sweep
 from engine.grids import (Quantized, check_finite, check_grid, check_hessian, check_mask,
                           check_pattern, check_weight, grid, keep_largest, nearest)
 from engine.layers import check_ids, find_targets, output_error, report_row, watched
-from engine.refit import refit, search
 from engine.settings import METHODS, CompressConfig
 from kernels import PackedLinear, pack, pack_sparse
 
@@ -191,12 +190,14 @@ def compress_weight(W, H, factored, config, keep=None):
     """W (out, in) by `config` -> Swept; factored is H's Factor, where the method needs it, and keep
     (out, in) bool is False where a weight was pruned before."""
     W, grids = check_weight(W), (config.bits, config.group_size, config.symmetric)
+    if config.search or config.refit:
+        from engine import refit as ours  # here, as no paper has it: asked for by name only
     if config.method in ("gptq", "sparsegpt"):
         if config.search:
-            swept = search(W, factored, *grids, keep, config.block_size)
+            swept = ours.search(W, factored, *grids, keep, config.block_size)
         else:
             swept = sweep(W, factored, *grids, keep, config.sparsity, config.n_m, config.block_size)
-        return refit(W, H, swept, factored.damp) if config.refit else swept
+        return ours.refit(W, H, swept, factored.damp) if config.refit else swept
     if config.method == "magnitude":
         keep = magnitude(W, config.sparsity, config.n_m)
     if config.method == "wanda":

@@ -16,7 +16,7 @@ that the text has (Hinton et al. 2015, arXiv 1503.02531). It trains the dense mo
 What it leaves out: quantized optimizers, gradient accumulation, LoRA's dropout, the MLP through
 which Li & Liang train a prefix.
 
-    python recover.py                    # a small model is damaged, and repaired in four ways
+    python recover.py                    # a small model is damaged, and repaired in five ways
 """
 import argparse
 import copy
@@ -31,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from engine.muon import Muon
+from engine.wrapping import Wrapper, unwrap, with_tensor, wrap, wrapped
 from model import GPT, Cache, GPTConfig
 
 # every linear layer of a block, by the last part of its name
@@ -39,12 +40,12 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 # ---- inside the model: layers that wrap a frozen layer
 
-class LoRALinear(nn.Module):
+class LoRALinear(Wrapper):
     """A frozen layer and an update of low rank. B starts at zero: step 0 changes nothing."""
 
     def __init__(self, base, n_in, n_out, rank, alpha, generator=None):
-        super().__init__()
-        self.base, self.scale = base, alpha / rank
+        super().__init__(base)
+        self.scale = alpha / rank
         start = torch.rand(rank, n_in, generator=generator) * 2 - 1
         self.A = nn.Parameter(start / math.sqrt(n_in))  # (rank, in)
         self.B = nn.Parameter(torch.zeros(n_out, rank))  # (out, rank)
@@ -58,12 +59,12 @@ class LoRALinear(nn.Module):
         return self.scale * self.B @ self.A
 
 
-class BiasLinear(nn.Module):
+class BiasLinear(Wrapper):
     """A frozen layer and a constant added to its output, zero at step 0."""
 
     def __init__(self, base, n_out):
-        super().__init__()
-        self.base, self.shift = base, nn.Parameter(torch.zeros(n_out))
+        super().__init__(base)
+        self.shift = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x):
         y = self.base(x)
@@ -128,40 +129,6 @@ def correct_biases(model, dense, ids, targets=("o", "down")):
     return shifts
 
 
-def shape_of(layer):
-    """(in, out) of a linear layer, plain or packed; None for any other module."""
-    n_in, n_out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return None if n_in is None or n_out is None else (n_in, n_out)
-
-
-def wrap(model, targets, make):
-    """Replace each layer named in `targets` by make(layer, in, out); returns the new ones."""
-    targets = targets.split() if isinstance(targets, str) else targets
-    if wrapped(model):
-        raise ValueError("the model has LoRA or biases already: merge or remove them first")
-    found = [(parent, name, child) for parent in model.blocks.modules()
-             for name, child in parent.named_children() if name in targets and shape_of(child)]
-    if not found:
-        raise ValueError(f"no linear layer is named {' or '.join(targets)}")
-    layers = []
-    for parent, name, base in found:
-        device = next(iter([*base.parameters(), *base.buffers()])).device
-        layers.append(make(base, *shape_of(base)).to(device))
-        setattr(parent, name, layers[-1])
-    return layers
-
-
-def wrapped(model, kinds=(LoRALinear, BiasLinear)):
-    """(parent, name, layer) of each layer of these kinds in the model."""
-    return [(parent, name, child) for parent in model.modules()
-            for name, child in parent.named_children() if isinstance(child, kinds)]
-
-
-def lora_layers(model):
-    """(parent, name, layer) of each LoRALinear in the model."""
-    return wrapped(model, LoRALinear)
-
-
 @torch.no_grad()
 def merge_lora(model, keep_zeros=False):
     """Add each update to the weight beside it and drop the wrapper, in place; no LoRA: nothing.
@@ -172,7 +139,7 @@ def merge_lora(model, keep_zeros=False):
     Returns {layer name: share of the update's squared norm that the mask took away}.
     """
     names = {id(m): name for name, m in model.named_modules()}
-    layers = lora_layers(model)
+    layers = wrapped(model, LoRALinear)
     for _, _, layer in layers:
         if not isinstance(layer.base, nn.Linear):
             raise ValueError(f"{names[id(layer)]} is stored in few bits or without its zeros: "
@@ -187,7 +154,7 @@ def merge_lora(model, keep_zeros=False):
         taken = (update - kept).square().sum() / update.square().sum().clamp_min(1e-30)
         lost[names[id(layer)]] = float(taken)
         merged = (weight + kept).to(weight.dtype)
-        setattr(parent, name, with_parameter(layer.base, "weight", merged))
+        setattr(parent, name, with_tensor(layer.base, "weight", merged))
     return lost
 
 
@@ -199,30 +166,17 @@ def merge_biases(model):
     for parent, name, layer in wrapped(model, BiasLinear):
         old, shift = layer.base.bias, layer.shift
         merged = shift.clone() if old is None else (old + shift).to(old.dtype)
-        setattr(parent, name, with_parameter(layer.base, "bias", merged))
+        setattr(parent, name, with_tensor(layer.base, "bias", merged))
 
 
 def remove_lora(model):
     """Take every wrapper of LoRA off again, in place: the base as it was."""
-    for parent, name, layer in lora_layers(model):
-        setattr(parent, name, layer.base)
+    unwrap(model, LoRALinear)
 
 
 def remove_biases(model):
     """Take every wrapper of `add_biases` off again, in place: the base as it was."""
-    for parent, name, layer in wrapped(model, BiasLinear):
-        setattr(parent, name, layer.base)
-
-
-def with_parameter(layer, name, value):
-    """A copy of the layer with one tensor replaced: other models may share the given layer."""
-    new = copy.copy(layer)
-    new._parameters, new._buffers = dict(layer._parameters), dict(layer._buffers)
-    if name in new._buffers:  # of a packed layer, which has nothing to train
-        new._buffers[name] = value
-    else:
-        new._parameters[name] = nn.Parameter(value, layer.weight.requires_grad)
-    return new
+    unwrap(model, BiasLinear)
 
 
 # ---- in front of the model: soft prompts and prefixes
@@ -433,21 +387,20 @@ def restore(parameters, values):
 def damage(model, bits):
     """A copy of the model, its blocks' weights rounded crudely: one scale for a whole matrix."""
     model = copy.deepcopy(model)
-    for name, p in model.blocks.named_parameters():
-        if p.dim() == 2:
-            step = 2 * p.abs().max() / (2 ** bits - 1)
-            p.data = (p / step).round() * step
+    for p in model.blocks.parameters():
+        step = 2 * p.abs().max() / (2 ** bits - 1)
+        p.data = (p / step).round() * step if p.dim() == 2 else p.data
     return model
 
 
 def main():
     """The lesson: what a crude rounding takes from a small GPT, and what each repair restores."""
-    parser = argparse.ArgumentParser(description="Damage a small GPT, and repair it in four ways.",
+    parser = argparse.ArgumentParser(description="Damage a small GPT, and repair it in five ways.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--bits", type=int, default=4, help="of the rounded weights, 2 to 8")
-    args = parser.parse_args()
-    if not 2 <= args.bits <= 8:
-        raise ValueError(f"--bits must be in [2, 8], got {args.bits}")
+    bits = parser.parse_args().bits
+    if not 2 <= bits <= 8:
+        raise ValueError(f"--bits must be in [2, 8], got {bits}")
     # a GPT that knows one text by heart; a token is a character
     text, generator = __doc__.strip()[:600], torch.Generator().manual_seed(0)
     letters = sorted(set(text))
@@ -457,32 +410,26 @@ def main():
     dense.requires_grad_(False)
     targets = add_targets(dense, [rows])
 
-    def show(name, model, parameters=(), **given):
-        """One line of the table: the model's loss on the text."""
-        loss = next_token(model(rows[:, :-1], **given), rows).mean().item()
+    def repaired(name, add=None, lr=None):
+        """One line of the table: what `add` put into a damaged copy, after 60 steps at rate lr."""
+        model = dense if name == "dense" else damage(dense, bits)
+        parameters, prompt = (add(model) if add else []), None
+        if isinstance(parameters, SoftPrompt):
+            parameters, prompt = [parameters.weight], parameters.weight
+        if lr:
+            loss = objective(lambda ids: model(ids, prompt=prompt), distillation)
+            fit(model, parameters, targets, loss, FitConfig(60, lr))
+        loss = next_token(model(rows[:, :-1], prompt=prompt), rows).mean().item()
         print(f"{name:24s} {sum(p.numel() for p in parameters):6,d} {loss:8.3f}")
 
-    def trained(model, parameters, lr, forward):
-        """The parameters, after 60 steps of distillation from the dense model."""
-        fit(model, parameters, targets, objective(forward, distillation), FitConfig(60, lr))
-        return parameters
-
     print(f"{'':24s} {'added':>6s} {'loss':>8s}")
-    show("dense", dense)
-    show(f"rounded to {args.bits} bits", damage(dense, args.bits))
-    model = damage(dense, args.bits)
-    show("bias correction", model, correct_biases(model, dense, rows[:, :-1]))
-    model = damage(dense, args.bits)
-    soft = SoftPrompt(prompt_init(model, 4, generator))
-    trained(model, [soft.weight], 0.1, lambda ids: model(ids, prompt=soft()))
-    show("prompt of 4 tokens", model, [soft.weight], prompt=soft())
-    show("biases", model, trained(model, add_biases(model), 0.01, model))
-    model = damage(dense, args.bits)
-    parameters = add_lora(model, 1, targets="o", generator=generator)
-    show("LoRA rank 1 on o", model, trained(model, parameters, 0.01, model))
-    model = damage(dense, args.bits)
-    parameters = add_lora(model, 4, generator=generator)
-    show("LoRA rank 4", model, trained(model, parameters, 0.01, model))
+    repaired("dense")
+    repaired(f"rounded to {bits} bits")
+    repaired("bias correction", lambda m: correct_biases(m, dense, rows[:, :-1]))
+    repaired("prompt of 4 tokens", lambda m: SoftPrompt(prompt_init(m, 4, generator)), 0.1)
+    repaired("biases", add_biases, 0.01)
+    repaired("LoRA rank 1 on o", lambda m: add_lora(m, 1, None, "o", generator), 0.01)
+    repaired("LoRA rank 4", lambda m: add_lora(m, 4, generator=generator), 0.01)
     print("\nnext: python -m study repair --method lora    # what a repair restores of known facts")
 
 

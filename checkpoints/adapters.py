@@ -37,8 +37,9 @@ import torch
 from checkpoints.weights import FAMILIES, Settings
 from engine.safetensors import dump, read_safetensors
 from engine.script import read_json, whole_file
+from engine.wrapping import Wrapper, shape_of, wrapped
 from idp import PromptPool
-from recover import BiasLinear, LoRALinear, Prefix, SoftPrompt, lora_layers, shape_of
+from recover import BiasLinear, LoRALinear, Prefix, SoftPrompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "gains": "LN_TUNING",
@@ -69,10 +70,10 @@ def fingerprint(model):
     LoRA and biases beside the base do not change it. Compression and training do; one weight changed in a large matrix
     may not.
     """
-    wrapped = {name for name, m in model.named_modules() if isinstance(m, (LoRALinear, BiasLinear))}
+    wrappers = {name for name, m in model.named_modules() if isinstance(m, Wrapper)}
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
     for name, t in model.state_dict().items():
-        if name.rpartition(".")[0] in wrapped:  # A, B, shift: the base's own tensors are one level further down
+        if name.rpartition(".")[0] in wrappers:  # A, B, shift: the base's own tensors are one level further down
             continue
         digest.update(f"{name.replace('.base.', '.')} {t.dtype} {tuple(t.shape)}".encode())
         step = max(1, t.numel() // SAMPLE)
@@ -129,7 +130,7 @@ def family_of(model):
 def bare(model, name):
     """The linear layer of a name, without the LoRA or the bias that may stand beside it."""
     layer = model.get_submodule(name)
-    return layer.base if isinstance(layer, (LoRALinear, BiasLinear)) else layer
+    return layer.base if isinstance(layer, Wrapper) else layer
 
 
 # ---- saving
@@ -199,7 +200,7 @@ def write_adapter(folder, model, kind, config, tensors, base_name=None):
 
 def lora_beside(model):
     """([(our name, A, B)], scale) of the LoRA beside the layers of `model`."""
-    ours, layers = {id(m): name for name, m in model.named_modules()}, [layer for _, _, layer in lora_layers(model)]
+    ours, layers = {id(m): name for name, m in model.named_modules()}, [layer for _, _, layer in wrapped(model, LoRALinear)]
     ranks, scales = {len(layer.A) for layer in layers}, {layer.scale for layer in layers}
     if len(ranks) != 1 or len(scales) != 1:
         raise ValueError(f"LoRA needs one rank and one scale to be saved, got {sorted(ranks)} and {sorted(scales)}")
@@ -392,7 +393,7 @@ def attach_lora(model, layers, alpha):
 
 def check_bare(model):
     """ValueError for a model that has LoRA or biases beside its layers already."""
-    if any(isinstance(m, (LoRALinear, BiasLinear)) for m in model.modules()):
+    if any(isinstance(m, Wrapper) for m in model.modules()):
         raise ValueError("the model has LoRA or biases already: merge or remove them first")
 
 

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from recover import shape_of
+from engine.wrapping import shape_of
 
 
 def costs(subject):

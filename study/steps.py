@@ -231,9 +231,9 @@ def file_of(module):
 
 @functools.cache
 def imports_of(file):
-    """Our files that a file imports at its top."""
-    found = []
-    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+    """Our files that a file imports, at its top or in a function other than `main`, which is a script's."""
+    found, tree = [], ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    for node in (inner for top in tree.body if getattr(top, "name", "") != "main" for inner in ast.walk(top)):
         if isinstance(node, ast.Import):
             found += [file_of(alias.name) for alias in node.names]
         if isinstance(node, ast.ImportFrom):

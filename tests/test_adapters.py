@@ -133,7 +133,7 @@ def test_pefts_other_lora_is_refused_by_name(tmp_path):
         said = "lora_A.weight must" if (field, value) == ("r", 3) else "adapter_config.json.*" + field
         with pytest.raises(ValueError, match=said):
             load_adapter(folder, model)
-        assert not recover.lora_layers(model)
+        assert not recover.wrapped(model, recover.LoRALinear)
     for kind in ("prompt", "prefix"):
         for field, value in (("modules_to_save", ["lm_head"]), ("something_new", 1), ("num_transformer_submodules", 2)):
             with pytest.raises(ValueError, match="adapter_config.json.*" + field):
@@ -163,7 +163,7 @@ def test_lora_round_trip_is_exact(name, form, tmp_path):
     again = make()
     kind, parameters = load_adapter(tmp_path, again)
     assert kind == "lora" and torch.equal(logits(again, kind, None), logits(model, kind, None))
-    expected = [p for _, _, layer in recover.lora_layers(model) for p in (layer.A, layer.B)]
+    expected = [p for _, _, layer in recover.wrapped(model, recover.LoRALinear) for p in (layer.A, layer.B)]
     assert len(parameters) == len(expected) and {id(p) for p in parameters} <= {id(p) for p in again.parameters()}
     assert all(p.requires_grad for p in parameters)
     recover.remove_lora(again)
@@ -234,7 +234,7 @@ def test_every_repair_the_study_trains_comes_back_as_its_list_of_tensors(name, f
         lora[1::2] = draws(*[B.shape for B in lora[1::2]])
         repairs.append(("lora", lora, {"targets": targets}))
         adapters.save_tensors(tmp_path / "lora", base, "lora", lora, targets)
-        for p, value in zip(recover.lora_layers(wrapped), zip(lora[::2], lora[1::2])):
+        for p, value in zip(recover.wrapped(wrapped, recover.LoRALinear), zip(lora[::2], lora[1::2])):
             p[2].A.data, p[2].B.data = value
         again = copy.deepcopy(base)
         load_adapter(tmp_path / "lora", again)
@@ -244,7 +244,7 @@ def test_every_repair_the_study_trains_comes_back_as_its_list_of_tensors(name, f
         again = adapters.load_tensors(tmp_path / str(i), base, kind)
         assert len(again) == len(tensors) and all(torch.equal(a, b) for a, b in zip(again, tensors)), kind
         assert [t.dtype for t in again] == [t.dtype for t in tensors]
-    assert fingerprint(base) == before and not recover.lora_layers(base)
+    assert fingerprint(base) == before and not recover.wrapped(base, recover.LoRALinear)
 
 
 def prune(model):
@@ -404,7 +404,7 @@ def test_without_a_fingerprint_names_and_shapes_must_do(tmp_path):
                              (gpt(n_embd=16, context=3), "llama-prompt", "from 1 to 2")):
         with pytest.raises(ValueError, match=said):
             load_adapter(GOLDEN / name, base)
-        assert not recover.lora_layers(base)
+        assert not recover.wrapped(base, recover.LoRALinear)
 
 
 # ---- what cannot be saved

@@ -11,8 +11,8 @@ from study import repairs
 from model import GPT, GPTConfig
 from engine.muon import Muon, orthogonal
 from recover import (LINEARS, FitConfig, LoRALinear, Prefix, SoftPrompt, add_biases, add_lora, add_targets,
-                     correct_biases, distillation, fit, lora_layers, merge_biases, merge_lora, next_token, objective,
-                     own_gains, prefix_init, prompt_init, remove_biases, remove_lora)
+                     correct_biases, distillation, fit, merge_biases, merge_lora, next_token, objective,
+                     own_gains, prefix_init, prompt_init, remove_biases, remove_lora, wrapped)
 from test_model import close, family, gpt, naive, tokens
 
 
@@ -48,8 +48,8 @@ def test_lora_at_step_zero_is_the_model(name):
     parameters = add_lora(model, 3, generator=seeded())
     assert torch.equal(model(ids), before)
     layers = 2 * (7 if name == "llama" else 6)
-    assert len(parameters) == 2 * layers and len(lora_layers(model)) == layers
-    for _, _, layer in lora_layers(model):
+    assert len(parameters) == 2 * layers and len(wrapped(model, LoRALinear)) == layers
+    for _, _, layer in wrapped(model, LoRALinear):
         assert layer.B.abs().max() == 0 and 0 < layer.A.abs().max() <= 1 / math.sqrt(layer.A.shape[1])
         assert layer.A.shape == (3, layer.base.in_features) and layer.B.shape == (layer.base.out_features, 3)
 
@@ -70,7 +70,7 @@ def test_alpha_is_the_rank_by_default():
     for settings, scale in (({}, 1.0), ({"alpha": 8}, 2.0), ({"alpha": 1}, 0.25)):
         model = gpt()
         add_lora(model, 4, **settings)
-        assert {layer.scale for _, _, layer in lora_layers(model)} == {scale}
+        assert {layer.scale for _, _, layer in wrapped(model, LoRALinear)} == {scale}
 
 
 def test_lora_wraps_what_is_named_and_nothing_else():
@@ -121,7 +121,7 @@ def test_merged_is_unmerged(name):
     model.train()
     assert same(state(model), wrapped)
     lost = merge_lora(model)
-    assert set(lost.values()) == {0.0} and "blocks.0.attn.q" in lost and not lora_layers(model)
+    assert set(lost.values()) == {0.0} and "blocks.0.attn.q" in lost and not wrapped(model, LoRALinear)
     close(model(ids), before, atol=5e-5)
     once = state(model)
     assert once.keys() == gpt(name).state_dict().keys()
@@ -198,7 +198,7 @@ def test_merging_into_packed_weights_is_refused():
         block.mlp.up = kernels.PackedLinear(kernels.pack(compress.rtn(block.mlp.up.weight.detach(), 3, 16)))
     plain = model(ids)
     parameters = add_lora(model, 2, generator=seeded())
-    assert torch.equal(model(ids), plain) and len(lora_layers(model)) == 12  # L1, packed layers too
+    assert torch.equal(model(ids), plain) and len(wrapped(model, LoRALinear)) == 12  # L1, packed layers too
     fit(model, parameters, [ids], config=FitConfig(steps=2, lr=1e-2))
     assert not torch.equal(model(ids), plain)
     before = state(model)
@@ -221,7 +221,7 @@ def test_lora_on_a_copy_leaves_the_original():
     for twin in (copy.deepcopy(model), shared):
         parameters = add_lora(twin, 2, generator=seeded())
         fit(twin, parameters, [ids], config=FitConfig(steps=3, lr=1e-2))
-        assert same(state(model), before) and not lora_layers(model)
+        assert same(state(model), before) and not wrapped(model, LoRALinear)
         merge_lora(twin)
         assert same(state(model), before) and torch.equal(model(ids), output)
     assert not torch.equal(twin.blocks[0].attn.q.weight, model.blocks[0].attn.q.weight)
@@ -268,7 +268,7 @@ def test_lora_of_rank_1_on_one_layer_named_by_a_word():
     for targets, n in (("o", 2 * (32 + 32)), (("o",), 2 * (32 + 32)), ("down", 2 * (40 + 32)), ("q v", 4 * 64)):
         model = gpt()
         assert sum(p.numel() for p in add_lora(model, 1, targets=targets)) == n
-        fit(model, [layer.B for *_, layer in lora_layers(model)], [tokens(2, 5)], config=FitConfig(steps=1))
+        fit(model, [layer.B for *_, layer in wrapped(model, LoRALinear)], [tokens(2, 5)], config=FitConfig(steps=1))
 
 
 # ---- biases, gains, bias correction

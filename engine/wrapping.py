@@ -1,0 +1,66 @@
+"""
+Trained layers in the place of frozen ones: finding them, putting them in, taking them out.
+
+A wrapper holds the layer that it stands for as `base`. Nothing here knows what it adds (recover.py).
+"""
+import copy
+
+import torch.nn as nn
+
+
+class Wrapper(nn.Module):
+    """A layer that stands in the place of another, `base`."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+
+def shape_of(layer):
+    """(in, out) of a linear layer, plain or packed; None for any other module."""
+    n_in, n_out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return None if n_in is None or n_out is None else (n_in, n_out)
+
+
+def wrap(model, targets, make):
+    """Replace each layer of the blocks named in `targets` by make(layer, in, out); returns the new ones, in order.
+
+    targets  last parts of names, ("q", "v") or "q v"
+    Raises ValueError for targets that name no layer, and for a model with wrappers in it already.
+    """
+    targets = targets.split() if isinstance(targets, str) else targets
+    if wrapped(model):
+        raise ValueError("the model has LoRA or biases already: merge or remove them first")
+    found = [(parent, name, child) for parent in model.blocks.modules()
+             for name, child in parent.named_children() if name in targets and shape_of(child)]
+    if not found:
+        raise ValueError(f"no linear layer is named {' or '.join(targets)}")
+    layers = []
+    for parent, name, base in found:
+        device = next(iter([*base.parameters(), *base.buffers()])).device
+        layers.append(make(base, *shape_of(base)).to(device))
+        setattr(parent, name, layers[-1])
+    return layers
+
+
+def wrapped(model, kind=Wrapper):
+    """(parent, name, layer) of each wrapper of this kind in the model."""
+    return [(parent, name, child) for parent in model.modules()
+            for name, child in parent.named_children() if isinstance(child, kind)]
+
+
+def unwrap(model, kind=Wrapper):
+    """Put each base back in its place, in place: the model as it was."""
+    for parent, name, layer in wrapped(model, kind):
+        setattr(parent, name, layer.base)
+
+
+def with_tensor(layer, name, value):
+    """A copy of the layer with one tensor replaced: other models may share the given layer."""
+    new = copy.copy(layer)
+    new._parameters, new._buffers = dict(layer._parameters), dict(layer._buffers)
+    if name in new._buffers:  # of a packed layer, which has nothing to train
+        new._buffers[name] = value
+    else:
+        new._parameters[name] = nn.Parameter(value, layer.weight.requires_grad)
+    return new
