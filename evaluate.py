@@ -29,6 +29,8 @@ run (study/claims.py). The verdicts in words follow from these alone.
 Read it from the bottom: `study` makes every model and asks it (`every_model`, `ask`), so that each
 is a row; then it passes over the finished rows for intervals, comparisons and verdicts.
 """
+import argparse
+import sys
 from dataclasses import asdict
 
 from engine.script import guard  # before torch: Ctrl-C is one line
@@ -36,7 +38,7 @@ from engine.script import guard  # before torch: Ctrl-C is one line
 import torch
 
 import idp
-from study import claims, inside, pools, progress, publish
+from study import beside, claims, inside, pools, progress, publish
 from study.comparisons import ANSWERS, add_tasks, comparisons, noise_floor, score_tasks, task_items
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
@@ -258,6 +260,14 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
                        for name, what in OPERATIONS.items()]}
 
 
+def backwards(run, dense):
+    """Make and ask every model from the last to the first: what the second process does."""
+    for name in reversed(CONTROLS):
+        control_group(run, dense, name)
+    for tag in reversed(run.config.compressions):
+        own_group(run.only([tag], reversed(run.config.repairs)), dense)
+
+
 def main():
     """The script: see the top of this file, and --help."""
     parser = options("evaluate.py", "Train, compress, repair, and say whether knowledge was "
@@ -270,6 +280,7 @@ def main():
                         help="draw the text and starts of compression and repair K times")
     parser.add_argument("--all-tasks", action="store_true",
                         help="ask every model every task of items.py, not a few")
+    parser.add_argument("--backwards", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
 
     def job():
@@ -279,11 +290,16 @@ def main():
         config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks,
                        seeds=args.seeds)
         run = Run(config, World(config))
+        if args.backwards:  # beside another process, see study/beside.py
+            beside.quietly(run)
+            return backwards(run, dense_subject(run))
         run.alone()
         run.describe_reuse()
         run.expect(progress.planned(run))
         dense = dense_subject(run)
-        publish.publish(run, dense, study(run, dense))
+        with beside.second_process(run, sys.argv[1:]):
+            results = study(run, dense)
+        publish.publish(run, dense, results)
     guard(job)
 
 

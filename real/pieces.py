@@ -12,12 +12,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from evaluate import ask, control_group, own_group
 from real import lock
 from real.rates import find_rates
-from study.steps import Run
 from study.subjects import compressed_subject, repair_batches
 
 
@@ -44,8 +42,7 @@ def narrowed(run, tag, repairs):
     if unknown:
         raise ValueError(f"--only: there is no {', '.join(unknown)}; there are {', '.join(config.compressions)}, {lock.TAG} "
                          f"and the repairs {', '.join(config.repairs)}")
-    return Run(replace(config, compressions={tag: config.compressions[tag]} if tag != lock.TAG else {},
-                       repairs={name: config.repairs[name] for name in repairs}), run.world, run.log)
+    return run.only([tag] if tag != lock.TAG else [], repairs)
 
 
 def make_piece(run, dense, tag, repairs, rates=False):

@@ -57,6 +57,12 @@ class Run:
         """The same run with compression data, repair text and the start of every repair drawn for the nth time."""
         return Run(replace(self.config, repeat=repeat), self.world, self.log)
 
+    def only(self, compressions, repairs):
+        """The same run with these compressions and these repairs of them, in this order."""
+        config = self.config
+        return Run(replace(config, compressions={tag: config.compressions[tag] for tag in compressions},
+                           repairs={tag: config.repairs[tag] for tag in repairs}), self.world, self.log)
+
     def path(self, name):
         """Where the result called `name` is kept."""
         return os.path.join(self.out, name)
@@ -119,7 +125,9 @@ class Run:
         for files in plan.values():
             for file in [file for file in files if file in kept]:
                 files[file] = 0.0 if unchanged(kept[file]) else kept[file].get("seconds", files[file])
-        self.log.expect(plan)
+        self.log.expect(plan, lambda file: any(
+            os.path.exists(mark) and os.path.getmtime(mark) > self.log.began
+            for mark in (self.path(file + ending + MARK) for ending in ("", ".json", ".safetensors"))))
 
     def marks(self):
         """{name of a result: what stands beside it} of every finished step in the folder."""
@@ -267,15 +275,19 @@ class Log:
         self.began = self.shown = time.time()
         self.times = []       # [{step, seconds, reused}] of every file that is finished
         self.plan = {}        # {step: {file: seconds that making it is expected to take}}
+        self.elsewhere = None  # whether another process has made a file meanwhile, file -> bool
+        self.hands = 1        # processes that make what is announced
         self.at = ""          # the step that was shown last
         self.under_way = []   # [[file, when it began, the share that is done]], the innermost last
         self.took = self.thought = 0.0  # seconds that the files made so far took, and were expected to take
         self.width = 0        # of what stands in the terminal's last line and is to be written over
 
-    def expect(self, plan):
+    def expect(self, plan, elsewhere=None):
         """Announce all steps: {step: {file: seconds}}; what is under "" belongs to no file, and is between and after.
+
+        elsewhere  file -> whether another process has made it meanwhile
         """
-        self.plan = plan
+        self.plan, self.elsewhere = plan, elsewhere or (lambda file: False)
 
     def left(self):
         """Seconds left of what was announced, at the pace of what has been made; at least 1 while anything is left."""
@@ -294,8 +306,8 @@ class Log:
             elif file == "":
                 inside = sum(t["seconds"] for t in self.times) + sum(elapsed for elapsed, _ in under_way.values())
                 left += max(pace * s - (now - self.began - inside), 0.0)
-            elif file not in done:
-                left += pace * s
+            elif s and file not in done and not self.elsewhere(file):
+                left += pace * s / self.hands
         return max(left, 1.0)
 
     def where(self):

@@ -57,6 +57,8 @@ def test_a_step_knows_the_files_that_its_code_imports():
     found = steps.sources("idp")
     assert {"idp.py", "recover.py", "model.py"} <= found.keys() and "evaluate.py" not in found
     assert "world/score.py" in steps.sources("world.score") and all(found.values())
+    assert "engine/refit.py" in steps.sources("compress")  # imported in a function
+    assert "checkpoints/compression.py" not in steps.sources("compress")  # in `main`, which no step calls
 
 
 def test_edited_code_is_run_and_edited_comments_are_not(tmp_path):

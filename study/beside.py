@@ -1,0 +1,66 @@
+"""
+A second process beside a study: it makes the study's models from the last one to the first.
+
+These models are so small that a second thread hardly helps: two threads train one in 0.9 of the time of one thread. Two
+processes of one thread each make two models in that time. So when the dense model is there, a second process starts; it
+goes through the list from its end, and the study meets it in the middle. Every step has a lock and is made once
+(study/steps.py), so nothing else has to be agreed on.
+
+What it leaves out: more than two processes; systems without locks between processes (Windows), where the study works alone.
+"""
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import torch
+
+from study import steps
+
+
+class Unheard(steps.Log):
+    """The log of the second process: says nothing, and ends where the study that began it is gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.parent = os.getppid()
+
+    def write(self, text, end):
+        """No line."""
+
+    def begin(self, name):
+        """A step is about to be made."""
+        if os.getppid() != self.parent:
+            sys.exit(0)
+        super().begin(name)
+
+
+@contextlib.contextmanager
+def second_process(run, arguments):
+    """While open, `evaluate.py` with these arguments and --backwards runs beside us; each has half of the threads.
+
+    With one thread (OMP_NUM_THREADS=1) there is no second process.
+    """
+    threads = torch.get_num_threads()
+    if threads < 2 or not steps.fcntl:
+        yield
+        return
+    torch.set_num_threads(threads // 2)
+    script = os.path.join(steps.ROOT, "evaluate.py")
+    process = subprocess.Popen([sys.executable, script, *arguments, "--backwards"], stdout=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": str(threads // 2)}, start_new_session=True)
+    run.log.hands = 2
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+        run.log.hands = 1
+        torch.set_num_threads(threads)
+
+
+def quietly(run):
+    """What the second process does at its start: no lines, and a request to end leaves no half-written file."""
+    run.log = Unheard()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
