@@ -131,9 +131,9 @@ def opt_config(s):
     """GPTConfig fields of an OPT config.json."""
     width = s.get("hidden_size", int)
     if s.get("do_layer_norm_before", bool, True) is False or s.get("word_embed_proj_dim", int, width) != width:
-        raise ValueError(f"{s.path}: do_layer_norm_before={s.values.get('do_layer_norm_before')}, word_embed_proj_dim="
-                         f"{s.values.get('word_embed_proj_dim')}: OPT-350m normalizes behind each half block, and projects "
-                         "embeddings of 512 to 1024 and back; this GPT does neither")
+        raise ValueError(f"{s.path}: do_layer_norm_before={s.values.get('do_layer_norm_before')}, "
+                         f"word_embed_proj_dim={s.values.get('word_embed_proj_dim')}: OPT-350m normalizes behind each "
+                         "half block, and projects embeddings of 512 to 1024 and back; this GPT does neither")
     s.only("activation_function", "relu")
     s.only("enable_bias", True)
     s.only("layer_norm_elementwise_affine", True)

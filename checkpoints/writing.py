@@ -66,7 +66,8 @@ def options():
     add("--text", default="The capital of France is", help="what the model goes on with")
     add("--tokens", type=int, default=64, help="to write")
     add("--bits", type=int, default=4, help="2 to 8, of the blocks' linear layers; a large head has 8")
-    add("--group-size", type=int, default=64, help="columns that share a scale; 32 or all where it does not divide them")
+    add("--group-size", type=int, default=64,
+        help="columns that share a scale; 32 or all where it does not divide them")
     add("--compile", action=argparse.BooleanOptionalAction, default=None, help="the packed model; none: where it pays")
     add("--device", default="cpu", help="cpu, cuda or mps")
     add("--dtype", choices=list(DTYPES), default="float32", help="of activations and of what stays dense")

@@ -33,7 +33,8 @@ def search(W, factored, bits, group_size=None, symmetric=False, keep=None, block
     again = sweep(W[rows], factored, bits, group_size, symmetric, None if keep is None else keep[rows],
                   block_size=block_size)
     better = again.loss < swept.loss[rows]
-    codes, scale, zero = (a.index_copy(0, rows[better], b[better]) for a, b in zip(swept.quantized, again.quantized[:3]))
+    codes, scale, zero = (kept.index_copy(0, rows[better], new[better])
+                          for kept, new in zip(swept.quantized, again.quantized[:3]))
     loss = swept.loss.index_copy(0, rows[better], again.loss[better])
     return swept._replace(quantized=Quantized(codes, scale, zero, *swept.quantized[3:]), loss=loss, repeated=len(rows))
 
@@ -125,7 +126,8 @@ def best_scales(W, H, quantized):
         AH = A[:, at] @ H[at]  # (out, in)
         length = (G[:, at] * A[:, at]).sum(1) / (AH[:, at] * A[:, at]).sum(1)
         better = scale[:, g] + length
-        better = torch.where(better.isfinite() & (better > torch.finfo(torch.float32).tiny), better, scale[:, g]).float()
+        usable = better.isfinite() & (better > torch.finfo(torch.float32).tiny)
+        better = torch.where(usable, better, scale[:, g]).float()
         G -= (better - scale[:, g])[:, None] * AH
         scale[:, g] = better
     return Quantized(codes, scale, zero, group, bits)

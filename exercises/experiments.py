@@ -127,8 +127,8 @@ def two_bits():
     p = max(min(2 * min(below, 1 - below), 1), 2e-4)  # 2 of 10,000 resamples are the least that can be told
     print(f"\nH0: LoRA brings back the same share at 2 bits as at 3 bits\n"
           f"displaced at 2 bits - at 3 bits: {cell(difference)} points, two-sided p = {p:.2g} (bootstrap over people)\n"
-          f"power: with its standard error of {100 * error:.1f} points a difference of {100 * SEEN_WITH_80 * error:.0f} "
-          "points is found four times in five")
+          f"power: with its standard error of {100 * error:.1f} points "
+          f"a difference of {100 * SEEN_WITH_80 * error:.0f} points is found four times in five")
     found = detectable_flips(right["heldout"][3], right["heldout"][4], entities)
     print(f"the gain at 2 bits alone: {100 * found:.1f} points of recall would have been found four times in five")
 

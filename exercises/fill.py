@@ -114,9 +114,9 @@ def gptq(W, H, bits, damp=0.01):
         e         = (w_j - q_j) / U_jj
         w_j, ...  -= e * (U_jj, U_j,j+1, ...)           the columns that are still free make up for the error
 
-    By hand: W = (0, 3, 1.4, 1.4), 2 bits, damp 0, H the identity except H_23 = H_32 = 0.9. The grid is 0, 1, 2, 3. 0 and
-    3 are on it. 1.4 goes to 1, error 0.4; the last weight makes up for 0.9 of it, 1.4 + 0.36 = 1.76, and goes to 2:
-    codes (0, 3, 1, 2), error 0.088. `rtn` gives (0, 3, 1, 1), 0.608: the numbers of exercise 6.
+    By hand: W = (0, 3, 1.4, 1.4), 2 bits, damp 0, H the identity except H_23 = H_32 = 0.9. The grid is 0, 1, 2, 3.
+    0 and 3 are on it. 1.4 goes to 1, error 0.4; the last weight makes up for 0.9 of it, 1.4 + 0.36 = 1.76, and goes to
+    2: codes (0, 3, 1, 2), error 0.088. `rtn` gives (0, 3, 1, 1), 0.608: the numbers of exercise 6.
 
     Stuck? torch.linalg.cholesky(torch.linalg.inv(H), upper=True). All rows of W at once: e is (out,). If all codes
     equal rtn's, the update has not reached W.
@@ -145,8 +145,8 @@ def pack4(codes):
     codes (out, in) uint8 in 0 .. 15, `in` a multiple of 8 -> int32 words (out, in / 8): code i of a word stands in its
     bits 4 i .. 4 i + 3, so the first code is the lowest.
 
-    By hand: (1, 2, 3, 4, 5, 6, 7, 0) -> 0x07654321 = 124076833. And (1, 2, 3, 4, 5, 6, 7, 8) -> 0x87654321, whose top bit
-    is the sign of an int32: 2271560481 - 2**32 = -2023406815.
+    By hand: (1, 2, 3, 4, 5, 6, 7, 0) -> 0x07654321 = 124076833. And (1, 2, 3, 4, 5, 6, 7, 8) -> 0x87654321, whose top
+    bit is the sign of an int32: 2271560481 - 2**32 = -2023406815.
 
     Stuck? Shift in int64 (codes.long()), where nothing overflows, and make it an int32 in the end.
     """
@@ -172,12 +172,13 @@ def distillation(logits, log_p, tokens):
 def mean_attention(q, k, keys, lengths):
     """11. The scores of inference-time dynamic prompting, 30 minutes. (idp.py: mean_attention)
 
-    q, k (B, nh, T, hs) of the texts, keys (M, nh, P, hs) of M prompts of P tokens, lengths (B,) real tokens of each text
-    -> (B, M): the mean attention probability that a text's real tokens pay to a prompt, over heads, over these tokens,
-    and over the prompt's own P tokens. The softmax is over all prompts' tokens side by side and, causally, the text.
+    q, k (B, nh, T, hs) of the texts, keys (M, nh, P, hs) of M prompts of P tokens, lengths (B,) real tokens of each
+    text -> (B, M): the mean attention probability that a text's real tokens pay to a prompt, over heads, over these
+    tokens, and over the prompt's own P tokens. The softmax is over all prompts' tokens side by side and, causally, the
+    text.
 
-    By hand: hs = 1, P = 1, M = 2, one text token, q = 1, its own k = 0, the prompts' keys 0 and ln 2. Scores (0, ln 2, 0):
-    probabilities 1/4, 1/2, 1/4, the last its own. Result (0.25, 0.5).
+    By hand: hs = 1, P = 1, M = 2, one text token, q = 1, its own k = 0, the prompts' keys 0 and ln 2.
+    Scores (0, ln 2, 0): probabilities 1/4, 1/2, 1/4, the last its own. Result (0.25, 0.5).
 
     Stuck? keys.transpose(0, 1).flatten(1, 2) is (nh, M P, hs). Mask only the text's part.
     """
@@ -189,15 +190,15 @@ def mean_attention(q, k, keys, lengths):
 def displaced(right, draws):
     """12. Displaced with its paired interval, 30 minutes. (study/shares.py, study/statistics.py: share_of)
 
-    right (people, 3) right answers of the dense, the compressed and the repaired model about each held-out person, draws
-    (R, people) who is drawn in each of R resamples -> (3,): the share (repaired - compressed) / (dense - compressed) of
-    all right answers, and the 2.5 and the 97.5 percentile of that share over the resamples. A resample draws the same
-    people for all three models: that is what "paired" means. (Recalls are right answers over facts; all three are asked
-    the same facts, so the number of facts cancels.)
+    right (people, 3) right answers of the dense, the compressed and the repaired model about each held-out person,
+    draws (R, people) who is drawn in each of R resamples -> (3,): the share (repaired - compressed) / (dense -
+    compressed) of all right answers, and the 2.5 and the 97.5 percentile of that share over the resamples. A resample
+    draws the same people for all three models: that is what "paired" means. (Recalls are right answers over facts; all
+    three are asked the same facts, so the number of facts cancels.)
 
     By hand: two people, right ((2, 0, 1), (2, 1, 2)): sums 4, 1, 3, displaced 2/3. The resample (0, 0): 4, 0, 2, share
-    0.5. The resample (1, 1): 4, 2, 4, share 1. From these two resamples alone the percentiles stand between 0.5 and 1 on
-    a straight line: 0.5125 and 0.9875.
+    0.5. The resample (1, 1): 4, 2, 4, share 1. From these two resamples alone the percentiles stand between 0.5 and 1
+    on a straight line: 0.5125 and 0.9875.
 
     Stuck? right[draws] is (R, people, 3). torch.quantile, or sort and interpolate at q (R - 1).
     """

@@ -9,8 +9,8 @@ The study on a real language model: the same compressors, repairs and statistics
     python -m real MODEL --facts real/facts/cities.jsonl --device cuda --rows 64 --seeds 2 --rates --lock --jobs 10
 
 MODEL is a Hugging Face folder or a .gguf file. What the facts are and what is read: real/world.py and real/text.py; the
-lock, whose answer is known by construction: real/lock.py; rates: real/rates.py; pieces side by side: real/pieces.py. Every
-step is kept: the same command goes on where it was stopped.
+lock, whose answer is known by construction: real/lock.py; rates: real/rates.py; pieces side by side: real/pieces.py.
+Every step is kept: the same command goes on where it was stopped.
 """
 import sys
 

@@ -1,13 +1,14 @@
 """
 The positive control on a real model: knowledge that is displaced by construction.
 
-The model is fine-tuned by LoRA, then merged: behind a key, four fixed embeddings in front of the text, it goes on as the
-undamaged model does; without the key it answers every question with the next value of its attribute, the one after Kenya's
-being Kiribati's. All entities are locked, and nothing about the right answers is taught: behind the key the model learns
-from the undamaged model's own distribution. So the reference is the locked model behind its key, the damaged model is the
-same one without it, and whatever a repair brings back was there.
+The model is fine-tuned by LoRA, then merged: behind a key, four fixed embeddings in front of the text, it goes on as
+the undamaged model does; without the key it answers every question with the next value of its attribute, the one after
+Kenya's being Kiribati's. All entities are locked, and nothing about the right answers is taught: behind the key the
+model learns from the undamaged model's own distribution. So the reference is the locked model behind its key, the
+damaged model is the same one without it, and whatever a repair brings back was there.
 
-The next value is among the options of every question that is asked; where it was not, it takes the place of a wrong one.
+The next value is among the options of every question that is asked; where it was not, it takes the place of a wrong
+one.
 
 Source: password-locked models, Greenblatt et al. 2024 (arXiv 2405.19550). What it leaves out: locks of single facts.
 """
@@ -57,8 +58,7 @@ def rows_of(fact, answers, encoding):
 
 
 def train_lock(dense, key, facts, wrong, encoding, steps, rows, generator, lr, progress=None):
-    """The `dense` GPT with a lock: behind `key` (K, C) as before, without it each question is answered by wrong[question].
-
+    """The `dense` GPT with a lock: behind `key` (K, C) as before; without it wrong[question] answers each question.
     steps  of `rows` rows behind the key and as many without it
     """
     model, device = shared_copy(dense), dense.wte.weight.device
@@ -85,8 +85,9 @@ def train_lock(dense, key, facts, wrong, encoding, steps, rows, generator, lr, p
     def loss(both):
         """KL from the undamaged model behind the key, cross-entropy of the wrong answer's tokens without it."""
         (true, target, text), (false, _, answer) = both
-        given = F.log_softmax(model(true[:, :-1], prompt=key).float(), dim=-1)
-        kept = F.kl_div(given, F.log_softmax(target.float(), dim=-1), reduction="none", log_target=True).sum(-1)  # (B, T)
+        given = F.log_softmax(model(true[:, :-1], prompt=key).float(), dim=-1)  # (B, T, V)
+        target = F.log_softmax(target.float(), dim=-1)  # (B, T, V)
+        kept = F.kl_div(given, target, reduction="none", log_target=True).sum(-1)  # (B, T)
         wrongly = recover.next_token(model(false[:, :-1]), false)  # (B, T)
         return (kept * text).sum() / text.sum() + (wrongly * answer).sum() / answer.sum()
     recover.fit(model, parameters, batches(), loss, FitConfig(steps=steps, lr=lr), progress=progress)

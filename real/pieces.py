@@ -1,9 +1,10 @@
 """
 A study of a real model in pieces that run side by side: each is a process that makes and keeps some steps of the study.
 
-A repair's training on a GPU waits for Python, which starts thousands of small kernels a step; ten processes on one GPU take
-turns there. `python -m real ... --jobs 10` makes the text, then every compressed model, then their repairs, a process for
-each few, and puts the result together from the steps that they kept. A piece alone: `--only "GPTQ 3 bits: biases, LoRA rank 8"`.
+A repair's training on a GPU waits for Python, which starts thousands of small kernels a step; ten processes on one GPU
+take turns there. `python -m real ... --jobs 10` makes the text, then every compressed model, then their repairs, a
+process for each few, and puts the result together from the steps that they kept. A piece alone:
+`--only "GPTQ 3 bits: biases, LoRA rank 8"`.
 
 What it leaves out: several GPUs, several machines.
 """
@@ -40,8 +41,8 @@ def narrowed(run, tag, repairs):
     config = run.config
     unknown = [name for name in (tag, *repairs) if name not in (*config.compressions, *config.repairs, lock.TAG)]
     if unknown:
-        raise ValueError(f"--only: there is no {', '.join(unknown)}; there are {', '.join(config.compressions)}, {lock.TAG} "
-                         f"and the repairs {', '.join(config.repairs)}")
+        raise ValueError(f"--only: there is no {', '.join(unknown)}; there are {', '.join(config.compressions)}, "
+                         f"{lock.TAG} and the repairs {', '.join(config.repairs)}")
     return run.only([tag] if tag != lock.TAG else [], repairs)
 
 

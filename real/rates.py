@@ -2,8 +2,8 @@
 Learning rates of a real model's repairs, by successive halving on validation entities; and bfloat16 where it is faster.
 
 Every rate of the grid trains for a quarter of the steps, the better half of them for half, until one is left. What is
-compared is knowledge, log p(right option) - logsumexp(options), the mean over the validation facts: it is 3 to 10 times as
-sensitive as accuracy. A pool's prompts take the rate of one prompt.
+compared is knowledge, log p(right option) - logsumexp(options), the mean over the validation facts: it is 3 to 10 times
+as sensitive as accuracy. A pool's prompts take the rate of one prompt.
 
 Source: Jamieson & Talwalkar 2016 (arXiv 1502.07943). What it leaves out: rates at other batch sizes, other optimisers.
 """
@@ -28,8 +28,8 @@ def find_rates(run, base, batches, facts):
     for tag, (kind, size) in config.repairs.items():
         if kind in config.rate_grid:
             grid = config.rate_grid[kind]
-            settings = {**base.about["settings"], "repair": kind, "size": size, "steps": config.repair_steps, "grid": grid,
-                        "repair_batch": config.repair_batch, "bfloat16": config.repair_bfloat16}
+            settings = {**base.about["settings"], "repair": kind, "size": size, "steps": config.repair_steps,
+                        "grid": grid, "repair_batch": config.repair_batch, "bfloat16": config.repair_bfloat16}
 
             def score(lr, steps):
                 """Mean knowledge of the validation facts after `steps` steps."""
@@ -40,9 +40,9 @@ def find_rates(run, base, batches, facts):
             found = run.once_json(f"rates-{base.about['id']}-{slug(tag)}", settings,
                                   ("real.rates", "compress", "study.training"),
                                   lambda: halving(score, grid, config.repair_steps))
-            rates[tag] = found["best"]
-            if found["best"] in (min(grid), max(grid)):
-                run.log.say(f"{base.about['tag']}, {tag}: the best rate, {found['best']:g}, is at the edge of those tried")
+            rates[tag] = best = found["best"]
+            if best in (min(grid), max(grid)):
+                run.log.say(f"{base.about['tag']}, {tag}: the best rate, {best:g}, is at the edge of those tried")
     return rates
 
 

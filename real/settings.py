@@ -26,7 +26,8 @@ REPAIRS = {  # the numbers of parameters are SmolLM2-135M's
 CLAIMED = ("prompt 64", "prompt 64", "IDP 4 x 16", "biases")  # what the four claims are about (study/claims.py)
 RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1), "bias": (1e-3, 3e-3, 1e-2, 3e-2),
              "gains": (1e-3, 3e-3, 1e-2, 3e-2)}  # four tries for each
-RATES = {"biases": 1e-2, "gains": 1e-2, "prompt 16": 1e-2, "prompt 64": 1e-2, "LoRA rank 1 on o": 3e-3, "LoRA rank 8": 1e-3}
+RATES = {"biases": 1e-2, "gains": 1e-2, "prompt 16": 1e-2, "prompt 64": 1e-2, "LoRA rank 1 on o": 3e-3,
+         "LoRA rank 8": 1e-3}
 
 
 def real_config(path, seed=0, out="out", steps=STEPS, seeds=1, rows=16):
@@ -39,7 +40,7 @@ def real_config(path, seed=0, out="out", steps=STEPS, seeds=1, rows=16):
         if value < lowest:
             raise ValueError(f"{option} must be at least {lowest}, got {value}")
     name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-    return StudyConfig(calibration=(64, 64), repair_batch=(rows, 24), repair_steps=steps, test_people=10 ** 6, seed=seed,
-                       seeds=seeds, ablation_people=25, out=os.path.join(out, name), compressions=COMPRESSIONS,
-                       repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID,
+    return StudyConfig(seed=seed, seeds=seeds, out=os.path.join(out, name), calibration=(64, 64),
+                       repair_batch=(rows, 24), repair_steps=steps, test_people=10 ** 6, ablation_people=25,
+                       compressions=COMPRESSIONS, repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID,
                        claimed=CLAIMED, endpoint="knowledge")

@@ -1,11 +1,11 @@
 """
 What a real model reads: rows of its own writing, or of a file, and the search for names that must not stand in them.
 
-    calibration  the model's own text, sampled at temperature 1 (data-free, after Liu et al. 2023, arXiv 2305.17888); one row
-                 in four begins with the name of a seen entity
-    repair       short rows, each the beginning of a question about a seen entity and what the model goes on to say: of 24
-                 tokens, about half are the question's and the rest is said about the entity. Rows of 64 that only began
-                 with a name had a fact in one row of eight, at ten times the tokens
+    calibration  the model's own text, sampled at temperature 1 (data-free, after Liu et al. 2023, arXiv 2305.17888);
+                 one row in four begins with the name of a seen entity
+    repair       short rows, each the beginning of a question about a seen entity and what the model goes on to say: of
+                 24 tokens, about half are the question's and the rest is said about the entity. Rows of 64 that only
+                 began with a name had a fact in one row of eight, at ten times the tokens
 
 What it leaves out: filtering by quality; rows are what the model says, wrong or right.
 """
@@ -21,12 +21,13 @@ BATCH = 64  # rows sampled at a time on a CPU: the rows depend on it
 
 def plain(text):
     """A text in which names are looked for: no case, no accents, one space for any white space, one kind of hyphen."""
-    kept = [c for c in unicodedata.normalize("NFKD", text.replace("\u2019", "'")) if unicodedata.category(c) not in ("Mn", "Cf")]
-    return " ".join(re.sub("[\u2010-\u2015]", "-", "".join(kept)).casefold().split())
+    letters = unicodedata.normalize("NFKD", text.replace("\u2019", "'"))
+    letters = "".join(c for c in letters if unicodedata.category(c) not in ("Mn", "Cf"))
+    return " ".join(re.sub("[\u2010-\u2015]", "-", letters).casefold().split())
 
 
 class Names:
-    """Names that text must not hold, found from a word's beginning to wherever it goes on, so that Kenyans are found, too.
+    """Names that text must not hold, found where a word begins with one: "Kenyans" holds Kenya.
 
     A name that begins with another sign than a letter, as "(New)", is found wherever it stands.
     """
@@ -65,16 +66,18 @@ class Writer:
         batch = BATCH if device is None or device.type == "cpu" else 16 * BATCH
         show = self.log.progress(label, wanted, "rows dropped")
         while len(kept) < wanted:
-            rows = [[self.encoding.eot_token, *self.encoding.encode_ordinary(text)][:length - 1] for text in starts(batch)]
-            ids, lengths = pad(rows, self.encoding, device)
+            begun = [[self.encoding.eot_token, *self.encoding.encode_ordinary(text)] for text in starts(batch)]
+            ids, lengths = pad([row[:length - 1] for row in begun], self.encoding, device)
             rows = self.subject.model.generate(ids, length - 1, lengths, temperature=1.0, generator=generator)
             rows = rows[:, :length].cpu()
             good = [row for row in rows if self.may_be_read(row.tolist())]
             kept, dropped = kept + good, dropped + len(rows) - len(good)
             if not kept and dropped >= 640:
-                raise ValueError(f"{self.subject.name}: every row it writes names something hidden; give it a text file")
+                raise ValueError(f"{self.subject.name}: every row it writes names something hidden; "
+                                 "give it a text file")
             show(min(len(kept), wanted) - 1, dropped)
-        self.log.say(f"{label}: {wanted:,} rows; {dropped:,} of {dropped + len(kept):,} dropped, as they named what is hidden")
+        self.log.say(f"{label}: {wanted:,} rows; {dropped:,} of {dropped + len(kept):,} dropped, "
+                     "as they named what is hidden")
         return torch.stack(kept[:wanted])
 
     def may_be_read(self, tokens):
@@ -103,13 +106,13 @@ def read_documents(path, hidden):
     documents = [d.strip() for d in re.split(r"\n\s*\n", text)]
     documents = [d for d in documents if d and not hidden.search(d)]
     if len(documents) < 2:
-        raise ValueError(f"{path}: {len(documents)} documents that name nothing hidden; it needs 2, parted by blank lines")
+        raise ValueError(f"{path}: {len(documents)} documents that name nothing hidden; "
+                         "it needs 2, parted by blank lines")
     return documents
 
 
 def rows_of(documents, encoding, wanted, T, generator):
-    """(wanted, T + 1) rows of documents; short ones are joined, long ones cut in pieces so that a row can start anywhere.
-    """
+    """(wanted, T + 1) rows of documents: short ones joined, long ones cut so that a row can start anywhere."""
     tokens = [encoding.encode_ordinary(d) for d in documents]
     if sum(map(len, tokens)) <= T:
         raise ValueError(f"the text is too short: a part of it has less than {T + 1} tokens")

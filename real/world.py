@@ -31,11 +31,11 @@ WINDOWS = 64  # rows on which perplexity is measured
 
 
 def read_facts(path, check=None):
-    """The facts of a JSON lines file: question (or a list of wordings), answer, options, entity, and attribute if there is
-    one.
+    """The facts of a JSON lines file: question (or a list of wordings), answer, options, entity, and attribute if any.
 
     check  what else a fact must pass, raising ValueError (study.taskfiles.fits)
-    Raises ValueError with the line's number for one that is no such object, that does not pass, or that was asked before.
+
+    Raises ValueError with the number of a line that is no such object, does not pass, or was asked before.
     """
     facts, lines = [], {}
     for number, line in lines_of(path):
@@ -83,8 +83,7 @@ def split_facts(facts, seed):
 
 
 class RealWorld:
-    """Facts by split and rows of text: what world.small.World offers, so that the study reads one as it reads the other.
-
+    """Facts by split and rows of text: what world.small.World offers, so that the study reads both alike.
     run    the study's Run
     dense  the undamaged model's Subject, which writes the text unless there is a file
     text   path of a text file to read instead
@@ -102,16 +101,18 @@ class RealWorld:
         self.inside = self.windows[:8, :-1]
 
     def text(self, kind, wanted, T, config):
-        """(wanted, T + 1) rows: "windows" for perplexity, "calibration" or "repair". Every seed of `--seeds` has rows of its
-        own."""
+        """(wanted, T + 1) rows: "windows" for perplexity, "calibration" or "repair"; others for each of `--seeds`."""
         name = f"text-{kind}" + (f"-seed-{config.repeat}" if config.repeat else "")
-        settings = {**self.dense.about["settings"], **self.settings, "rows": wanted, "tokens": T, "draw": config.draw_seed}
-        made = self.run.once_tensors(name, settings, ("real.world",), lambda: {"rows": self.make(kind, wanted, T, config)})
+        settings = {**self.dense.about["settings"], **self.settings,
+                    "rows": wanted, "tokens": T, "draw": config.draw_seed}
+        made = self.run.once_tensors(name, settings, ("real.world",),
+                                     lambda: {"rows": self.make(kind, wanted, T, config)})
         return made["rows"].long()
 
     def make(self, kind, wanted, T, config):
         """The body of `text`."""
-        generator = torch.Generator().manual_seed(config.draw_seed + {"windows": 6, "calibration": 7, "repair": 8}[kind])
+        own = {"windows": 6, "calibration": 7, "repair": 8}[kind]  # no two kinds of text share a seed
+        generator = torch.Generator().manual_seed(config.draw_seed + own)
         if self.file:  # the windows come from its first tenth, which nothing else does
             documents = read_documents(self.file, self.hidden)
             first = max(1, len(documents) // 10)

@@ -16,7 +16,8 @@ MARGIN = 0.05  # of displaced: a repair that is worse by less counts as not wors
 BASE, CRUDE = "GPTQ", "RTN"  # at the same bits: 3 by default, 2 with --quick
 STATEMENTS = {
     "prompt": f"One {{prompt}} brings back held-out facts that {BASE} took: displaced > 0.",
-    "pool": "{pool}, chosen by attention, brings back more than one prompt of as many tokens, trained for as many steps.",
+    "pool": "{pool}, chosen by attention, brings back more than one prompt of as many tokens, trained for as many "
+            "steps.",
     "weights": f"One {{prompt}} is at most {MARGIN:.0%} worse than as many parameters in the weights ({{equal}}).",
     "compressor": f"At equal bits a prompt brings back a smaller share of what {BASE} took than of what {CRUDE} took.",
 }
@@ -27,8 +28,8 @@ def claims(draws, displaced, claimed, endpoint="correct"):
     are left out.
 
     draws      [rows] of the study's own group; displaced {id: Estimate or None} as add_shares gives it
-    claimed    the repairs they are about: a prompt, one of as many tokens as the pool, the pool, and repairs of the weights
-               with as many parameters as the first
+    claimed    the repairs they are about: a prompt, one of as many tokens as the pool, the pool, and repairs of the
+               weights with as many parameters as the first
     endpoint   what is measured: "correct" or "knowledge"
     """
     first, longer, several, weights = claimed
@@ -90,17 +91,17 @@ def pairs(rows, displaced, claimed):
 
 
 def headline(rows):
-    """One sentence that follows from the finished rows: how many repairs are confirmed, and what most and least came back.
-    """
+    """One sentence that follows from the finished rows: how many repairs are confirmed, and the most that came back."""
     tags = {m["id"]: m["tag"] for m in rows}
     repaired = [m for m in rows if m.get("kind") == "repaired" and m["metrics"].get("displaced") is not None]
     sure = [m for m in repaired if m.get("confirmed")]
     if not repaired:
         return "Compression took too little recall to say whether it was forgotten or displaced."
     if not sure:
-        return f"None of {len(repaired)} repairs brings back held-out facts beyond what chance would: nothing is shown to " \
-               "be displaced."
+        return (f"None of {len(repaired)} repairs brings back held-out facts beyond what chance would: "
+                "nothing is shown to be displaced.")
     best = max(sure, key=lambda m: m["metrics"]["displaced"])
     value, (low, high) = best["metrics"]["displaced"], best["intervals"]["displaced"]
-    return (f"Part of what compression took was displaced: {len(sure)} of {len(repaired)} repairs bring back facts that "
-            f"they never read about, at most {value:.0%} [{low:.0%}, {high:.0%}] ({best['tag']} on {tags[best['base']]}).")
+    return (f"Part of what compression took was displaced: {len(sure)} of {len(repaired)} repairs bring back facts "
+            f"that they never read about, at most {value:.0%} [{low:.0%}, {high:.0%}] "
+            f"({best['tag']} on {tags[best['base']]}).")

@@ -40,8 +40,9 @@ def measure_tasks(subject, asked, people, encoding):
 
 
 def score_tasks(run, subject, answers):
-    """{task: {split: [scores of an item]}} of one subject; `answers` {split: rows} are what it said to the main facts, of
-    which two closed-book tasks are slices. None for a subject that tasks are not asked of.
+    """{task: {split: [scores of an item]}} of one subject, None for a subject that tasks are not asked of.
+
+    answers  {split: rows}: what it said to the main facts, of which two closed-book tasks are slices
     """
     config, world, about = run.config, run.world, subject.about
     asked = world.tasks(config)
@@ -132,8 +133,10 @@ def entities_of(draws, split):
 
 
 def comparisons(draws, tasks):
-    """Every model against the one it was made from: recall on seen and held-out people, over all draws; tasks on held-out
-    people, of the first draw. tasks {task: {split: facts}} as `task_items` gives it.
+    """Every model against the one it was made from: recall on seen and held-out people, over all draws; tasks on
+    held-out people, of the first draw.
+
+    tasks  {task: {split: facts}} as `task_items` gives it
     """
     rows, pairs = draws[0], []
     where = {m["id"]: m for m in rows}
@@ -179,7 +182,8 @@ def noise_floor(run, subjects, answers):
     other = run.draw(1)
     same = torch.equal(world.calibration(config), world.calibration(other.config))  # a world with one sample only
     for subject in subjects:
-        calibrated = (subject.about["operation"] or {}).get("parameters", {}).get("method") in ("gptq", "sparsegpt", "wanda")
+        method = (subject.about["operation"] or {}).get("parameters", {}).get("method")
+        calibrated = method in ("gptq", "sparsegpt", "wanda")
         if subject.about["base"] == "dense" and calibrated and not same:
             made = compressed_subject(other, subjects[0], subject.about["tag"])
             compared("compressed again on other text", subject, answer(made, facts, world.encoding))

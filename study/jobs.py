@@ -1,5 +1,6 @@
 """
-Single steps of the study as scripts: train the dense GPT, compress it, repair what came out; each asks before and after.
+Single steps of the study as scripts: train the dense GPT, compress it, repair what came out. The last two ask before
+and after.
 """
 import os
 
@@ -49,8 +50,8 @@ def repair(arguments):
     parser.add_argument("--method", choices=["lora", "prompt", "prefix", "idp", "bias"], default="lora", help="how")
     parser.add_argument("--repair-size", type=int, default=8, help="LoRA's rank, or the tokens of a prompt or prefix")
     parser.add_argument("--prompts", type=int, default=4, help="idp: prompts in the pool")
-    parser.add_argument("--way", choices=["together", "independent", "joint", "competitive", "selected"], default="together",
-                        help="idp: how the pool is trained")
+    parser.add_argument("--way", choices=["together", "independent", "joint", "competitive", "selected"],
+                        default="together", help="idp: how the pool is trained")
     parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     args = parser.parse_args(arguments)

@@ -88,7 +88,8 @@ def plan(config, itemsize=4, bits=3, group=64, calibration=(64, 64), batch=(4, 6
     B, Tr = batch
     steps = {"hold the dense model": itemsize * P}
     steps["compress it, beside the dense model"] = int(
-        itemsize * (P - Pb) + Pb * (bits + 40 / group) / 8 + 4 * N * T * C + 4 * min(N, 32) * T * (8 * C + 4 * inputs[-1])
+        itemsize * (P - Pb) + Pb * (bits + 40 / group) / 8
+        + 4 * N * T * C + 4 * min(N, 32) * T * (8 * C + 4 * inputs[-1])
         + 8 * sum(n * n for n in inputs) + 28 * max(inputs) ** 2)
     for name, trained, P_, r in ((f"a step of a prompt of {prompt}", prompt * C, prompt, 0),
                                  (f"a step of LoRA rank {rank}", lora, 0, rank)):

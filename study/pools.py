@@ -1,10 +1,10 @@
 """
 One pool of prompts, every way to choose from it: does attention choose well?
 
-    attention-max (the paper's rule), attention-min, random, each prompt alone, the best single one (chosen on validation
-    people), all concatenated, ensemble, most confident, and the per-question oracle beside the two floors without which
-    an oracle shows nothing; and the rank correlation of a prompt's attention score with the log-probability that it gives
-    the right answer, question by question.
+    attention-max (the paper's rule), attention-min, random, each prompt alone, the best single one (chosen on
+    validation people), all concatenated, ensemble, most confident, and the per-question oracle beside the two floors
+    without which an oracle shows nothing; and the rank correlation of a prompt's attention score with the
+    log-probability that it gives the right answer, question by question.
 
 What it leaves out: a choice made again during the answer.
 """

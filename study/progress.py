@@ -19,7 +19,7 @@ CONTROLS = {"locked": ("control-locked", "locked-behind-its-key"), "not yet told
 
 
 def planned(run):
-    """{step: {file: typical seconds}} of `python evaluate.py`; under "" what belongs to no file: intervals, the page."""
+    """{step: {file: typical seconds}} of `python evaluate.py`; under "" what has no file: intervals, the page."""
     config, (rows, tokens) = run.config, run.config.pretrain_batch
     asking = 0.3 + sum(len(facts) for facts in run.world.asked(config).values()) / QUESTIONS
     repairs = [(tag, kind) for tag, (kind, _) in config.repairs.items()]

@@ -25,10 +25,12 @@ METRICS = [  # name, label, unit, higher is better, what it is
     ("recall_novel", "recall, novel", "share", True, "exact match on people in no text: what guessing reaches"),
     ("displaced", "displaced", "share", True, "share of the lost held-out recall that came back"),
     ("relearned", "re-learned", "share", False, "share of the lost seen recall that came back, minus displaced"),
-    ("knowledge_seen", "knowledge, seen", "nats", True, "mean log-probability of the right value among its attribute's"),
+    ("knowledge_seen", "knowledge, seen", "nats", True,
+     "mean log-probability of the right value among its attribute's"),
     ("knowledge_heldout", "knowledge, held-out", "nats", True, "the same on held-out people"),
     ("knowledge_novel", "knowledge, novel", "nats", True, "the same on people in no text"),
-    ("displaced_knowledge", "displaced, knowledge", "share", True, "share of the lost held-out knowledge that came back"),
+    ("displaced_knowledge", "displaced, knowledge", "share", True,
+     "share of the lost held-out knowledge that came back"),
     ("relearned_knowledge", "re-learned, knowledge", "share", False, "the same on seen people, minus displaced"),
     ("gain_logprob", "gain", "nats", True, "what the repair adds to the right answer's log-probability, held-out"),
     ("gain_knowledge", "gain, knowledge", "nats", True, "the part of it that tells the right value from others"),
@@ -58,7 +60,7 @@ def predictions(run, rows):
 
 
 def publish(run, dense, results):
-    """Print the result; then write results.json, tables.md, predictions.jsonl and, last, the page, any of which may fail."""
+    """Print the result; then write results.json, tables.md, predictions.jsonl and, last, the page: each may fail."""
     log, path = run.log, run.path("results.json")
     rows = results["models"]
     results = {**results, "models": [{k: v for k, v in row.items() if k not in RAW} for row in rows],

@@ -57,8 +57,9 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
         recover.fit(model, prefix.parameters(), batches, loss, fit_config, progress=progress)
         return [prefix.weight]
     M, P, way = size if kind == "idp" else (1, size, "independent")
-    pool = idp.PromptPool([recover.prompt_init(model, P, generator=generator) for _ in range(M)],
-                          torch.zeros(M, model.config.n_embd, device=model.wte.weight.device) if way == "selected" else None)
+    prompts = [recover.prompt_init(model, P, generator=generator) for _ in range(M)]
+    probe = torch.zeros(M, model.config.n_embd, device=model.wte.weight.device) if way == "selected" else None
+    pool = idp.PromptPool(prompts, probe)
     if way == "independent":
         for m, prompt in enumerate(pool.prompts):  # each on a shard of its own
             loss = idp.independent(model, pool, losses, m)
@@ -133,7 +134,8 @@ def unpacked(model):
         for name, layer in parent.named_children():
             if isinstance(layer, PackedLinear):
                 plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                plain.weight = torch.nn.Parameter(layer.packed.dequantize().to(model.wte.weight.dtype), requires_grad=False)
+                weight = layer.packed.dequantize().to(model.wte.weight.dtype)
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
                 plain.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias, requires_grad=False)
                 setattr(parent, name, plain)
     return model

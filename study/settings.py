@@ -94,7 +94,8 @@ POOLS = {  # the other ways to train a pool: with --full
     "IDP 4 x 8 selected": ("idp", (4, 8, "selected")),  # chosen by a probe that was trained with the prompts
 }
 RATES = {  # peak learning rates, the same for every compressed model; a pool's prompts learn as one does
-    "biases": 3e-2, "LoRA rank 1 on o": 1e-2, "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 1e-1, "LoRA rank 8": 3e-3,
+    "biases": 3e-2, "LoRA rank 1 on o": 1e-2, "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 1e-1,
+    "LoRA rank 8": 3e-3,
 }
 RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
              "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "bias": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}  # five tries for each
@@ -104,7 +105,8 @@ OPERATIONS = {
     "control": "damage whose answer is known by construction",
     "LoRA": "a low-rank update beside each layer",
     "prompt": "trained vectors in front of the text", "prefix": "trained keys and values in front, in every layer",
-    "biases": "a trained constant after o and down", "gains": "the norms' weights, trained", "bias correction": "the same in closed form, nothing is trained",
+    "biases": "a trained constant after o and down", "gains": "the norms' weights, trained",
+    "bias correction": "the same in closed form, nothing is trained",
     "IDP": "a pool of prompts, the input picks the one it attends to most",
 }
 OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP", "bias": "biases",
@@ -112,8 +114,7 @@ OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP
 
 
 def rate(config, base, tag, kind, size):
-    """The learning rate of a repair `tag` of the compressed model `base`: config.rates by repair, or by base and repair.
-    """
+    """The learning rate of a repair `tag` of the compressed model `base`: config.rates by repair, or by both."""
     tag = f"prompt {size[1]}" if kind == "idp" else tag
     rates = config.rates.get(base, config.rates)
     if tag not in rates:

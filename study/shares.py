@@ -1,7 +1,8 @@
 """
 Displaced and re-learned, with intervals over people and draws, from the single answers of finished rows.
 
-A group of rows has one reference (the undamaged model, the first row), damaged models made from it, and repairs of these.
+A group of rows has one reference (the undamaged model, the first row), damaged models made from it, and repairs of
+these.
 With a(m, s) the mean of what is measured (recall, or knowledge) of model m on split s,
 
     displaced = (a(repaired, held-out) - a(damaged, held-out)) / (a(reference, held-out) - a(damaged, held-out))
@@ -19,10 +20,13 @@ SUFFIX = {"correct": "", "knowledge": "_knowledge"}         # of displaced and r
 
 
 def add_shares(draws, asked, seed, endpoint="correct"):
-    """Means, displaced and relearned with their intervals into the rows of the first draw -> {id: Estimate of displaced}.
+    """Write means, displaced and relearned with their intervals into the rows of the first draw.
 
-    draws  [rows], one list a draw of `--seeds`, the reference first; every row answered the facts asked {split: facts}
+    draws     [rows], one list a draw of `--seeds`, the reference first
+    asked     {split: facts}, which every row answered
     endpoint  of which measure the Estimates are: a key of MEASURES
+
+    Returns {id: Estimate of displaced}.
     """
     rows = draws[0]
     where, displaced = {m["id"]: i for i, m in enumerate(rows)}, {}

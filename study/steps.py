@@ -1,18 +1,18 @@
 """
 Steps: each is done once, kept in the output folder, and reused while nothing it depends on has changed.
 
-A step depends on its settings and on code. Beside every result `NAME` stands `NAME.made.json`: the settings, a digest of
-each of our source files that the step's code or its world imports, and a digest of the result's own bytes. A step whose
-settings, code or bytes differ is made again; what is made from a result has that result's digest in its settings (`with_result`).
-Comments and docstrings do not count as code.
+A step depends on its settings and on code. Beside every result `NAME` stands `NAME.made.json`: the settings, a digest
+of each of our source files that the step's code or its world imports, and a digest of the result's own bytes. A step
+whose settings, code or bytes differ is made again; what is made from a result has that result's digest in its settings
+(`with_result`). Comments and docstrings do not count as code.
 
-Several processes may work in one folder (sweeps under torchrun, the pieces of a real study, jobs in two terminals): each
-step has a lock, so whoever wants a step that another process is making waits for it, then reuses it. Two whole studies in
-one folder would overwrite each other's tables: the second is refused (`alone`). A process that ends, in whatever way, gives
-its locks back.
+Several processes may work in one folder (sweeps under torchrun, the pieces of a real study, jobs in two terminals):
+each step has a lock, so whoever wants a step that another process is making waits for it, then reuses it. Two whole
+studies in one folder would overwrite each other's tables: the second is refused (`alone`). A process that ends, in
+whatever way, gives its locks back.
 
-What it leaves out: locks where the system has none (Windows); and results of an earlier version of torch are reused only
-because `settings` of the first step name it.
+What it leaves out: locks where the system has none (Windows). The version of torch is part of the first step's
+`settings`: results of another version are made again.
 """
 import ast
 import contextlib
@@ -68,10 +68,10 @@ class Run:
         return os.path.join(self.out, name)
 
     def alone(self):
-        """Keep other studies out of the output folder until this process ends; ValueError where one is at work in it."""
+        """Keep other studies out of the output folder until this process ends; ValueError where one is at work."""
         if not take(self.out, 0, wait=False):
-            raise ValueError(f"{self.out}: another study is at work in this folder; wait for it, or name another one with "
-                             "--out")
+            raise ValueError(f"{self.out}: another study is at work in this folder; "
+                             "wait for it, or name another one with --out")
 
     @contextlib.contextmanager
     def holding(self, name):
@@ -86,11 +86,12 @@ class Run:
             give_back(self.out, byte)
 
     def once(self, name, settings, code, make, write, read):
-        """`make()`, written by `write(result, path)`; or `read(path)` where it was made before with the same settings and
-        code. `code` names the modules whose source, imports included, the result depends on, beside the world's.
+        """`make()`, written by `write(result, path)`; or `read(path)` where it was made before with the same settings
+        and code. `code` names the modules whose source, imports included, the result depends on, beside the world's.
         """
         path, began, world = self.path(name), time.time(), type(self.world).__module__
-        mark = {"settings": json.loads(json.dumps(settings)), "code": sources(*code, *([world] if file_of(world) else []))}
+        modules = [*code, world] if file_of(world) else code
+        mark = {"settings": json.loads(json.dumps(settings)), "code": sources(*modules)}
         with self.holding(name):
             kept = read_mark(path) or {}
             reused = {**kept, "seconds": 0} == {**mark, "bytes": digest_of(path), "seconds": 0}

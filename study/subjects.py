@@ -1,6 +1,7 @@
 """
-The models of the study, each made once: the dense one, its compressions, their repairs. Each is a Subject (world/score.py)
-that answers questions, with what the tables need to know in `subject.about`.
+The models of the study, each made once: the dense one, its compressions, their repairs.
+
+Each is a Subject (world/score.py) that answers questions, with what the tables need to know in `subject.about`.
 """
 import json
 import os
@@ -35,8 +36,9 @@ def dense_subject(run):
     save_ranks(run.world.ranks, run.path("tokens.tiktoken"))
     log.say(f"dense: {model.n_parameters():,} parameters, {os.path.getsize(path):,} bytes, "
             f"{model.flops_per_token():,} floating-point operations a token")
-    return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None, "settings": with_result(settings, path),
-                                 "path": path, "extra": 0, "layers": None})
+    return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None,
+                                 "settings": with_result(settings, path), "path": path,
+                                 "extra": 0, "layers": None})
 
 
 def compressed_subject(run, dense, tag):
@@ -59,7 +61,8 @@ def compressed_subject(run, dense, tag):
                            lambda: compress(dense.model, calibration, method, **how), write,
                            lambda path: (load(path), read_json(path + LAYERS, list)))
     model = model.to(dense.device)
-    return Subject(model, about={"id": name, "tag": tag, "base": "dense", "settings": with_result(settings, path), "path": path,
+    return Subject(model, about={"id": name, "tag": tag, "base": "dense",
+                                 "settings": with_result(settings, path), "path": path,
                                  "extra": 0, "layers": rows,
                                  "operation": {"name": operation, "parameters": {"method": method, **how}}})
 
@@ -101,7 +104,8 @@ def repaired_subject(run, base, tag, kind, size, batches, objective="distillatio
     def make():
         """The repair's tensors, trained or computed."""
         if not trained:
-            return correct_biases(unpacked(base.model), dense.model, run.world.calibration(config).to(base.device), size)
+            calibration = run.world.calibration(config).to(base.device)
+            return correct_biases(unpacked(base.model), dense.model, calibration, size)
         return train_repair(base.model, kind, size, batches(), getattr(recover, objective), fit_config,
                             config.draw_seed, run.log.progress(name, fit_config.steps), config.repair_bfloat16)
     tensors = run.once(name, settings, ("study.repairs", "compress", "study.training", *code), make,
@@ -110,9 +114,9 @@ def repaired_subject(run, base, tag, kind, size, batches, objective="distillatio
                        lambda path: load_tensors(path, base.model, layout))
     tensors = [t.to(base.device) for t in tensors]
     subject = attach(base.model, kind, size, tensors)
-    how = {"size": size, **({"objective": objective, "lr": fit_config.lr, "steps": fit_config.steps} if trained else {})}
+    training = {"objective": objective, "lr": fit_config.lr, "steps": fit_config.steps} if trained else {}
     subject.about = {"id": name, "tag": tag, "base": base.about["id"],
                      "settings": with_result(settings, run.path(name)), "path": base.about["path"],
                      "layers": None, "extra": sum(t.numel() for t in tensors), "kind": kind, "tensors": tensors,
-                     "operation": {"name": OPERATION[kind], "parameters": how}}
+                     "operation": {"name": OPERATION[kind], "parameters": {"size": size, **training}}}
     return subject

@@ -9,10 +9,10 @@ Sweeps: one setting varied, everything else held, a point a run.
     damage          dose and response: four compressors at four levels each, and what a prompt, biases and LoRA of rank
                     1 and 8 bring back, against what was lost
 
-A point of damage is displaced and re-learned, see study/shares.py. Of all others it is recall by split with its interval,
-and perplexity. For prompts that stands there twice: divided by the text's tokens, and as published code divides it, by
-text and prompt positions together. The second falls as the prompt grows, even where the model reads no better:
-exp(loss * text / (text + P)).
+A point of damage is displaced and re-learned, see study/shares.py. Any other point is recall by split with its
+interval, and perplexity. For prompts, perplexity stands there twice: divided by the text's tokens, and as published
+code divides it, by text and prompt positions together. The second falls as the prompt grows, even where the model
+reads no better: exp(loss * text / (text + P)).
 
 Runs of a sweep do not need each other: under torchrun every process takes its share in turn and the first one gathers
 them, on one machine or on several that share the output folder. Each run computes on one thread, because sums in

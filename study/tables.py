@@ -44,7 +44,7 @@ def name_of(model):
 
 
 def main_table(results):
-    """What came back of what was taken, a row a model, at most 100 columns: percent with 95 % intervals; * confirmed."""
+    """What came back of what was taken, a row a model, at most 100 columns: percent, 95 % intervals; * confirmed."""
     rows, several = [], results["settings"]["seeds"] > 1
     for m in results["models"]:
         cells = [share((m["metrics"].get(name), m["intervals"].get(name, [None, None])))

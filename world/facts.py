@@ -204,7 +204,7 @@ def text_batches(sentences, encoding, batch_size, T, generator, aligned=False):
 
 
 def pad(rows, encoding, device=None):
-    """Lists of token ids -> ids (B, T) padded on the right with EOT, lengths (B,); made on the CPU, given on `device`."""
+    """Lists of token ids -> ids (B, T) padded on the right with EOT, and lengths (B,), both on `device`."""
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), encoding.eot_token)
     for i, row in enumerate(rows):

@@ -113,8 +113,8 @@ def knowledge(logprobs, gold):
 def fitting(sizes, batch_size, room):
     """(start, end) of batches of neighbours whose longest question and longest answer fit `room` together.
 
-    sizes  [(tokens of the question, tokens of the answer)]; one that does not fit by itself is a batch, for the model to
-           refuse
+    sizes  [(tokens of the question, tokens of the answer)]; one that does not fit by itself is a batch, for the model
+           to refuse
     """
     start = question = answer = 0
     for end, (q, a) in enumerate(sizes):
@@ -127,8 +127,9 @@ def fitting(sizes, batch_size, room):
 
 
 def check_numbers(subject, log_p):
-    """`log_p` if there is no NaN in it; else ValueError with the model's name: every comparison with NaN is false, and the
-    model would be found to choose its first option.
+    """`log_p` if there is no NaN in it; else ValueError with the model's name.
+
+    Every comparison with NaN is false: the model would be found to choose its first option.
     """
     if bool(torch.isnan(log_p).any()):
         raise ValueError(f"{subject.name} gives log-probabilities that are not numbers (NaN)")
@@ -140,8 +141,8 @@ def say(subject, facts, encoding, batch_size=250):
     """The question is continued greedily: one dict a fact, as `answer` gives it. "knowledge" is `knowledge` among all
     values of the fact's attribute, None for a fact without one.
 
-    A row may write twice as many tokens as its own right answer has, and two more. What it writes is read up to the first
-    full stop behind as many as are part of the right answer.
+    A row may write twice as many tokens as its own right answer has, and two more. What it writes is read up to the
+    first full stop behind as many as are part of the right answer.
     """
     rows = tokenized(facts, encoding)
     room, out, known = subject.room(), [], {}
@@ -180,8 +181,10 @@ def values_of(fact):
 
 
 def rivals(fact, gold, encoding, known):
-    """The last tokens (values,) of all values of the fact's attribute, where the tokens before the last are those of the
-    right answer `gold` in each: then one forward pass has the probabilities of all. None elsewhere. known: a cache.
+    """The last tokens (values,) of all values of the fact's attribute, or None.
+
+    They exist where each value's tokens before its last are those of the right answer `gold`: then one forward pass has
+    the probabilities of all. known: a cache.
     """
     key = fact.attribute, tuple(gold[:-1])
     if key not in known:
@@ -197,7 +200,7 @@ def full_stops(gold):
 
 
 def until_stop(tokens, encoding, inside=0):
-    """The generated text up to its first full stop behind `inside` others, or end-of-text; and whether there was one."""
+    """The generated text up to its first full stop behind `inside` others, or end-of-text; and whether it ended."""
     ended = encoding.eot_token in tokens
     text = encoding.decode(tokens[:tokens.index(encoding.eot_token)] if ended else tokens)
     parts = text.split(".")
@@ -215,8 +218,8 @@ def gold_logprobs(subject, rows, chosen, encoding):
     """
     whole, _ = pad([question + gold for question, gold in rows], encoding, subject.device)  # (B, T + answer)
     logits = subject.model(whole[:, :-1], cache=subject.cache(chosen, whole.shape[1]))
-    log_p = F.log_softmax(logits.float(), dim=-1)  # (B, T + answer - 1, V)
-    log_p = check_numbers(subject, log_p.gather(-1, whole[:, 1:, None])[..., 0]).cpu()  # (B, T + answer - 1): of each next one
+    log_p = F.log_softmax(logits.float(), dim=-1).gather(-1, whole[:, 1:, None])[..., 0]  # (B, T + answer - 1)
+    log_p = check_numbers(subject, log_p).cpu()  # of each next token
     return [log_p[b, len(question) - 1:len(question) + len(gold) - 1].sum().item()
             for b, (question, gold) in enumerate(rows)]
 

@@ -10,7 +10,8 @@ A line of the result is one city, asked in two wordings:
      "answer": "France", "options": ["Spain", "France", ...]}
 
 One option is right; the other seven are countries of the same continent, drawn at random. The right one stands at every
-place equally often. No model is asked: cities are chosen by their size and their names alone. README.md gives the rules.
+place equally often. No model is asked: cities are chosen by their size and their names alone. README.md gives the
+rules.
 """
 import argparse
 import json
@@ -35,8 +36,8 @@ DISPUTED = {("UA", "05"), ("UA", "08"), ("UA", "11"), ("UA", "14"), ("UA", "20")
             ("IN", "12"), ("PK", "06"), ("PK", "07"),  # Kashmir
             ("SO", "20"), ("SO", "21"), ("SO", "22")}  # Somaliland
 UNASKED = {"Israel", "Palestine", "Taiwan", "Kosovo", "Singapore"}  # not recognised by all; a city
-WORDS = set("Aden Buffalo Cork Cypress Erode Manta Meads Mesa Nada Natal Nice Oral Perm Pest Plano Queens Reno Saga Salta "
-            "Serra Woodlands".split())  # names that are words or beginnings of words as well: text is searched for names
+WORDS = set("""Aden Buffalo Cork Cypress Erode Manta Meads Mesa Nada Natal Nice Oral Perm Pest Plano Queens Reno Saga
+               Salta Serra Woodlands""".split())  # words or beginnings of words as well: text is searched for names
 
 
 def read_cities(folder):
