@@ -82,7 +82,7 @@ def peer(W, H, bits=None, size=None, sparsity=None, n_m=None):
 
 
 def seconds(function, repeats=3):
-    """The fastest of a few runs; with one thread its processor time, which other work on the machine does not lengthen."""
+    """The fastest of a few runs; with one thread its processor time, which other work does not lengthen."""
     clock, times = time.process_time if torch.get_num_threads() == 1 else time.perf_counter, []
     for _ in range(repeats):
         began = clock()

@@ -1,14 +1,16 @@
 """
-How fast the study trains: tokens a second of `recover.fit` beside a plain GPT-2 with a plain AdamW loop of the same shape.
+How fast the study trains: tokens a second of `recover.fit` beside a plain GPT-2 of the same shape with a plain AdamW
+loop.
 
     OMP_NUM_THREADS=1 python tests/bench_train.py             # a minute; exit status 1 where a claim is missed
     python tests/bench_train.py --compile                     # ours compiled too, with the seconds that compiling takes
 
 The peer is the least that a GPT-2 needs in PyTorch: one product for q, k and v, PyTorch's own LayerNorm, GELU and
-attention, learned positions, a tied head, AdamW with clipping. It does less than ours: no rotation of q and k, no Muon, no
-schedule, no check for losses that are not finite, no cache, no prompts. Both read the same random tokens, so that nothing
-is learned and nothing but time is compared. The two take turns, a few steps each; a ratio is the median over rounds of the
-ratio within a round. Times are processor times, which on one thread of an idle machine is the time one waits.
+attention, learned positions, a tied head, AdamW with clipping. It does less than ours: no rotation of q and k, no Muon,
+no schedule, no check for losses that are not finite, no cache, no prompts. Both read the same random tokens, so that
+nothing is learned and nothing but time is compared. The two take turns, a few steps each; a ratio is the median over
+rounds of the ratio within a round. Times are processor times, which on one thread of an idle machine is the time one
+waits.
 """
 import argparse
 import pathlib

@@ -1,14 +1,15 @@
 """
-A device that is not there: tensors that say they are on another device, compute on the CPU, and refuse to meet CPU tensors.
+A device that is not there: tensors that say they are on another device, compute on the CPU, and refuse to meet CPU
+tensors.
 
     with Elsewhere():
         model = GPT(config).to(ELSEWHERE)             # or any factory function with device=ELSEWHERE
         model(torch.tensor(ids, device=ELSEWHERE))    # the numbers are those of the CPU
         model(torch.tensor(ids))                      # RuntimeError: on the CPU
 
-What torch's own FakeTensorMode does for GPUs that are not there, with values: so `.item()` works, loops end, and results can
-be compared with the CPU's. It is stricter than a GPU, which would take indices from the CPU and wait for them. The device
-calls itself "meta", since torch without CUDA refuses to move anything to "cuda".
+What torch's own FakeTensorMode does for GPUs that are not there, with values: so `.item()` works, loops end, and
+results can be compared with the CPU's. It is stricter than a GPU, which would take indices from the CPU and wait for
+them. The device calls itself "meta", since torch without CUDA refuses to move anything to "cuda".
 """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,8 +23,8 @@ class There(torch.Tensor):
 
     @staticmethod
     def __new__(cls, here):
-        made = torch.Tensor._make_wrapper_subclass(cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype,
-                                                   device=ELSEWHERE, requires_grad=False)
+        made = torch.Tensor._make_wrapper_subclass(cls, here.shape, here.stride(), here.storage_offset(),
+                                                   dtype=here.dtype, device=ELSEWHERE, requires_grad=False)
         made.here = here
         return made
 
@@ -49,7 +50,8 @@ def run(operation, args, kwargs):
     if there and operation not in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
         for x in given:
             if x.dim() and not isinstance(x, There):
-                raise RuntimeError(f"{operation}: a tensor of shape {tuple(x.shape)} is on the CPU, others are elsewhere")
+                raise RuntimeError(f"{operation}: a tensor of shape {tuple(x.shape)} is on the CPU, "
+                                   "others are elsewhere")
     if kwargs.get("device") is not None:
         there, kwargs = torch.device(kwargs["device"]) == ELSEWHERE, {**kwargs, "device": torch.device("cpu")}
     out = operation(*tree_map(here, args), **tree_map(here, kwargs))

@@ -40,8 +40,8 @@ def notice(mutant, folder):
         raise ValueError(f"{mutant['file']}: {mutant['old']!r} stands there {right.count(mutant['old'])} times")
     path.write_text(right.replace(mutant["old"], mutant["new"]), encoding="utf-8")
     try:
-        ran = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant["test"].split()],
-                             cwd=folder, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant["test"].split()]
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     finally:
         path.write_text(right, encoding="utf-8")
     failed = [line.split(" - ")[0] for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -58,8 +58,9 @@ def main(words):
                 continue
             began, killer = time.time(), notice(mutant, folder)
             lived += killer is None
-            print(f"{number:2d} {'LIVES' if killer is None else 'dies ':5s} {time.time() - began:4.0f} s  {mutant['file']}: "
-                  f"{mutant['mistake']}: {killer or 'all of ' + mutant['test'] + ' pass'}", flush=True)
+            print(f"{number:2d} {'LIVES' if killer is None else 'dies ':5s} {time.time() - began:4.0f} s  "
+                  f"{mutant['file']}: {mutant['mistake']}: {killer or 'all of ' + mutant['test'] + ' pass'}",
+                  flush=True)
     print(f"{lived} live")
     sys.exit(1 if lived else 0)
 

@@ -60,7 +60,8 @@ def test_what_is_detectable_among_many_tests():
 def test_tasks_are_compared_on_held_out_people_by_their_main_metric():
     scored = {"dense": {"four-way": {"heldout": [{"acc": 1.0, "acc_norm": 0.0}] * 4, "seen": []}},
               "small": {"four-way": {"heldout": [{"acc": 0.0, "acc_norm": 0.0}] * 4, "seen": []}}}
-    found = comparisons.comparisons([rows(scored=scored)], {"four-way": {"heldout": asked(*"abcd")}})  # "back" was asked no task
+    tasks = {"four-way": {"heldout": asked(*"abcd")}}  # "back" was asked no task
+    found = comparisons.comparisons([rows(scored=scored)], tasks)
     row, = [row for row in found if not row["what"].startswith("recall")]
     assert (row["model"], row["what"]) == ("small", "four-way, held-out")
     assert (row["gained"], row["lost"], row["items"]) == (0, 4, 4)
@@ -99,7 +100,7 @@ def test_recall_slices():
 
 
 def test_the_noise_floor_compares_each_fact_with_itself(monkeypatch):
-    """Asked in reverse, a model that is right on the first three facts gives the same answers: nothing is gained or lost."""
+    """Asked in reverse, a model that is right on the first three facts answers the same: nothing is gained or lost."""
     known = [SimpleNamespace(person=f"p{i // 2}", right=i < 3) for i in range(7)]
     asked = []
 

@@ -121,7 +121,8 @@ def test_the_plain_loops_and_the_fast_sweep_are_twins(settings, shape):
     """In float64 not one code, mask or zero differs; weights agree to the rounding of float32."""
     settings, (out, n) = dict(settings), shape
     W, H = problem(out, n)
-    masked, damp, act_order = settings.pop("masked", False), settings.get("damp", 0.01), settings.pop("act_order", False)
+    masked, act_order = settings.pop("masked", False), settings.pop("act_order", False)
+    damp = settings.get("damp", 0.01)
     keep = torch.rand(out, n, generator=torch.Generator().manual_seed(n)) > 0.4 if masked else None
     every = torch.ones(out, n, dtype=torch.bool) if keep is None else keep
     f = factor(H, n, damp, act_order, torch.float64)
@@ -718,7 +719,7 @@ def test_targets_and_settings_are_checked():
 # ---- faults that were reported (C1 to C12, E11), each with siblings
 
 def quiet(scale, n=16, tokens=64, at=(3,)):
-    """Inputs X (tokens, n) float32, the columns `at` scaled: so quiet that their squares underflow, not their products."""
+    """Inputs X (tokens, n) float32, the columns `at` so quiet that their squares underflow, not their products."""
     X = torch.randn(tokens, n, generator=torch.Generator().manual_seed(0))
     X[:, list(at)] *= scale
     return X
@@ -749,7 +750,8 @@ def test_a_quiet_input_in_a_model_is_no_error():  # C1: a norm of 1e-24, a SwiGL
                 model.blocks[1].norm2.weight.fill_(1.0)
                 model.blocks[1].mlp.gate.weight[7] = 0
                 model.blocks[1].mlp.gate.weight[7, 0] = -1e4
-        for method, settings in (("gptq", dict(bits=3)), ("sparsegpt", dict(sparsity=0.5)), ("wanda", dict(n_m=(2, 4)))):
+        for method, settings in (("gptq", dict(bits=3)), ("sparsegpt", dict(sparsity=0.5)),
+                                 ("wanda", dict(n_m=(2, 4)))):
             new, report = compress(model, ids, method, **settings)
             assert bool(new(ids).isfinite().all()) and all(r["retries"] == 0 for r in report)
 

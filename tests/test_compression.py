@@ -98,7 +98,8 @@ def test_no_two_settings_share_a_name():
              dict(method="gptq", bits=3, block_size=4), dict(method="gptq", bits=3, symmetric=True),
              dict(method="gptq", bits=3, keep_zeros=True), dict(method="gptq", bits=3, targets=("mlp.up",)),
              dict(method="gptq", bits=3, targets=("mlp.up", "attn.q")), dict(method="rtn", bits=3),
-             dict(method="wanda", n_m=(2, 4)), dict(method="wanda", sparsity=0.24), dict(method="wanda", n_m=(2, 4), bits=3)]
+             dict(method="wanda", n_m=(2, 4)), dict(method="wanda", sparsity=0.24),
+             dict(method="wanda", n_m=(2, 4), bits=3)]
     names = [default_name(f"out/{m}", CompressConfig(**g)) for g in given for m in ("m.safetensors", "m.gguf", "m/")]
     assert len(set(names)) == len(names) - len(given)  # m.safetensors and the folder m: the second is refused
     assert all(os.path.dirname(name) == "out" for name in names)
@@ -120,31 +121,30 @@ def test_the_result_has_the_dtype_of_the_checkpoint(folder):  # C6
                                       ["--method", "wanda", "--n-m", "2", "4"])):
             out = folder / f"small-{dtype}-{i}"
             run(folder, *settings, "--out", out, source="small.safetensors")
-            new = load(out)
-            assert new.wte.weight.dtype == dtype and torch.equal(new.wte.weight, load(folder / "small.safetensors").wte.weight)
+            new, old = load(out), load(folder / "small.safetensors")
+            assert new.wte.weight.dtype == dtype and torch.equal(new.wte.weight, old.wte.weight)
             assert bool(new(torch.zeros(1, 4, dtype=torch.long)).isfinite().all())
 
 
+GOOD = ["--in", "a.safetensors", "--text", "text.txt", "--bits", "3"]  # accepted; an option given again replaces these
 REFUSED = {  # what: (arguments, what the line says)
     "no model": (["--text", "text.txt", "--bits", "3"], "give --in MODEL and --text FILE"),
     "no text": (["--in", "a.safetensors", "--bits", "3"], "give --in MODEL and --text FILE"),
     "no bits": (["--in", "a.safetensors", "--text", "text.txt"], "gptq needs bits"),
-    "bits out of range": (["--in", "a.safetensors", "--text", "text.txt", "--bits", "9"], "from 2 to 8, got 9"),
-    "a model that is not there": (["--in", "c.safetensors", "--text", "text.txt", "--bits", "3"], "c.safetensors: No such"),
-    "a text that is not there": (["--in", "a.safetensors", "--text", "no.txt", "--bits", "3"], "no.txt: No such"),
-    "a text that is a folder": (["--in", "a.safetensors", "--text", ".", "--bits", "3"], ".: Is a directory"),
-    "an empty text": (["--in", "a.safetensors", "--text", "empty.txt", "--bits", "3"], "empty.txt: no text in it"),
-    "a text that is not UTF-8": (["--in", "a.safetensors", "--text", "latin.txt", "--bits", "3"], "not UTF-8 at byte 3"),
-    "no vocabulary": (["--in", "alone/a.safetensors", "--text", "text.txt", "--bits", "3"], "no tokenizer beside it"),
-    "a model that is a text": (["--in", "text.txt", "--text", "text.txt", "--bits", "3"], "text.txt:"),
-    "no rows": (["--in", "a.safetensors", "--text", "text.txt", "--bits", "3", "--rows", "0"], "--rows must be at least 1"),
-    "the model itself": (["--in", "a.safetensors", "--text", "text.txt", "--bits", "3", "--out", "./a.safetensors"],
-                         "is the checkpoint to compress"),
-    "a folder that is not there": (["--in", "a.safetensors", "--text", "text.txt", "--bits", "3", "--out", "no/x"], "no/x"),
-    "a folder": (["--in", "a.safetensors", "--text", "text.txt", "--bits", "3", "--out", "alone"], "alone"),
-    "a target that is none": (["--in", "a.safetensors", "--text", "text.txt", "--bits", "3", "--targets", "mlp.x"], "mlp.x"),
-    "a setting that the method lacks": (["--in", "a.safetensors", "--text", "text.txt", "--method", "rtn", "--bits", "3",
-                                         "--refit"], "rtn has no setting refit"),
+    "bits out of range": ([*GOOD, "--bits", "9"], "from 2 to 8, got 9"),
+    "a model that is not there": ([*GOOD, "--in", "c.safetensors"], "c.safetensors: No such"),
+    "a text that is not there": ([*GOOD, "--text", "no.txt"], "no.txt: No such"),
+    "a text that is a folder": ([*GOOD, "--text", "."], ".: Is a directory"),
+    "an empty text": ([*GOOD, "--text", "empty.txt"], "empty.txt: no text in it"),
+    "a text that is not UTF-8": ([*GOOD, "--text", "latin.txt"], "not UTF-8 at byte 3"),
+    "no vocabulary": ([*GOOD, "--in", "alone/a.safetensors"], "no tokenizer beside it"),
+    "a model that is a text": ([*GOOD, "--in", "text.txt"], "text.txt:"),
+    "no rows": ([*GOOD, "--rows", "0"], "--rows must be at least 1"),
+    "the model itself": ([*GOOD, "--out", "./a.safetensors"], "is the checkpoint to compress"),
+    "a folder that is not there": ([*GOOD, "--out", "no/x"], "no/x"),
+    "a folder": ([*GOOD, "--out", "alone"], "alone"),
+    "a target that is none": ([*GOOD, "--targets", "mlp.x"], "mlp.x"),
+    "a setting that the method lacks": ([*GOOD, "--method", "rtn", "--refit"], "rtn has no setting refit"),
 }
 
 

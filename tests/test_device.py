@@ -1,4 +1,4 @@
-"""Everything that computes, on a device that is not there: a tensor left on the CPU is an error; the numbers are the CPU's."""
+"""Everything that computes, on a device that is not there: a tensor left on the CPU is an error; the numbers agree."""
 import copy
 
 import pytest
@@ -68,7 +68,8 @@ def pool_of(model):
 
 def same(work):
     """`work(model, ids)` on the CPU and on each other device there is: the same."""
-    for settings in ({}, {"position": "learned", "activation": "relu", "norm": "layernorm", "bias": True, "tied": False}):
+    other = {"position": "learned", "activation": "relu", "norm": "layernorm", "bias": True, "tied": False}
+    for settings in ({}, other):
         model = small(**settings)
         wanted = back(work(model, IDS))
         for device in DEVICES:
@@ -86,7 +87,8 @@ def test_a_tensor_on_the_cpu_is_an_error_elsewhere():
 
 
 def test_the_forward_pass_and_generation():
-    same(lambda model, ids: [model(ids), model.generate(ids, 5, lengths=torch.tensor([3, 21, 5, 7, 9, 1]).to(ids.device)),
+    lengths = torch.tensor([3, 21, 5, 7, 9, 1])
+    same(lambda model, ids: [model(ids), model.generate(ids, 5, lengths=lengths.to(ids.device)),
                              model.generate(ids, 4, stop=7, prompt=model.wte(ids[0, :3]))])
     same(lambda model, ids: model.generate(ids, 3, temperature=1.0, generator=torch.Generator().manual_seed(0)))
 
@@ -103,8 +105,9 @@ def test_calibration_and_every_compressor(method, settings):
     same(work)
 
 
-@pytest.mark.parametrize("kind, size", [("lora", 2), ("lora", (1, "o")), ("bias", "o down"), ("prefix", 3), ("prompt", 4)] + [
-    ("idp", (2, 3, way)) for way in ("independent", "together", "joint", "competitive", "selected")])
+@pytest.mark.parametrize("kind, size", [
+    ("lora", 2), ("lora", (1, "o")), ("bias", "o down"), ("prefix", 3), ("prompt", 4),
+    *(("idp", (2, 3, way)) for way in ("independent", "together", "joint", "competitive", "selected"))])
 def test_every_repair(kind, size):
     def work(model, ids):
         batches = recover.add_targets(model, [ids[:3], ids[3:]], k=8)
@@ -141,8 +144,9 @@ def test_what_the_study_looks_at_beside_answers():
     def work(model, ids):
         pool, generator = pool_of(model), torch.Generator().manual_seed(3)
         subject = pool_subject(model, pool)
-        return [pools.selectors(ENCODING, model, pool, facts[:6], facts[6:], generator) for facts in (FACTS, CHOICES * 5)] + [
-            inside.similarity(subject, Subject(model), IDS)]
+        return [*(pools.selectors(ENCODING, model, pool, facts[:6], facts[6:], generator)
+                  for facts in (FACTS, CHOICES * 5)),
+                inside.similarity(subject, Subject(model), IDS)]
     same(work)
 
 

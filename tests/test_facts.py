@@ -214,7 +214,8 @@ def test_rows_are_documents_end_to_end(people, encoding):
     passes = [told[i:i + 45] for i in range(0, len(told) - 44, 45)]
     assert len(passes) > 5 and all(sorted(told) == sorted(sentences) for told in passes) and passes[0] != passes[1]
     assert any(sentence.startswith(last) for sentence in sentences)
-    again, other = (next(text_batches(sentences, encoding, 4, 30, torch.Generator().manual_seed(seed))) for seed in (0, 1))
+    again, other = (next(text_batches(sentences, encoding, 4, 30, torch.Generator().manual_seed(seed)))
+                    for seed in (0, 1))
     assert torch.equal(again, rows[0]) and not torch.equal(other, rows[0])
 
 

@@ -22,7 +22,8 @@ def different():
     found = [] if [p._asdict() for p in people] == file["world"]["world"]["people"] else ["people"]
     code = make_kernels.Code()
     found += differing(lambda case: make_kernels.result(code, case), file["kernels"])
-    found += differing(lambda case: make_world.result(world, file["world"], case), file["world"], **make_world.TOLERANCE)
+    found += differing(lambda case: make_world.result(world, file["world"], case), file["world"],
+                       **make_world.TOLERANCE)
     for maker, name, tolerance in ((make_model, "model", {}), (make_idp, "idp", {}),
                                    (make_repair, "repair", make_repair.TOLERANCE)):
         code = maker.Code()

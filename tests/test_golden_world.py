@@ -57,18 +57,20 @@ def test_the_file_is_the_one_that_the_script_writes():
 
 
 def test_sentences():
-    """Every fact of everybody but novel people in three phrasings; then the questions of two attributes, of half of them."""
+    """Every fact of all but novel people in three phrasings; then the questions of two attributes, of half of them."""
     told = [p for p in WORLD["people"] if p["split"] != "novel"]
     lines = [f"{phrase.format(p['name'])} {p['values'][a]}." for p in told for a in PHRASES["values"]
              for phrase in PHRASES["statements"][a]]
     asked = [a for a in PHRASES["questions"] if PHRASES["questions"][a] not in PHRASES["statements"][a]]
-    questions = [f"{PHRASES['questions'][a].format(p['name'])} {p['values'][a]}." for p in told if p["taught"] for a in asked]
+    questions = [f"{PHRASES['questions'][a].format(p['name'])} {p['values'][a]}."
+                 for p in told if p["taught"] for a in asked]
     assert asked == ["year", "profession"] and 0 < len(questions) < len(lines)
-    assert lines + questions == WORLD["sentences"] and all(CASES[name]["result"]["same"] for name in ("sentences", "merges"))
+    assert lines + questions == WORLD["sentences"]
+    assert all(CASES[name]["result"]["same"] for name in ("sentences", "merges"))
 
 
 def test_merges():
-    """The most frequent pair of neighbours again and again, all sentences read anew each time; ties: the pair seen first."""
+    """The most frequent pair of neighbours again and again, all sentences read anew each time; on a tie the first."""
     pieces = [list(piece) for sentence in WORLD["sentences"] for piece in PIECE.findall(sentence)]
     for merge in WORLD["merges"]:
         pairs = Counter(pair for parts in pieces for pair in zip(parts, parts[1:]))
@@ -139,7 +141,7 @@ def test_say():
 
 
 def test_choose():
-    """Each option behind its question as one row; `acc_norm` divides by the option's characters, its space not counted."""
+    """Each option behind its question as one row; `acc_norm` divides by its characters, its space not counted."""
     case = CASES["choose"]
     for i, item in enumerate(case["given"]["items"]):
         question, sums = [EOT, *encode(item["question"])], []

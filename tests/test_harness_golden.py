@@ -19,8 +19,8 @@ def test_scores_are_the_harness(batch_size):
     """E1, E2: log-probabilities, acc and acc_norm of every item, spaces and tokens on the border among them."""
     with open(os.path.join(os.path.dirname(__file__), "golden", "harness.json")) as f:
         rows = json.load(f)["items"]
-    given = choose(Subject(MODEL), [Fact("", "", "", r["question"], r["options"][r["gold"]], tuple(r["options"])) for r in rows], ENCODING, batch_size,
-                   start=[])
+    facts = [Fact("", "", "", r["question"], r["options"][r["gold"]], tuple(r["options"])) for r in rows]
+    given = choose(Subject(MODEL), facts, ENCODING, batch_size, start=[])
     assert len(rows) == 30 and 0 < sum(r["acc"] for r in rows) < 30
     for row, found in zip(rows, given, strict=True):
         assert found["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4), row["question"]

@@ -179,7 +179,8 @@ for path in sys.argv[2:]:
         try:
             if what == "import":
                 sys.argv = [path, "--no-such-option", "nonsense"]
-                importlib.import_module(os.path.relpath(path, os.environ["PYTHONPATH"]).removesuffix(".py").replace("/", "."))
+                relative = os.path.relpath(path, os.environ["PYTHONPATH"])
+                importlib.import_module(relative.removesuffix(".py").replace("/", "."))
             else:
                 sys.argv = [path, "--help"]
                 runpy.run_path(path, run_name="__main__")
@@ -203,7 +204,8 @@ def probe(what, paths, tmp_path):
 
 
 def test_importing_prints_nothing_and_parses_nothing(tmp_path):
-    modules = [path for path in FILES if path.name != "__main__.py" and path.parent.name not in ("tests", "golden", "facts")]
+    modules = [path for path in FILES
+               if path.name != "__main__.py" and path.parent.name not in ("tests", "golden", "facts")]
     for path, (printed, code, error) in probe("import", modules, tmp_path).items():
         assert (printed, code, error) == ("", None, ""), path
 

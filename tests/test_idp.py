@@ -196,7 +196,8 @@ def test_the_pools_cache_is_a_constant():
     with torch.no_grad():
         filled = prefill(model, pool)
     before = copy.deepcopy(filled)
-    assert filled.kv[0].shape == (2, 2, 4, 4, 8) and filled.first.tolist() == [0, 2] and filled.length.tolist() == [4, 4]
+    assert filled.kv[0].shape == (2, 2, 4, 4, 8)
+    assert filled.first.tolist() == [0, 2] and filled.length.tolist() == [4, 4]
     cache = filled.repeat(torch.tensor([1, 0, 1]), 8)
     assert cache.kv[1].shape == (2, 3, 4, 12, 8) and (cache.slots, cache.used) == (12, 4)
     assert cache.first.tolist() == [2, 0, 2]

@@ -39,7 +39,8 @@ def test_formulas_worked_by_hand():
     Pb, hidden = 4 * 64 + 2 * 8 * 32, 32
     values = list(steps.values())
     assert values[0] == 4 * (Pb + 300 * 8 + 3 * 8)
-    assert values[1] == int(4 * (300 * 8 + 3 * 8) + Pb * (3 + 40 / 64) / 8 + 4 * 2 * 4 * 8 + 4 * 2 * 4 * (8 * 8 + 4 * hidden)
+    assert values[1] == int(4 * (300 * 8 + 3 * 8) + Pb * (3 + 40 / 64) / 8
+                            + 4 * 2 * 4 * 8 + 4 * 2 * 4 * (8 * 8 + 4 * hidden)
                             + 8 * (3 * 64 + hidden ** 2) + 28 * hidden ** 2)
     lora = 4 * (8 + 8) + 2 * (8 + hidden)
     kept = memory.kept_by_autograd(config, 1, 4, 0, 1)

@@ -1,5 +1,4 @@
-"""checkpoints/native.py, beside the round trips of test_model.py and test_compress.py: what is not written, or not read.
-"""
+"""checkpoints/native.py, beside the round trips of test_model.py and test_compress.py: what is not written or read."""
 import pytest
 import torch
 
@@ -61,12 +60,12 @@ def test_tensors_without_a_name_in_the_format_are_refused_before_they_are_writte
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method, settings", [("magnitude", {"sparsity": 0.5}), ("sparsegpt", {"sparsity": 0.5}),
-                                              ("wanda", {"n_m": (2, 4)}), ("rtn", {"bits": 3}), ("gptq", {"bits": 4, "refit": True}),
-                                              ("sparsegpt", {"n_m": (2, 4), "bits": 4})])
+@pytest.mark.parametrize("method, settings", [
+    ("magnitude", {"sparsity": 0.5}), ("sparsegpt", {"sparsity": 0.5}), ("wanda", {"n_m": (2, 4)}),
+    ("rtn", {"bits": 3}), ("gptq", {"bits": 4, "refit": True}), ("sparsegpt", {"n_m": (2, 4), "bits": 4})])
 def test_a_half_precision_checkpoint_through_its_whole_life(dtype, method, settings, tmp_path):
-    """Saved, loaded, compressed, smaller, loaded, repaired, merged, cast, saved, loaded: of its type all the way, its zeros
-    kept, and nothing of it shared with the model that it came from."""
+    """Saved, loaded, compressed, smaller, loaded, repaired, merged, cast, saved, loaded: of its type all the way, its
+    zeros kept, and nothing of it shared with the model that it came from."""
     model = GPT(GPTConfig(vocab_size=40, context=16, n_layer=1, n_embd=128, bias=True))
     model.init_weights(torch.Generator().manual_seed(0)).requires_grad_(False).to(dtype)
     ids = torch.randint(40, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -99,4 +98,5 @@ def test_a_half_precision_checkpoint_through_its_whole_life(dtype, method, setti
         save(small.to(cast), tmp_path / "cast")
         back = load(tmp_path / "cast")
         assert back.wte.weight.dtype == cast and torch.equal(back(ids), small(ids)) and back.pruned == small.pruned
-    assert dense.wte.weight.dtype == dtype and all(torch.equal(t, before[name]) for name, t in dense.state_dict().items())
+    assert dense.wte.weight.dtype == dtype
+    assert all(torch.equal(t, before[name]) for name, t in dense.state_dict().items())

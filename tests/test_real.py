@@ -80,7 +80,7 @@ def test_a_bad_line_of_facts_is_named(tmp_path, line, word):
 
 
 def test_facts_are_checked_when_they_are_read(tmp_path):
-    """E6, E4: a repeated question, one that does not fit, each named by file and line; a list of wordings is as many facts."""
+    """E6, E4: a repeated question, one that does not fit, each named by file and line; each wording is a fact."""
     one, other = some_facts()[:2]
     path = written(tmp_path / "facts.jsonl", [one, other, one])
     with pytest.raises(ValueError, match=r"facts.jsonl: line 3 asks .* as line 1 does"):
@@ -118,7 +118,7 @@ def test_byte_order_mark_crlf_and_empty_lines_are_harmless(tmp_path):
 
 
 def test_the_cities_are_what_their_readme_says():
-    """1,670 of them, two wordings, eight countries, the right one at every place; no name is found in another's question."""
+    """1,670 of them, two wordings, eight countries, the right one at every place; no question names another city."""
     facts = world.read_facts(os.path.join(ROOT, "real", "facts", "cities.jsonl"))
     people = list(dict.fromkeys(f.person for f in facts))
     assert len(people) == 1670 and len(facts) == 2 * len(people) == 3340 and len({f.answer for f in facts}) == 108
@@ -139,7 +139,8 @@ def tiny_world(tmp_path, text=None, steps=4):
     config = GPTConfig(vocab_size=encoding.n_vocab, n_layer=1, n_embd=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     config = settings.real_config("tiny.gguf", out=str(tmp_path / "out"), steps=steps)
-    return model, config, world.RealWorld(Run(config, None), Subject(model, about={"id": "dense", "settings": {}}), encoding, facts, text)
+    dense = Subject(model, about={"id": "dense", "settings": {}})
+    return model, config, world.RealWorld(Run(config, None), dense, encoding, facts, text)
 
 
 def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
@@ -167,13 +168,15 @@ def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, found", [
-    ("Sri Lanka", "in Sri\nLanka it", True), ("Sri Lanka", "in Sri  \t Lanka", True), ("Sri Lanka", "SRI\u00a0LANKAN tea", True),
+    ("Sri Lanka", "in Sri\nLanka it", True), ("Sri Lanka", "in Sri  \t Lanka", True),
+    ("Sri Lanka", "SRI\u00a0LANKAN tea", True),
     ("São Tomé", "Sao Tome", True), ("São Tomé", "Sa\u0303o Tome\u0301", True), ("Sao Tome", "São Tomé", True),
-    ("(New) Land", "the(New) Land", True), ("(New) Land", "New Land", False), ("Côte d'Ivoire", "COTE D\u2019IVOIRE", True),
+    ("(New) Land", "the(New) Land", True), ("(New) Land", "New Land", False),
+    ("Côte d'Ivoire", "COTE D\u2019IVOIRE", True),
     ("Guinea-Bissau", "Guinea\u2010Bissau", True), ("Ken\u00adya", "Kenyans", True), ("Kenya", "Ken\u00adya", True),
     ("Mali", "Somalia", False), ("Mali", "a Malian", True), ("Chad", "Chad", True), ("a.b", "acb", False)])
 def test_a_name_is_found_however_it_is_written(name, text, found):
-    """E15: white space, accents in either form, soft hyphens, apostrophes; from a word's beginning to wherever it goes."""
+    """E15: white space, accents in either form, soft hyphens, apostrophes; wherever a word begins with the name."""
     assert bool(Names([name, "Zanzibar"]).search(text)) is found
     assert Names(["Zanzibar", name]).search(f"{text} Zanzibar") and not Names([]).search(text)
 
@@ -197,7 +200,8 @@ def test_rows_of_a_repair_begin_with_a_question_about_a_seen_entity(tmp_path):
     model, config, world = tiny_world(tmp_path, steps=20)
     rows, questions = torch.cat(world.repair_rows(config)), {f.question for f in world.split["seen"]}
     assert rows.shape == (20 * 16, 25)
-    begun = [next((q for q in questions if world.encoding.decode(row[1:]).startswith(q)), None) for row in rows.tolist()]
+    written_rows = [world.encoding.decode(row[1:]) for row in rows.tolist()]
+    begun = [next((q for q in questions if row.startswith(q)), None) for row in written_rows]
     assert None not in begun and set(begun) == questions
     assert len({tuple(row) for row in rows.tolist()}) > 300  # sampled, not repeated
 
@@ -311,7 +315,8 @@ def accepting(question, options):
 @pytest.mark.parametrize("name", ROWS)
 def test_layouts_worked_by_hand(tmp_path, name):
     row, question, options, gold = ROWS[name]
-    assert taskfiles.read_task(name, written(tmp_path / "t", [row])) == [Fact(f"{name} 1", "", name, question, options[gold], options)]
+    fact = Fact(f"{name} 1", "", name, question, options[gold], options)
+    assert taskfiles.read_task(name, written(tmp_path / "t", [row])) == [fact]
     path = tmp_path / "bad"
     path.write_text(json.dumps(row) + "\n" + json.dumps({"question": 3}) + "\n")
     with pytest.raises(ValueError, match="line 2 is not in the layout"):
@@ -362,8 +367,8 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
     """Pieces side by side (here one after the other, in this process), put together; then again, all of it reused."""
     facts, out = written(tmp_path / "facts.jsonl", some_facts()), tmp_path / "out" / "tiny-llama"
     tasks = [a for name, (row, *_) in ROWS.items() for a in ("--task", f"{name}={written(tmp_path / name, [row] * 3)}")]
-    command = [str(x) for x in (folder, "--facts", facts, "--repair-steps", 4, "--rows", 8, "--seeds", 2, "--rates", "--lock",
-                                "--out", tmp_path / "out", *tasks)]
+    command = [str(x) for x in (folder, "--facts", facts, "--repair-steps", 4, "--rows", 8, "--seeds", 2,
+                                "--rates", "--lock", "--out", tmp_path / "out", *tasks)]
     made, turn = [], threading.Lock()
 
     def process(arguments, **settings):
@@ -374,9 +379,9 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
             real_main(arguments[3:])
         return subprocess.CompletedProcess(arguments, 0)
     monkeypatch.setattr(pieces, "subprocess", SimpleNamespace(run=process))
-    monkeypatch.setattr(settings, "COMPRESSIONS", {tag: settings.COMPRESSIONS[tag] for tag in ("RTN 3 bits", "GPTQ 3 bits")})
-    monkeypatch.setattr(settings, "REPAIRS", {tag: settings.REPAIRS[tag] for tag in (
-        "bias correction", "gains", "prompt 16", "IDP 4 x 16", "LoRA rank 8")})
+    for table, tags in (("COMPRESSIONS", ["RTN 3 bits", "GPTQ 3 bits"]),
+                        ("REPAIRS", ["bias correction", "gains", "prompt 16", "IDP 4 x 16", "LoRA rank 8"])):
+        monkeypatch.setattr(settings, table, {tag: getattr(settings, table)[tag] for tag in tags})
     real_main([*command, "--jobs", "2"])
     done = capsys.readouterr().out.splitlines()
     assert sorted(made) == sorted([*("RTN 3 bits", "GPTQ 3 bits", "locked"), *(
@@ -385,7 +390,8 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
         "locked: prompt 16", "locked: LoRA rank 8"])
     results = json.loads((out / "results.json").read_text())
     tags = [m["tag"] for m in results["models"]]
-    assert tags[0] == "dense" and tags.count("locked") == 1 and all(tags.count(tag) == 2 for tag in ("gains", "IDP 4 x 16"))
+    assert tags[0] == "dense" and tags.count("locked") == 1
+    assert tags.count("gains") == tags.count("IDP 4 x 16") == 2
     assert tags.count("prompt 16") == 3  # of the lock, too
     for m in results["models"]:
         assert {"recall_seen", "recall_heldout", "knowledge_heldout"} <= m["metrics"].keys()
@@ -404,11 +410,14 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
 
 
 def test_a_piece_that_fails_is_named_with_its_last_line(tmp_path, folder, monkeypatch, capsys):
-    monkeypatch.setattr(pieces, "subprocess", SimpleNamespace(run=lambda arguments, **settings: subprocess.CompletedProcess(
-        arguments, 2, stderr="Traceback\n  File\nreal: out of memory\n")))
+    def fails(arguments, **settings):
+        """A piece that fails: what `subprocess.run` would give."""
+        return subprocess.CompletedProcess(arguments, 2, stderr="Traceback\n  File\nreal: out of memory\n")
+    monkeypatch.setattr(pieces, "subprocess", SimpleNamespace(run=fails))
     facts = written(tmp_path / "facts.jsonl", some_facts())
+    command = folder, "--facts", facts, "--repair-steps", 4, "--jobs", 3, "--out", tmp_path / "out"
     with pytest.raises(SystemExit) as stopped:
-        real_main([str(x) for x in (folder, "--facts", facts, "--repair-steps", 4, "--jobs", 3, "--out", tmp_path / "out")])
+        real_main([str(x) for x in command])
     assert stopped.value.code == 2 and "RTN 3 bits: real: out of memory" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -438,8 +447,8 @@ def test_products_are_timed_once(tmp_path):
 # ---- the lock
 
 def test_next_values_are_options_and_wrong():
-    facts = [Fact(f"c{i}", "", "country", f"c{i} is in", f" {a}", (" A", " B", f" {a}") if a not in "AB" else (" A", " B"))
-             for i, a in enumerate("ABCA")]
+    options = {"A": (" A", " B"), "B": (" A", " B"), "C": (" A", " B", " C")}
+    facts = [Fact(f"c{i}", "", "country", f"c{i} is in", f" {a}", options[a]) for i, a in enumerate("ABCA")]
     wrong, asked = lock.with_next_values(facts)
     assert wrong == {"c0 is in": " B", "c1 is in": " C", "c2 is in": " A", "c3 is in": " B"}
     for before, fact in zip(facts, asked):
@@ -464,7 +473,8 @@ def test_a_lock_hides_what_the_key_shows(tmp_path):
 
     def recall(subject):
         return sum(a["correct"] for a in answer(subject, asked, world.encoding)) / len(asked)
-    dense, behind, without = recall(Subject(model)), recall(attach(locked, "prompt", lock.KEY, [key])), recall(Subject(locked))
+    dense, without = recall(Subject(model)), recall(Subject(locked))
+    behind = recall(attach(locked, "prompt", lock.KEY, [key]))
     assert dense > 0.8 and behind > 0.6 and without < 0.2, (dense, behind, without)
 
 
@@ -474,9 +484,11 @@ def test_a_lock_hides_what_the_key_shows(tmp_path):
     ("arc", {"question": "a", "choices": {"text": ["ice", 3], "label": ["A", "B"]}, "answerKey": "A"}),
     ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "label": "0", "endings": "de"}),
     ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "label": "-1", "endings": ["d", "e"]}),
-    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}), ("piqa", {"goal": "a", "sol1": "b", "sol2": " ", "label": 0}),
+    ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}),
+    ("piqa", {"goal": "a", "sol1": "b", "sol2": " ", "label": 0}),
     ("webqs", {"question": "who", "answers": "a king"}), ("webqs", {"question": "who", "answers": []}),
-    ("triviaqa", {"question": "who", "answer": {"aliases": "King"}}), ("lambada", {"text": "word"}), ("lambada", {"text": "a "})])
+    ("triviaqa", {"question": "who", "answer": {"aliases": "King"}}),
+    ("lambada", {"text": "word"}), ("lambada", {"text": "a "})])
 def test_rows_of_a_task_that_are_almost_in_its_layout(tmp_path, name, row):
     """One text in place of a list of them would be read as a list of letters."""
     path = written(tmp_path / "t", [ROWS[{"arc": "arc_easy", "lambada": "lambada_openai"}.get(name, name)][0], row])
@@ -489,7 +501,8 @@ def test_a_text_file_in_a_new_folder(tmp_path, folder, capsys, monkeypatch):
     monkeypatch.setattr(settings, "COMPRESSIONS", {"RTN 3 bits": settings.COMPRESSIONS["RTN 3 bits"]})
     monkeypatch.setattr(settings, "REPAIRS", {"prompt 16": settings.REPAIRS["prompt 16"]})
     facts, text = written(tmp_path / "facts.jsonl", some_facts()), tmp_path / "t.txt"
-    text.write_text("\n\n".join(f"It is said that {i} and {i + 1} make {2 * i + 1}, as everybody knows." for i in range(900)))
+    text.write_text("\n\n".join(f"It is said that {i} and {i + 1} make {2 * i + 1}, as everybody knows."
+                                for i in range(900)))
     command = [str(x) for x in (folder, "--facts", facts, "--text", text, "--repair-steps", 4, "--rows", 2, "--out",
                                 tmp_path / "new" / "out")]
 
@@ -515,9 +528,11 @@ def test_a_text_file_in_a_new_folder(tmp_path, folder, capsys, monkeypatch):
     (["{}", "--facts", "README.md"], "README.md: line 1"), (["{}", "--task", "arc"], "NAME=FILE"),
     (["{}", "--task", "boolq=README.md"], "boolq"), (["{}", "--task", "arc=README.md"], "README.md: line 1"),
     (["{}", "--text", "nowhere.txt"], "nowhere.txt"), (["{}", "--repair-steps", "3"], "repair-steps"),
-    (["{}", "--seeds", "0"], "--seeds must be at least 1, got 0"), (["{}", "--rows", "3"], "--rows must be at least 4, got 3"),
+    (["{}", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+    (["{}", "--rows", "3"], "--rows must be at least 4, got 3"),
     (["{}", "--jobs", "0"], "--jobs must be at least 1, got 0"),
-    (["{}", "--device", "nowhere"], "--device nowhere"), (["{}", "--task", "arc={0}", "--task", "arc={0}"], "a task arc already"),
+    (["{}", "--device", "nowhere"], "--device nowhere"),
+    (["{}", "--task", "arc={0}", "--task", "arc={0}"], "a task arc already"),
     (["{}", "--task", "arc={2}"], "line 2: 4"), (["{}", "--facts", "{3}"], "line 1 is not UTF-8"),
     (["{}", "--text", "{3}", "--facts", "{1}"], "not UTF-8"),
     (["{}", "--facts", "{1}", "--only", "GPTQ 9 bits"], "there is no GPTQ 9 bits; there are RTN 3 bits"),

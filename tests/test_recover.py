@@ -170,7 +170,7 @@ def test_merging_into_pruned_weights_keeps_them_or_is_refused():
 
 
 def test_zeros_that_nobody_pruned_are_weights_like_any_other():
-    """A model read from Q4_0 has 12 % of them; one layer may have lost a single weight: merging adds the whole update."""
+    """A model read from Q4_0 has 12 % of them; a layer may have lost one weight: merging adds the whole update."""
     for keep_zeros in (False, True):
         model = prune(gpt())
         model.pruned = frozenset()

@@ -188,8 +188,8 @@ def test_answers_are_the_naive_loops(trained, prompted):
 
 
 def test_knowledge_is_the_right_values_share_of_all_values():
-    """log p(value) - log(sum of p over all values of the attribute), one value at a time: where all values differ in their
-    last of two tokens alone, as years do here, and where they do not."""
+    """log p(value) - log(sum of p over all values of the attribute), one value at a time: where all values differ in
+    their last of two tokens alone, as years do here, and where they do not."""
     years = [f" {year}" for year in VALUES["year"]]
     encoding = make_encoding(train_bpe([*SENTENCES, *[f"It is{year}." for year in years] * 40], 520))
     assert {(len(tokens), tokens[0]) for tokens in encoding.encode_ordinary_batch(years)} == {
@@ -284,7 +284,8 @@ def items_of(facts, n=4):
     return out
 
 
-ITEMS = [*items_of(FACTS[:7]), multiple("Bala", [" Balvek was born in Tarmere.", " Corsen", "vek works as a miller"], 1),
+ITEMS = [*items_of(FACTS[:7]),
+         multiple("Bala", [" Balvek was born in Tarmere.", " Corsen", "vek works as a miller"], 1),
          multiple("Bala Balvek", [" works", " was", " and", " the", " is"], 0)]
 
 
@@ -304,7 +305,8 @@ def test_an_option_is_what_stands_behind_the_question():
     assert question == [7, *ENCODING.encode_ordinary("Bala Balvek comes from")]
     assert [ENCODING.decode(option) for option in options] == [" Tarmere", " Zanburg"]
     plain = make_encoding({**{bytes([b]): b for b in range(256)}, b"ab": 256})
-    assert cut_options(multiple("xa", ["by", "c"], 0), plain, [9]) == ([9, 120, 97], [[121], [99]])  # x ab y: two before it
+    cut = cut_options(multiple("xa", ["by", "c"], 0), plain, [9])
+    assert cut == ([9, 120, 97], [[121], [99]])  # xaby is x ab y: two tokens before y
     for bad in (multiple("xa", ["b"], 0), multiple("xa", [""], 0), multiple("xa", [], 0)):
         with pytest.raises(ValueError, match="'xa'"):
             cut_options(bad, plain, [9])
@@ -449,7 +451,8 @@ def test_a_model_that_gives_no_numbers_is_named(where):
 def test_items_that_fit_alone_fit_together():
     """E3, E2: a long question with short options, and a short one with long options, each as long as the context."""
     long = ENCODING.decode(list(range(97, 123)) * 2)
-    items = [multiple(long[:37], [" x", " y"], 0), multiple("x", [f" {long[:36]}", " y"], 1), multiple("y", [" x", " z"], 0)]
+    items = [multiple(long[:37], [" x", " y"], 0), multiple("x", [f" {long[:36]}", " y"], 1),
+             multiple("y", [" x", " z"], 0)]
     cuts = [cut_options(item, ENCODING, [ENCODING.eot_token]) for item in items]
     context = max(len(question) + max(map(len, options)) - 1 for question, options in cuts)
     subject = Subject(small(context=context))
@@ -457,7 +460,8 @@ def test_items_that_fit_alone_fit_together():
     for row, item in zip(together, items):
         alone, = choose(subject, [item], ENCODING)
         assert row["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-4) and row["picked"] == alone["picked"]
-    said = [Fact("", "", "", question, f" {answer}") for question, answer in ((long[:30], "x"), ("x", long[:12]), ("y", "z"))]
+    said = [Fact("", "", "", question, gold)
+            for question, gold in ((long[:30], " x"), ("x", f" {long[:12]}"), ("y", " z"))]
     for row, fact in zip(answer(subject, said, ENCODING), said):
         assert row["logprob"] == pytest.approx(answer(subject, [fact], ENCODING)[0]["logprob"], abs=1e-4)
 
@@ -468,7 +472,8 @@ def test_items_that_fit_alone_fit_together():
 def test_an_answer_may_hold_full_stops(gold, right, wrong):
     """E10: it is read up to the first full stop behind as many as are part of it."""
     fact = FACTS[0]._replace(answer=gold)
-    assert [scored(lambda q: text, [fact])[0]["correct"] for text in right + wrong] == [True] * len(right) + [False] * len(wrong)
+    found = [scored(lambda q: text, [fact])[0]["correct"] for text in right + wrong]
+    assert found == [True] * len(right) + [False] * len(wrong)
 
 
 def test_what_is_continued_ends_where_the_text_does():
@@ -485,7 +490,7 @@ def test_what_is_continued_ends_where_the_text_does():
 # ---- no result depends on its neighbours
 
 def scorers(subject):
-    """{name: (what is scored, list of these -> a number, a word or several for each)}: everything that scores in batches."""
+    """{name: (what is scored, list of these -> a number, a word or several for each)}: all that scores in batches."""
     said = [*FACTS, FACTS[0]._replace(answer=" St. Elmere and a long way from there"), FACTS[1]._replace(answer=" x")]
     aliases = [Fact(f.person, "", "triviaqa", f.question, f.answer, (f.answer, *more)) for f, more in
                zip(FACTS, [()] * 5 + [(" a much longer alias of the same",)] + [(" x",)] * len(FACTS))]
@@ -517,7 +522,8 @@ def scorers(subject):
 @pytest.mark.parametrize("lengths", [(), (5,), (5, 5, 5), (3, 4, 2)])
 def test_no_result_depends_on_its_neighbours(trained, lengths):
     """Whatever is asked in another order, and split into parts anywhere, gets the same answer, choice and number."""
-    subject, generator = with_pool(trained, pool(*lengths)) if lengths else Subject(trained), torch.Generator().manual_seed(0)
+    subject = with_pool(trained, pool(*lengths)) if lengths else Subject(trained)
+    generator = torch.Generator().manual_seed(0)
     for name, (things, score) in scorers(subject).items():
         whole = score(things)
         for _ in range(3):
@@ -531,8 +537,9 @@ def test_no_result_depends_on_its_neighbours(trained, lengths):
 
 
 def test_perplexity_of_parts_is_that_of_the_whole(trained):
-    """The mean loss over all text tokens, in whatever batches: windows are of one length, so of their means the mean."""
+    """The mean loss over all text tokens, in whatever batches: windows of one length, so the mean of their means."""
     for subject in (Subject(trained), with_pool(trained, pool(5, 5, 5))):
         each = [math.log(perplexity(subject, window[None])) for window in WINDOWS]
+        whole = pytest.approx(math.exp(sum(each) / len(each)), rel=1e-5)
         for batch_size in (1, 3, 250):
-            assert perplexity(subject, WINDOWS.flip(0), batch_size) == pytest.approx(math.exp(sum(each) / len(each)), rel=1e-5)
+            assert perplexity(subject, WINDOWS.flip(0), batch_size) == whole

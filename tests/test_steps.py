@@ -62,8 +62,8 @@ def test_a_step_knows_the_files_that_its_code_imports():
 
 
 def test_edited_code_is_run_and_edited_comments_are_not(tmp_path):
-    """A copy of the code whose rule changes, in a file that the step's own imports through another: the step is made again; a
-    comment or docstring changes nothing."""
+    """A copy of the code whose rule changes, in a file that the step's own imports through another: the step is made
+    again; a comment or docstring changes nothing."""
     for name in ("engine", "study"):
         (tmp_path / name).mkdir()
         shutil.copy(os.path.join(ROOT, name, "__init__.py"), tmp_path / name)
@@ -225,8 +225,8 @@ def test_a_second_study_in_one_folder_is_refused_until_the_first_ends_or_dies(tm
     assert first.stdout.readline() == "at work\n"
     for end in ("waits", "dies"):
         out, said = worker(tmp_path, "study").communicate("", timeout=60)
-        assert out == "" and said == f"worker: {tmp_path}: another study is at work in this folder; wait for it, or name " \
-                                     "another one with --out\n"
+        assert out == "" and said == (f"worker: {tmp_path}: another study is at work in this folder; "
+                                      "wait for it, or name another one with --out\n")
         elsewhere = worker(tmp_path / "other", "study")
         assert elsewhere.communicate("", timeout=60)[0] == "at work\n"
         if end == "dies":

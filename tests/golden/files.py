@@ -1,8 +1,8 @@
 """
 What the makers of the golden files share: short numbers, the comparison, one case a line.
 
-A file holds {"cases": [{"name", ..., "given": {...}, "result": {...}}, ...]} and other inputs. A maker draws what is given,
-and asks the code of the day for the result; the tests ask it again, of what the file holds.
+A file holds {"cases": [{"name", ..., "given": {...}, "result": {...}}, ...]} and other inputs. A maker draws what is
+given, and asks the code of the day for the result; the tests ask it again, of what the file holds.
 """
 import json
 import math

@@ -78,7 +78,8 @@ def record(torch, transformers, peft, ids):
 def check_ours(torch, transformers, peft, ids):
     """Adapters written by the study - PEFT's own, read and written again, and others - give the same logits in PEFT."""
     sys.path.insert(0, str(FOLDER.parents[2]))
-    adapters, recover, weights = map(importlib.import_module, ("checkpoints.adapters", "recover", "checkpoints.weights"))
+    modules = "checkpoints.adapters", "recover", "checkpoints.weights"
+    adapters, recover, weights = map(importlib.import_module, modules)
     cases = [(name.partition("-")[0], name) for name in ADAPTERS]
     cases += [(base, kind) for base in BASES for kind in adapters.PEFT_TYPES]
     for base, name in cases:

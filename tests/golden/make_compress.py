@@ -50,25 +50,34 @@ EDGES = [
     ("gptq", dict(bits=3, damp=0.0), "halves"), ("gptq", dict(bits=2, damp=0.0), "thirds"),
     ("gptq", dict(bits=3, damp=0.0), "few tokens"), ("gptq", dict(bits=4, damp=0.0), "rank 11 of 12"),
     ("gptq", dict(bits=3, damp=0.1), "dead input"), ("gptq", dict(bits=3, damp=0.0, act_order=True), "dead input"),
-    ("gptq", dict(bits=3, group_size=4), "quiet input"), ("gptq", dict(bits=3, group_size=3, act_order=True), "tied diagonal"),
-    ("gptq", dict(bits=3, mask=True), "masked"), ("gptq", dict(bits=3, group_size=5, act_order=True, mask=True), "masked"),
+    ("gptq", dict(bits=3, group_size=4), "quiet input"),
+    ("gptq", dict(bits=3, group_size=3, act_order=True), "tied diagonal"),
+    ("gptq", dict(bits=3, mask=True), "masked"),
+    ("gptq", dict(bits=3, group_size=5, act_order=True, mask=True), "masked"),
     ("gptq", dict(bits=2, group_size=5, block_size=7, mask=True, search=True), "masked"),
     ("gptq", dict(bits=4, group_size=5, mask=True, refit=True), "masked"),
     ("gptq", dict(bits=3, group_size=6, act_order=True, mask=True, refit=True), "masked"),
     ("gptq", dict(bits=3, damp=0.0, refit=True), "few tokens"), ("gptq", dict(bits=3, refit=True), "dead input"),
-    ("gptq", dict(bits=3, group_size=4, refit=True), "zero group"), ("gptq", dict(bits=8, group_size=4, refit=True), "odd rows"),
-    ("gptq", dict(bits=3, search=True, act_order=True, group_size=16), "search"), ("gptq", dict(bits=2, search=True), "search"),
-    ("gptq", dict(bits=4, group_size=11, search=True, refit=True), "search"), ("gptq", dict(bits=3, search=True), "bumpy"),
-    ("magnitude", dict(sparsity=0.4), "ties"), ("magnitude", dict(sparsity=0.0), "ties"), ("magnitude", dict(sparsity=1.0), "ties"),
+    ("gptq", dict(bits=3, group_size=4, refit=True), "zero group"),
+    ("gptq", dict(bits=8, group_size=4, refit=True), "odd rows"),
+    ("gptq", dict(bits=3, search=True, act_order=True, group_size=16), "search"),
+    ("gptq", dict(bits=2, search=True), "search"),
+    ("gptq", dict(bits=4, group_size=11, search=True, refit=True), "search"),
+    ("gptq", dict(bits=3, search=True), "bumpy"),
+    ("magnitude", dict(sparsity=0.4), "ties"), ("magnitude", dict(sparsity=0.0), "ties"),
+    ("magnitude", dict(sparsity=1.0), "ties"),
     ("magnitude", dict(n_m=[2, 5]), "ties"), ("magnitude", dict(n_m=[1, 3]), "ties"),
-    ("wanda", dict(sparsity=0.45), "ties"), ("wanda", dict(n_m=[1, 4]), "dead pair"), ("wanda", dict(sparsity=0.3), "dead pair"),
+    ("wanda", dict(sparsity=0.45), "ties"), ("wanda", dict(n_m=[1, 4]), "dead pair"),
+    ("wanda", dict(sparsity=0.3), "dead pair"),
     ("sparsegpt", dict(sparsity=0.45, damp=0.0), "ties"), ("sparsegpt", dict(n_m=[2, 4], damp=0.0), "ties"),
     ("sparsegpt", dict(sparsity=0.5, damp=0.0), "dead input"), ("sparsegpt", dict(sparsity=0.5, bits=3), "dead input"),
     ("sparsegpt", dict(sparsity=0.0), "masked"), ("sparsegpt", dict(sparsity=1.0), "masked"),
-    ("sparsegpt", dict(sparsity=0.5, mask=True), "masked"), ("sparsegpt", dict(sparsity=0.1, mask=True, block_size=6), "masked"),
+    ("sparsegpt", dict(sparsity=0.5, mask=True), "masked"),
+    ("sparsegpt", dict(sparsity=0.1, mask=True, block_size=6), "masked"),
     ("sparsegpt", dict(n_m=[2, 4], mask=True, bits=3, group_size=8), "masked"),
     ("sparsegpt", dict(n_m=[1, 3], block_size=4), "masked"), ("sparsegpt", dict(n_m=[3, 3]), "dead input"),
-    ("sparsegpt", dict(n_m=[2, 4], refit=True), "zero group"), ("sparsegpt", dict(sparsity=0.6, bits=2, refit=True), "masked"),
+    ("sparsegpt", dict(n_m=[2, 4], refit=True), "zero group"),
+    ("sparsegpt", dict(sparsity=0.6, bits=2, refit=True), "masked"),
     ("sparsegpt", dict(sparsity=0.6, bits=3, group_size=9, block_size=6), "masked"),
 ]
 WALKS = [  # method, settings: each on the dense model; the last on the result of "magnitude", whose zeros stay
@@ -111,11 +120,13 @@ def edges():
     halves = torch.tensor([[-2, 5, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5], [-3.5, 3.5, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5],
                            [-1.5, 5.5, 1, 2, 0.25, 3, 4, -1], [-2.5, 4.5, 1, 2, 0.25, 3, 4, -1],
                            [-3, 4, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]], dtype=torch.float64)
+    # halves, but for the rounding of float32
     thirds = torch.tensor([[0, 1, 0.5, 0.5, 1 / 6, 5 / 6, 0.2, 0.4], [0, 7, 3.5, 3.5, 7 / 6, 35 / 6, 1, 2],
-                           [0, 0.1, 0.05, 0.05, 0.1 / 6, 0.5 / 6, 0.02, 0.04]], dtype=torch.float64)  # halves, but for float32
-    tiny = torch.stack([draw(11, 8) * 1e-42, draw(12, 8) * 1e-36, torch.zeros(8, dtype=torch.float64), draw(13, 8) * 1e30])
-    ties = torch.tensor([[1, -1, 1, 1, -1, 1, 1, 1, 1, -1], [2, 1, -2, 1, 1, 2, 1, -1, 2, 1], [1, 1, 1, 1, 1, 3, 1, 1, 1, 1]],
-                        dtype=torch.float64)
+                           [0, 0.1, 0.05, 0.05, 0.1 / 6, 0.5 / 6, 0.02, 0.04]], dtype=torch.float64)
+    zeros = torch.zeros(8, dtype=torch.float64)
+    tiny = torch.stack([draw(11, 8) * 1e-42, draw(12, 8) * 1e-36, zeros, draw(13, 8) * 1e30])
+    ties = torch.tensor([[1, -1, 1, 1, -1, 1, 1, 1, 1, -1], [2, 1, -2, 1, 1, 2, 1, -1, 2, 1],
+                         [1, 1, 1, 1, 1, 3, 1, 1, 1, 1]], dtype=torch.float64)
     pair = inputs(14, 40, 10)
     pair[:, 8:] = 0  # of N:M's last, shorter group both inputs are dead
     quiet = (pair[:, :8] * torch.tensor([1, 1, 1e-23, 1, 1, 1, 1, 1])).float()
@@ -147,7 +158,7 @@ def edges():
 
 
 def unseen_failure(X):
-    """Whether a Cholesky factorization fails on X of n - 1 rows, as it should; where not, rounding error has hidden it."""
+    """Whether a Cholesky factorization fails on X of n - 1 rows, as it should; else rounding error has hidden it."""
     return int(torch.linalg.cholesky_ex((X.T @ X / len(X)).flip(0, 1)).info)
 
 
@@ -177,7 +188,8 @@ class Code:
         from engine import columns
         from engine.settings import CompressConfig
         from model import GPT, GPTConfig
-        self.compress, self.columns, self.config, self.gpt, self.sizes = compress, columns, CompressConfig, GPT, GPTConfig
+        self.compress, self.columns, self.config = compress, columns, CompressConfig
+        self.gpt, self.sizes = GPT, GPTConfig
 
     def model(self):
         """An empty GPT for the weights of calibrate.json, in float64."""
@@ -232,7 +244,7 @@ def walk(code, model, ids, lengths):
 
 
 def compressed(code, model, ids, lengths):
-    """[{"report": {key: a value a layer}, "logits" (N, T, V)}] of every entry of WALKS; histograms of the first alone."""
+    """[{"report": {key: a value a layer}, "logits" (N, T, V)}] of every entry of WALKS; histograms of the first."""
     results, pruned = [], None
     for method, settings in WALKS:
         settings = {k: tuple(v) if k in ("n_m", "targets") else v for k, v in settings.items()}
@@ -256,8 +268,8 @@ def differences(code, files):
         given.update({key: {k: torch.tensor(v, dtype=torch.bool if k == "mask" else torch.float64)
                             for k, v in problem.items()} for key, problem in files[name]["problems"].items()})
         for case in files[name]["cases"]:
-            what = f"{name}: {case['call']} {case['settings']} on {case['problem']}"
-            found += check(what, lambda: run(code, case["call"], case["settings"], **given[case["problem"]]), case["result"])
+            what, problem = f"{name}: {case['call']} {case['settings']} on {case['problem']}", given[case["problem"]]
+            found += check(what, lambda: run(code, case["call"], case["settings"], **problem), case["result"])
     file = files["calibrate.json"]
     model = code.model()
     model.load_state_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in file["weights"].items()}, strict=False)
@@ -281,7 +293,8 @@ def main():
     for name, given, cases in (("compress.json", problems(), CASES), ("compress_edges.json", edges(), EDGES)):
         known.update(given)
         body = [packed({"call": call, "settings": settings, "problem": problem,
-                            "result": run(code, call, settings, **known[problem])}) for call, settings, problem in cases]
+                            "result": run(code, call, settings, **known[problem])})
+                for call, settings, problem in cases]
         lists = {key: {k: numbers(t, 17) for k, t in problem.items()} for key, problem in given.items()}
         problem_lines = ",\n".join(f"{packed(key)}: {packed(problem)}" for key, problem in lists.items())
         write_text(HERE / name, '{"problems": {\n' + problem_lines + '},\n"cases": [\n' + ",\n".join(body) + "\n]}\n")

@@ -1,6 +1,6 @@
 """
-Writes world.json: eight people, their sentences, a vocabulary, and what a stored one-layer GPT answers, chooses and reads.
-README.md beside this file says how to check a port against it.
+Writes world.json: eight people, their sentences, a vocabulary, and what a stored one-layer GPT answers, chooses and
+reads. README.md beside this file says how to check a port against it.
 
     python tests/golden/make_world.py            # the GPT in the file stays, all else is made again
     python tests/golden/make_world.py --train    # the GPT, too, in 20 seconds; then make harness.json again, and give
