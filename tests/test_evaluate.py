@@ -51,8 +51,9 @@ def said(p=0.01, difference=0.1, displaced=(0.2, [0.1, 0.3]), relearned=(0.0, [-
     return evaluate.verdict(model, {"p_holm": p, "difference": difference})
 
 
-@pytest.mark.parametrize("p, difference, word", [(0.04, 0.1, "at least 10% was displaced"), (0.04, -0.1, "lost further"),
-                                                 (0.06, 0.1, "no held-out gain"), (1.0, 0.0, "no held-out gain")])
+@pytest.mark.parametrize("p, difference, word", [
+    (0.04, 0.1, "at least 10% was displaced"), (0.04, -0.1, "lost further"),
+    (0.06, 0.1, "no held-out gain"), (1.0, 0.0, "no held-out gain")])
 def test_verdict_follows_from_the_corrected_test(p, difference, word):
     """The corrected p must be below 0.05; an interval alone claims nothing."""
     text = said(p, difference)
@@ -103,7 +104,8 @@ def rows_of(*answers):
 
 def right(*counts, of=5):
     """Answers about people of whom so many of `of` facts each are right."""
-    return [{"correct": i < n, "knowledge": float(i < n) - 1, "logprob": float(i < n) - 2} for n in counts for i in range(of)]
+    return [{"correct": i < n, "knowledge": float(i < n) - 1, "logprob": float(i < n) - 2}
+            for n in counts for i in range(of)]
 
 
 def test_recalls_and_fractions_of_a_table_worked_by_hand():
@@ -118,7 +120,7 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
     assert back["displaced"] == pytest.approx(0.5) and back["relearned"] == pytest.approx(0.5)
     assert back["displaced_knowledge"] == pytest.approx(0.5) and displaced["back"].value == pytest.approx(0.5)
     assert back["gain_logprob"] == pytest.approx(0.3) and back["gain_format"] == pytest.approx(0)
-    low, high = rows[2]["intervals"]["displaced"]  # of 40 people half gain 2 of 3 facts, half 1 of 3: 0.5 +- 1.96 * 0.026
+    low, high = rows[2]["intervals"]["displaced"]  # of 40 people half gain 2 of 3, half 1 of 3: 0.5 +- 1.96 * 0.026
     assert 0.44 < low < 0.46 and 0.54 < high < 0.56
 
 
@@ -137,7 +139,8 @@ def test_recall_by_attribute_worked_by_hand():
            "answers": {"seen": [{"correct": True}, {"correct": False}], "heldout": [{"correct": False}]}}
     add_attributes([row], asked, 0)
     assert row["attributes"] == {"city": [0.5, 0.0, 1.0], "year": [0.0, 0.0, 0.0]}
-    assert cells(tables.attribute_table({"models": [row]}).splitlines()[-1]) == ["m", "50.0 [0.0, 100.0]", "0.0 [0.0, 0.0]"]
+    last = tables.attribute_table({"models": [row]}).splitlines()[-1]
+    assert cells(last) == ["m", "50.0 [0.0, 100.0]", "0.0 [0.0, 0.0]"]
 
 
 def test_costs_count_what_is_stored(tmp_path):
@@ -172,6 +175,16 @@ def test_unpacked_is_the_same_model_and_leaves_the_packed_one_alone():
     assert after.keys() == before.keys() and all(torch.equal(after[name], t) for name, t in before.items())
 
 
+def results_of(run):
+    """The results of the study of `run` as text, but for the clock and the name of the folder."""
+    results = evaluate.study(run, dense_subject(run), controls=())
+    for model in results["models"]:
+        for layer in model["layers"] or []:
+            layer.pop("seconds")
+    results["settings"].pop("out")
+    return json.dumps(results)
+
+
 def test_same_seed_same_table_and_everything_reused(tmp_path):
     """The whole study twice in two folders: digit for digit the same but for the clock; a third run computes nothing
     anew.
@@ -180,12 +193,7 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
     for folder in ("a", "b", "a"):
         config = tiny(tmp_path / folder)
         run = Run(config, World(config))
-        found = evaluate.study(run, dense_subject(run), controls=())
-        for model in found["models"]:
-            for layer in model["layers"] or []:
-                layer.pop("seconds")
-        found["settings"].pop("out")
-        results.append(json.dumps(found))
+        results.append(results_of(run))
     assert results[0] == results[1] == results[2]
     assert run.log.times and all(t["reused"] for t in run.log.times)
 
@@ -225,12 +233,7 @@ def test_whatever_is_reused_is_what_would_be_made(tmp_path):
         config = replace(tiny(folder), repairs={"IDP 4 x 8": ("idp", (2, 8, "together"))}, full=False, **changes)
         config.compressions = dict(list(config.compressions.items())[:1])
         run = Run(config, World(config))
-        found = evaluate.study(run, dense_subject(run), controls=())
-        for model in found["models"]:
-            for layer in model["layers"] or []:
-                layer.pop("seconds")
-        found["settings"].pop("out")
-        return json.dumps(found, sort_keys=True), run
+        return results_of(run), run
 
     first, _ = small(tmp_path / "a")
     for damaged in ("*.layers.json", "*.answers.json", "noise.json", "context.json", "*.selectors.json"):
