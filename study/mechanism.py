@@ -124,10 +124,10 @@ def correct_means(model, dense, ids):
 def recalled(subject, run):
     """{split: (N,) 1.0 where the fact is answered rightly} on seen and held-out people."""
     return {split: torch.tensor([float(a["correct"]) for a in answer(subject, facts, run.world.encoding)])
-            for split, facts in asked(run).items()}
+            for split, facts in facts_to_ask(run).items()}
 
 
-def asked(run):
+def facts_to_ask(run):
     """{split: facts} that the job asks about."""
     return {split: run.world.facts(split, PEOPLE) for split in ("seen", "heldout")}
 
@@ -135,7 +135,7 @@ def asked(run):
 def returned(dense, damaged, repaired, run, seed=31):
     """{split: [share, low, high]} of what the damage took that a repair without training brings back."""
     out, generator = {}, torch.Generator().manual_seed(seed)
-    for split, facts in asked(run).items():
+    for split, facts in facts_to_ask(run).items():
         sums, sizes = by_person([right[split].tolist() for right in (dense, damaged, repaired)], facts)
         drawn = resampled(sums, 10_000, generator, sizes)  # (10000, 3)
         share = float((sums[:, 2] - sums[:, 1]).sum() / (sums[:, 0] - sums[:, 1]).sum())

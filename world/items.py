@@ -73,14 +73,14 @@ def last_word(i, person, people, rng):
     attribute = ATTRIBUTES[i % 5]
     told = rng.sample([a for a in ATTRIBUTES if a != attribute], 3)
     passage = " ".join(sentence(person, a, rng) for a in told)
-    return Fact(person.name, person.split, attribute, f"{passage} {asked(person, attribute, rng)}",
+    return Fact(person.name, person.split, attribute, f"{passage} {statement_start(person, attribute, rng)}",
                 " " + person.values[attribute])
 
 
 def continuation(i, person, people, rng):
     """A true sentence, then four about other attributes in any phrasing, one of them true."""
     first, *rest = rng.sample(ATTRIBUTES, 5)
-    false = [f"{asked(person, a, rng)} {rng.choice([v for v in VALUES[a] if v != person.values[a]])}."
+    false = [f"{statement_start(person, a, rng)} {rng.choice([v for v in VALUES[a] if v != person.values[a]])}."
              for a in rest[1:]]
     return choice(person, rest[0], sentence(person, first, rng), sentence(person, rest[0], rng), false, i)
 
@@ -123,7 +123,7 @@ def retrieval(i, person, people, rng, counterfactual=False):
         values = {a: rng.choice([v for v in VALUES[a] if v != person.values[a]]) for a in ATTRIBUTES}
         person = person._replace(values=values)
     text = " ".join(sentence(person, a, rng) for a in told)
-    return Fact(person.name, person.split, attribute, f"Text: {text} By the text, {asked(person, attribute, rng)}",
+    return Fact(person.name, person.split, attribute, f"Text: {text} By the text, {statement_start(person, attribute, rng)}",
                 " " + person.values[attribute])
 
 
@@ -148,7 +148,7 @@ def instructions(i, person, people, rng):
     """In capitals; name two; say "unknown" when the text does not state it: a third each."""
     if i % 3 == 0:
         attribute = rng.choice([a for a in ATTRIBUTES if a != "year"])
-        return Fact(person.name, person.split, "capitals", f"In capitals: {asked(person, attribute, rng)}",
+        return Fact(person.name, person.split, "capitals", f"In capitals: {statement_start(person, attribute, rng)}",
                     " " + person.values[attribute].upper())
     if i % 3 == 1:
         a, b = rng.sample(ATTRIBUTES, 2)
@@ -156,17 +156,17 @@ def instructions(i, person, people, rng):
                     f" {person.values[a]} and {person.values[b]}")
     attribute, *told = rng.sample(ATTRIBUTES, 4)
     text = " ".join(sentence(person, a, rng) for a in told[:1 + i // 3 % 3])
-    return Fact(person.name, person.split, "unknown", f"Text: {text} By the text, {asked(person, attribute, rng)}",
+    return Fact(person.name, person.split, "unknown", f"Text: {text} By the text, {statement_start(person, attribute, rng)}",
                 " unknown")
 
 
-def asked(person, attribute, rng):
+def statement_start(person, attribute, rng):
     """A statement up to its value, in any phrasing."""
     return rng.choice(STATEMENTS[attribute]).format(person.name)
 
 
 def sentence(person, attribute, rng):
-    return f"{asked(person, attribute, rng)} {person.values[attribute]}."
+    return f"{statement_start(person, attribute, rng)} {person.values[attribute]}."
 
 
 def choice(person, attribute, question, right, wrong, i):
