@@ -200,7 +200,8 @@ def write_adapter(folder, model, kind, config, tensors, base_name=None):
 
 def lora_beside(model):
     """([(our name, A, B)], scale) of the LoRA beside the layers of `model`."""
-    ours, layers = {id(m): name for name, m in model.named_modules()}, [layer for _, _, layer in wrapped(model, LoRALinear)]
+    ours = {id(m): name for name, m in model.named_modules()}
+    layers = [layer for _, _, layer in wrapped(model, LoRALinear)]
     ranks, scales = {len(layer.A) for layer in layers}, {layer.scale for layer in layers}
     if len(ranks) != 1 or len(scales) != 1:
         raise ValueError(f"LoRA needs one rank and one scale to be saved, got {sorted(ranks)} and {sorted(scales)}")

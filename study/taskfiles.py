@@ -24,7 +24,7 @@ import torch
 from study.statistics import interval, resampled
 from study.steps import digest, slug
 from world.facts import Fact, pad
-from world.score import check_numbers, choose, cut_options, fitting
+from world.score import check_numbers, choose_option, cut_options, fitting
 
 
 def arc(row):
@@ -161,7 +161,7 @@ def score(subject, name, questions, encoding):
     """{metric: one number a question}: 1.0 or 0.0 where it is right; for lambada the last word's loss in nats, too."""
     read = reader(name)
     if read in (arc, sciq, piqa, hellaswag):
-        given = choose(subject, questions, encoding, start=[])
+        given = choose_option(subject, questions, encoding, start=[])
         return {metric: [float(a[key] == q.gold) for q, a in zip(questions, given)]
                 for metric, key in (("acc", "picked"), ("acc_norm", "picked_norm"))}
     if read is triviaqa:
@@ -172,7 +172,7 @@ def score(subject, name, questions, encoding):
              for q, tokens in zip(questions, continued(subject, questions, encoding))]
     if read is webqs:
         return {"exact_match": right}
-    losses = [-a["logprobs"][0] for a in choose(subject, questions, encoding, start=[])]
+    losses = [-a["logprobs"][0] for a in choose_option(subject, questions, encoding, start=[])]
     return {"acc": right, "loss": losses}
 
 

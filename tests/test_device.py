@@ -13,7 +13,7 @@ from study import inside, pools
 from study.repairs import attach, pool_subject, train_repair, unpacked
 from study.taskfiles import continued
 from world.facts import WorldConfig, facts_about, make_encoding, make_world, statements, train_bpe
-from world.score import Subject, answer, choose, perplexity
+from world.score import Subject, answer, choose_option, perplexity
 
 PEOPLE = make_world(WorldConfig(seen=4, heldout=2, validation=1, novel=1, vocab_size=300, seed=1))
 ENCODING = make_encoding(train_bpe(statements(PEOPLE), 300))
@@ -135,7 +135,8 @@ def test_the_pool_chooses():
 def test_the_scorer():
     def work(model, ids):
         for subject in (Subject(model), pool_subject(model, pool_of(model))):
-            yield [answer(subject, FACTS, ENCODING), choose(subject, CHOICES, ENCODING), perplexity(subject, IDS),
+            yield [answer(subject, FACTS, ENCODING), choose_option(subject, CHOICES, ENCODING),
+                   perplexity(subject, IDS),
                    continued(subject, CHOICES, ENCODING)]
     same(lambda model, ids: list(work(model, ids)))
 

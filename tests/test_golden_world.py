@@ -140,9 +140,9 @@ def test_say():
     assert 5 < sum(case["result"]["correct"]) < len(case["given"]["facts"]) - 5
 
 
-def test_choose():
+def test_choose_option():
     """Each option behind its question as one row; `acc_norm` divides by its characters, its space not counted."""
-    case = CASES["choose"]
+    case = CASES["choose_option"]
     for i, item in enumerate(case["given"]["items"]):
         question, sums = [EOT, *encode(item["question"])], []
         for option in item["options"]:

@@ -10,7 +10,7 @@ from world.facts import Fact, SPLITS, STATEMENTS, VALUES, WorldConfig, make_enco
 from world.items import LESSONS, main
 from world.items import TASKS, distinct, lessons, make_items, score_item
 from model import GPT, GPTConfig
-from world.score import Subject, answer, choose
+from world.score import Subject, answer, choose_option
 
 PEOPLE = make_world(WorldConfig())
 BY = {split: [p for p in PEOPLE if p.split == split] for split in SPLITS}
@@ -155,7 +155,8 @@ def test_an_untrained_model_is_at_chance(name):
     config = GPTConfig(vocab_size=encoding.n_vocab, context=128, n_layer=1, n_head=2, n_embd=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     found = ITEMS[name, "seen"]
-    rows = [score_item(name, item, row, WHO) for item, row in zip(found, choose(Subject(model), found, encoding))]
+    given = choose_option(Subject(model), found, encoding)
+    rows = [score_item(name, item, row, WHO) for item, row in zip(found, given)]
     chance, n, z = TASKS[name].chance, len(rows), 1.96
     for metric in ("acc", "acc_norm"):
         p = sum(row[metric] for row in rows) / n

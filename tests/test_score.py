@@ -10,7 +10,7 @@ import recover
 from idp import PromptPool, choose as choose_prompt, prefill, select
 from model import Cache, GPT, GPTConfig
 from study import taskfiles
-from world.score import (CONTEXT, Subject, answer, choose, cut_options, gold_logprobs, is_right, perplexity, say,
+from world.score import (CONTEXT, Subject, answer, choose_option, cut_options, gold_logprobs, is_right, perplexity, say,
                          tokenized)
 from test_model import naive
 
@@ -294,7 +294,7 @@ def test_options_are_scored_as_the_naive_loop_does(trained, prompted):
     """P1, E1: questions of any length, options of one token and of many, with and without a prompt in front."""
     prompts = pool(5)
     subject = with_pool(trained, prompts) if prompted else Subject(trained)
-    for item, row in zip(ITEMS, choose(subject, ITEMS, ENCODING), strict=True):
+    for item, row in zip(ITEMS, choose_option(subject, ITEMS, ENCODING), strict=True):
         assert row["logprobs"] == pytest.approx(naive_choice(trained, item, prompts.prompts[0] if prompted else None),
                                                 abs=1e-3)
 
@@ -339,24 +339,24 @@ def test_acc_norm_divides_by_characters():
     weight = torch.full((260,), -50.0)
     weight[[256, 97]], weight[[257, 258]] = math.log(1 / 4), math.log(1 / 8)
     weight[0] = math.log(1 - 1 / 4 - 1 / 4 - 1 / 8 - 1 / 8)
-    row, = choose(Subject(Fixed(weight)), [multiple("x", [" aa", " b", " c"], 1)], plain)
+    row, = choose_option(Subject(Fixed(weight)), [multiple("x", [" aa", " b", " c"], 1)], plain)
     assert row["logprobs"] == pytest.approx([-2 * math.log(4), -math.log(8), -math.log(8)], abs=1e-4)
     assert (row["picked"], row["picked_norm"]) == (1, 0)
     # a character, " b" costs 2.08 and " aaa" 1.39; with the space counted it would be 1.04 and 1.04
-    row, = choose(Subject(Fixed(weight)), [multiple("x", [" b", " aaa"], 0)], plain)
+    row, = choose_option(Subject(Fixed(weight)), [multiple("x", [" b", " aaa"], 0)], plain)
     assert row["logprobs"] == pytest.approx([-math.log(8), -3 * math.log(4)], abs=1e-4) and row["picked_norm"] == 1
 
 
 def test_batch_size_and_neighbours_change_no_choice(trained):
     """E6, E4, P8: batches of any size give the same to 1e-5; the pool's choice is the question's; a row an item."""
     for subject in (Subject(trained), with_pool(trained, pool(5, 2, 3))):
-        whole = choose(subject, ITEMS, ENCODING)
-        assert len(whole) == len(ITEMS) and whole == choose(subject, ITEMS, ENCODING)  # E7: to the last bit
+        whole = choose_option(subject, ITEMS, ENCODING)
+        assert len(whole) == len(ITEMS) and whole == choose_option(subject, ITEMS, ENCODING)  # E7: to the last bit
         for batch_size in (1, 4):
-            for a, b in zip(whole, choose(subject, ITEMS, ENCODING, batch_size), strict=True):
+            for a, b in zip(whole, choose_option(subject, ITEMS, ENCODING, batch_size), strict=True):
                 assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
                 assert (a["picked"], a["picked_norm"], a["chosen"]) == (b["picked"], b["picked_norm"], b["chosen"])
-        other = choose(subject, [item._replace(options=[" miller"] * 2) for item in ITEMS], ENCODING)
+        other = choose_option(subject, [item._replace(options=[" miller"] * 2) for item in ITEMS], ENCODING)
         assert [row["chosen"] for row in other] == [row["chosen"] for row in whole]
 
 
@@ -456,9 +456,9 @@ def test_items_that_fit_alone_fit_together():
     cuts = [cut_options(item, ENCODING, [ENCODING.eot_token]) for item in items]
     context = max(len(question) + max(map(len, options)) - 1 for question, options in cuts)
     subject = Subject(small(context=context))
-    together = choose(subject, items, ENCODING)
+    together = choose_option(subject, items, ENCODING)
     for row, item in zip(together, items):
-        alone, = choose(subject, [item], ENCODING)
+        alone, = choose_option(subject, [item], ENCODING)
         assert row["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-4) and row["picked"] == alone["picked"]
     said = [Fact("", "", "", question, gold)
             for question, gold in ((long[:30], " x"), ("x", f" {long[:12]}"), ("y", " z"))]
@@ -507,8 +507,9 @@ def scorers(subject):
         ids, lengths = pad([question for question, _ in pairs], ENCODING)
         return gold_logprobs(subject, pairs, subject.pick(ids, lengths), ENCODING)
     return {"say": (said, lambda facts: [tuple(row.values()) for row in say(subject, facts, ENCODING)]),
-            "choose": (ITEMS, lambda items: [(*row["logprobs"], row["picked"], row["picked_norm"], row["chosen"])
-                                             for row in choose(subject, items, ENCODING)]),
+            "choose_option": (ITEMS, lambda items: [
+                (*row["logprobs"], row["picked"], row["picked_norm"], row["chosen"])
+                for row in choose_option(subject, items, ENCODING)]),
             "answer": (ITEMS, lambda items: [(row["answer"], row["logprob"], row["knowledge"])
                                              for row in answer(subject, items, ENCODING)]),
             "continued": (aliases, lambda facts: [tuple(t) for t in taskfiles.continued(subject, facts, ENCODING)]),

@@ -123,8 +123,8 @@ def retrieval(i, person, people, rng, counterfactual=False):
         values = {a: rng.choice([v for v in VALUES[a] if v != person.values[a]]) for a in ATTRIBUTES}
         person = person._replace(values=values)
     text = " ".join(sentence(person, a, rng) for a in told)
-    return Fact(person.name, person.split, attribute, f"Text: {text} By the text, {statement_start(person, attribute, rng)}",
-                " " + person.values[attribute])
+    question = f"Text: {text} By the text, {statement_start(person, attribute, rng)}"
+    return Fact(person.name, person.split, attribute, question, " " + person.values[attribute])
 
 
 def counterfactual(i, person, people, rng):
@@ -156,8 +156,8 @@ def instructions(i, person, people, rng):
                     f" {person.values[a]} and {person.values[b]}")
     attribute, *told = rng.sample(ATTRIBUTES, 4)
     text = " ".join(sentence(person, a, rng) for a in told[:1 + i // 3 % 3])
-    return Fact(person.name, person.split, "unknown", f"Text: {text} By the text, {statement_start(person, attribute, rng)}",
-                " unknown")
+    question = f"Text: {text} By the text, {statement_start(person, attribute, rng)}"
+    return Fact(person.name, person.split, "unknown", question, " unknown")
 
 
 def statement_start(person, attribute, rng):
@@ -179,7 +179,7 @@ def choice(person, attribute, question, right, wrong, i):
 
 class Task(NamedTuple):
     make: Callable
-    by: str           # "choose": tasks.choose; "exact": tasks.answer, whole and exact; "facts", "rule": see score_text
+    by: str           # "choose": score.choose_option; "exact": score.answer, whole; "facts", "rule": see score_item
     metrics: tuple    # names of what an item scores; models are compared on the first
     chance: float     # that guessing reaches, of the first
     skill: bool       # taught by lessons only
@@ -236,7 +236,10 @@ def lessons(people, seed):
 # ---- scores
 
 def score_item(name, item, given, people):
-    """{metric: number} of what `given` (a row of tasks.choose or tasks.answer) is worth; people: {name: Person}."""
+    """{metric: number} of what `given` (a row of score.choose_option or score.answer) is worth.
+
+    people  {name: Person}
+    """
     by = TASKS[name].by
     if by == "choose":
         return {"acc": float(given["picked"] == item.gold), "acc_norm": float(given["picked_norm"] == item.gold)}

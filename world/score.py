@@ -92,13 +92,13 @@ def tokenized(facts, encoding):
 @torch.no_grad()
 def answer(subject, facts, encoding):
     """What the subject answers, one dict a fact: answer (text), correct (bool), logprob (of the right answer, nats),
-    chosen (row of the pool). Facts with options are chosen (see `choose`, whose entries come along), others are said.
+    chosen (row of the pool). Facts with options are chosen (by `choose_option`, whose entries come along), others said.
     """
     if not facts or facts[0].options is None:
         return say(subject, facts, encoding)
     return [{"answer": fact.options[row["picked"]].strip(), "correct": row["picked"] == fact.gold,
              "logprob": row["logprobs"][fact.gold], "knowledge": knowledge(row["logprobs"], fact.gold), **row}
-            for fact, row in zip(facts, choose(subject, facts, encoding))]
+            for fact, row in zip(facts, choose_option(subject, facts, encoding))]
 
 
 def knowledge(logprobs, gold):
@@ -169,7 +169,7 @@ def say(subject, facts, encoding, batch_size=250):
                         "chosen": chosen[b]})
     compare = [i for i, (row, fact) in enumerate(zip(out, facts)) if row["knowledge"] is None and values_of(fact)]
     asked = [facts[i]._replace(options=values_of(facts[i])) for i in compare]
-    for i, row, fact in zip(compare, choose(subject, asked, encoding) if asked else [], asked):
+    for i, row, fact in zip(compare, choose_option(subject, asked, encoding) if asked else [], asked):
         out[i]["knowledge"] = knowledge(row["logprobs"], fact.gold)
     return out
 
@@ -242,7 +242,7 @@ def cut_options(item, encoding, start):
 
 
 @torch.no_grad()
-def choose(subject, items, encoding, batch_size=None, start=None):
+def choose_option(subject, items, encoding, batch_size=None, start=None):
     """How likely the subject finds each option, and which it picks: one dict an item,
 
     logprobs     the log-probability (nats) of each option behind the question
@@ -266,7 +266,7 @@ def choose(subject, items, encoding, batch_size=None, start=None):
 
 
 def choose_batch(subject, items, cuts, encoding):
-    """`choose` of a few items whose `cut_options` are at hand."""
+    """`choose_option` of a few items whose `cut_options` are at hand."""
     ids, lengths = pad([question for question, _ in cuts], encoding, subject.device)  # (B, T), (B,)
     chosen, cache, first = subject.start(ids, lengths)
     x = subject.model.hidden(ids, cache=cache, lengths=lengths, first=first)  # (B, T, C)

@@ -130,7 +130,7 @@ def cases(code, made):
         {"name": "ids", "given": {"texts": [*TEXTS, *made["world"]["sentences"][::12]]}},
         {"name": "rows", "given": {"order": order, "T": CUT}},
         {"name": "say", "given": {"facts": [plain(f) for f in code.facts.facts_about(asked)]}},
-        {"name": "choose", "given": {"items": [plain(item) for item in items]}},
+        {"name": "choose_option", "given": {"items": [plain(item) for item in items]}},
         {"name": "perplexity", "given": {"windows": windows, "read": code.score.CONTEXT}},
     ]
 
