@@ -13,7 +13,7 @@ from world.score import answer
 from world.small import World
 
 
-def train(arguments):
+def train_job(arguments):
     """python -m study train: the dense GPT, and a few of its answers."""
     parser = options("study train", "Train the dense GPT on the small world, and ask it questions.")
     parser.add_argument("--without", choices=list(RECIPE), default="",
@@ -30,7 +30,7 @@ def train(arguments):
     print_recalls(run, {"dense": dense})
 
 
-def compress(arguments):
+def compress_job(arguments):
     """python -m study compress: one of the study's compressions."""
     parser = options("study compress", "Compress the dense GPT; ask it before and after.")
     parser.add_argument("--tag", help='how: "RTN 3 bits", ...; none: with GPTQ')
@@ -43,7 +43,7 @@ def compress(arguments):
     print_recalls(run, {"dense": dense, tag: small})
 
 
-def repair(arguments):
+def repair_job(arguments):
     """python -m study repair: one repair of one compressed model."""
     parser = options("study repair", "Repair a compressed model of the small world; ask it before and after.")
     parser.add_argument("--base", help='what to repair: "RTN 3 bits", ...; none: what GPTQ made')
