@@ -254,7 +254,7 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"}
                      for m in rows if m["verdict"]],
         "models": rows, "comparisons": compared, "noise": noise, "context": context,
-        "metrics": publish.metrics(rows, files or {}),
+        "metrics": publish.describe_metrics(rows, files or {}),
         "files": {name: len(questions) for name, questions in (files or {}).items()},
         "operations": [{"name": name, "parameters": None, "description": what}
                        for name, what in OPERATIONS.items()]}

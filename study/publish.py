@@ -44,10 +44,10 @@ def digest_of_facts(asked):
     return digest({split: list(map(tuple, facts)) for split, facts in asked.items()})
 
 
-def metrics(rows, files):
+def describe_metrics(rows, files):
     """The metrics that some row has, described for whoever reads results.json."""
     return [dict(zip(("name", "label", "unit", "higher_is_better", "description"), m))
-            for m in [*METRICS, *taskfiles.metrics(files)] if any(m[0] in row["metrics"] for row in rows)]
+            for m in [*METRICS, *taskfiles.task_metrics(files)] if any(m[0] in row["metrics"] for row in rows)]
 
 
 def predictions(run, rows):

@@ -212,7 +212,7 @@ def reported(metric, values):
     return ("perplexity", [math.exp(v) for v in values]) if metric == "loss" else (metric, [float(v) for v in values])
 
 
-def metrics(files):
+def task_metrics(files):
     """The metrics of task files {task: Questions}: (name, label, unit, higher is better, what it is), each."""
     for name in files:
         read = reader(name)
