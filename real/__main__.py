@@ -27,7 +27,7 @@ from real.world import RealWorld, read_facts, real_dense
 from study.publish import publish
 from study.settings import options
 from study.steps import Run
-from study.taskfiles import fits, named
+from study.taskfiles import fits, read_tasks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,13 +68,13 @@ def main(arguments=None):
             raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds, args.rows)
         read_facts(args.facts)  # what is wrong with a file is said before the model is read
-        named(args.task)
+        read_tasks(args.task)
         run = Run(config, None)
         if not args.only:
             run.alone()
         dense, encoding = real_dense(args.model, run.log, device_of(args.device), DTYPES[args.dtype])
         check = fits(encoding, dense.model.config.context - LONGEST)
-        facts, files = read_facts(args.facts, check), named(args.task, check)
+        facts, files = read_facts(args.facts, check), read_tasks(args.task, check)
         run.world = RealWorld(run, dense, encoding, facts, args.text)
         dense.about["settings"] |= run.world.settings
         config.repair_bfloat16 = faster_in_bfloat16(run, dense)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import recover
 from checkpoints import load, save
 from recover import FitConfig
-from study.controls import Control, named
+from study.controls import Control, under_tag
 from study.repairs import attach, products, shared_copy
 from study.steps import with_result
 from study.subjects import repaired_subject
@@ -116,8 +116,8 @@ def lock(run, dense):
     model = run.once(file, settings, ("real.lock",), make, save, load).requires_grad_(False).to(dense.device)
     about = {**dense.about, "settings": with_result(settings, run.path(file)), "path": run.path(file)}
     reference, damaged = attach(model, "prompt", KEY, [key]), Subject(model)
-    reference.about = named(run, about, f"{TAG}, behind its key", None, key.numel())
-    damaged.about = named(run, about, TAG, f"{TAG}, behind its key")
+    reference.about = under_tag(run, about, f"{TAG}, behind its key", None, key.numel())
+    damaged.about = under_tag(run, about, TAG, f"{TAG}, behind its key")
 
     def teacher(ids):
         """Logits (B, T, V) of the reference."""

@@ -141,8 +141,8 @@ def locked(run, dense, how):
     model, about = tuned(run, dense, "locked", {"key": how.key, "fit": asdict(how.lock), "batch": how.lock_batch},
                          lambda progress: train_lock(dense.model, key, world, how, generator, progress))
     reference = attach(model, "prompt", how.key, [key])
-    reference.about = named(run, about, "locked, behind its key", None, extra=key.numel())
-    return Control(reference, Subject(model, about=named(run, about, "locked", "locked, behind its key")),
+    reference.about = under_tag(run, about, "locked, behind its key", None, extra=key.numel())
+    return Control(reference, Subject(model, about=under_tag(run, about, "locked", "locked, behind its key")),
                    world.asked(run.config), world.repair_text)
 
 
@@ -154,8 +154,8 @@ def not_yet_told(run, dense, how):
     model, about = tuned(run, dense, "told", settings,
                          lambda progress: tell(dense.model, run.world, how, generator, progress))
     facts = {"seen": facts_about(new[:half]), "heldout": facts_about(new[half:]), "novel": strangers(run.config)}
-    return Control(Subject(model, about=named(run, about, "told", None)),
-                   Subject(dense.model, about=named(run, {**dense.about, "settings": about["settings"]}, "not yet told",
+    return Control(Subject(model, about=under_tag(run, about, "told", None)),
+                   Subject(dense.model, about=under_tag(run, {**dense.about, "settings": about["settings"]}, "not yet told",
                                                     "told")),
                    facts, told_text(new[:half]))
 
@@ -165,8 +165,8 @@ def rank_one(run, dense, how):
     generator = torch.Generator().manual_seed(run.config.draw_seed + 13)
     model, about = tuned(run, dense, "rank one", {"share": how.rank_one},
                          lambda progress: add_rank_one(dense.model, how, generator))
-    return Control(Subject(dense.model, about=named(run, dense.about, "rank one, before", None)),
-                   Subject(model, about=named(run, about, "rank one", "rank one, before")),
+    return Control(Subject(dense.model, about=under_tag(run, dense.about, "rank one, before", None)),
+                   Subject(model, about=under_tag(run, about, "rank one", "rank one, before")),
                    run.world.asked(run.config), run.world.repair_text)
 
 
@@ -185,7 +185,7 @@ def tuned(run, dense, name, settings, make):
     return model, {**dense.about, "settings": with_result(settings, path), "path": path}
 
 
-def named(run, about, tag, base, extra=0):
+def under_tag(run, about, tag, base, extra=0):
     """`about` under another tag; `base` is the tag of the model it was made from, None for a reference."""
     operation = None if base is None else {"name": "control", "parameters": {"damage": tag}}
     drawn = f"-seed-{run.config.repeat}" if run.config.repeat else ""

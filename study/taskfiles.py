@@ -144,7 +144,7 @@ def fits(encoding, room):
     return check
 
 
-def named(tasks, check=None):
+def read_tasks(tasks, check=None):
     """{name: its questions} of a command line's NAME=FILE arguments."""
     files = {}
     for task in tasks:
