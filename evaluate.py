@@ -43,7 +43,7 @@ from study.comparisons import ANSWERS, add_tasks, comparisons, noise_floor, scor
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
 from study.repairs import light
-from study.settings import OPERATIONS, POOLS, StudyConfig, options, sized
+from study.settings import OPERATIONS, POOLS, StudyConfig, job_parser, sized
 from study.shares import add_attributes, add_shares
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
@@ -270,8 +270,8 @@ def backwards(run, dense):
 
 def main():
     """The script: see the top of this file, and --help."""
-    parser = options("evaluate.py", "Train, compress, repair, and say whether knowledge was "
-                                    "forgotten or displaced.")
+    parser = job_parser("evaluate.py", "Train, compress, repair, and say whether knowledge was "
+                                       "forgotten or displaced.")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size",
                         help="the same as --size quick")
     parser.add_argument("--full", action="store_true",

@@ -56,7 +56,7 @@ def write(model, ids, tokens):
     return ids, 1 / statistics.median(steps), took[1] - took[0]
 
 
-def options():
+def writing_parser():
     """The options of the command line."""
     parser = argparse.ArgumentParser(prog="kernels.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Go on with a text, dense and packed. Without options: a lesson on "
@@ -76,7 +76,7 @@ def options():
 
 def go_on(arguments):
     """The command line of kernels.py. Raises ValueError or OSError, naming the file, for what cannot be read."""
-    args = options().parse_args(arguments)
+    args = writing_parser().parse_args(arguments)
     if args.tokens < 3 or args.group_size < 1 or not 2 <= args.bits <= 8:
         raise ValueError(f"--tokens must be at least 3, --group-size at least 1, --bits in [2, 8], got {args.tokens}, "
                          f"{args.group_size}, {args.bits}")

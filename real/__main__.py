@@ -25,7 +25,7 @@ from real.rates import faster_in_bfloat16
 from real.settings import FACTS, LONGEST, STEPS, real_config
 from real.world import RealWorld, read_facts, real_dense
 from study.publish import publish
-from study.settings import options
+from study.settings import job_parser
 from study.steps import Run
 from study.taskfiles import fits, read_tasks
 
@@ -44,7 +44,7 @@ def device_of(name):
 def main(arguments=None):
     """The script: see the top of this file, and --help. `arguments` default to the command line's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = options("real", "Compress and repair a real language model, and ask it about the world.", sizes=False)
+    parser = job_parser("real", "Compress and repair a real language model, and ask it about the world.", sizes=False)
     parser.add_argument("model", help="a Hugging Face folder or a GGUF file")
     parser.add_argument("--facts", default=FACTS, help="JSON lines of question, answer, options, entity")
     parser.add_argument("--text", help="a text file for calibration and repair; else the model writes it")

@@ -8,7 +8,8 @@ from study import ask, figure, findings, jobs, mechanism, memory, page, sweeps, 
 
 JOBS = {  # name: (what runs, what it does)
     "train": (jobs.train_job, "train the dense GPT, with or without an ingredient of its recipe, and ask it"),
-    "compress": (jobs.compress_job, "compress it in one of the study's ways: the layers' errors, recall before and after"),
+    "compress": (jobs.compress_job,
+                 "compress it in one of the study's ways: the layers' errors, recall before and after"),
     "repair": (jobs.repair_job, "repair a compressed model in one way: recall before and after"),
     "ask": (ask.main, "ask checkpoints the facts of the world they know; one comes with the project"),
     "sweep": (sweeps.main, "vary one setting: bits, sparsity, prompt-length, rank; or lr, on validation people"),

@@ -154,9 +154,9 @@ def not_yet_told(run, dense, how):
     model, about = tuned(run, dense, "told", settings,
                          lambda progress: tell(dense.model, run.world, how, generator, progress))
     facts = {"seen": facts_about(new[:half]), "heldout": facts_about(new[half:]), "novel": strangers(run.config)}
+    untold = {**dense.about, "settings": about["settings"]}
     return Control(Subject(model, about=under_tag(run, about, "told", None)),
-                   Subject(dense.model, about=under_tag(run, {**dense.about, "settings": about["settings"]}, "not yet told",
-                                                    "told")),
+                   Subject(dense.model, about=under_tag(run, untold, "not yet told", "told")),
                    facts, told_text(new[:half]))
 
 

@@ -5,7 +5,7 @@ and after.
 import os
 
 from checkpoints.compression import print_layers
-from study.settings import options, sized
+from study.settings import job_parser, sized
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
 from study.training import RECIPE
@@ -15,7 +15,7 @@ from world.small import World
 
 def train_job(arguments):
     """python -m study train: the dense GPT, and a few of its answers."""
-    parser = options("study train", "Train the dense GPT on the small world, and ask it questions.")
+    parser = job_parser("study train", "Train the dense GPT on the small world, and ask it questions.")
     parser.add_argument("--without", choices=list(RECIPE), default="",
                         help="leave one ingredient of the training out, to see what it buys; in OUT/without-...")
     args = parser.parse_args(arguments)
@@ -32,7 +32,7 @@ def train_job(arguments):
 
 def compress_job(arguments):
     """python -m study compress: one of the study's compressions."""
-    parser = options("study compress", "Compress the dense GPT; ask it before and after.")
+    parser = job_parser("study compress", "Compress the dense GPT; ask it before and after.")
     parser.add_argument("--tag", help='how: "RTN 3 bits", ...; none: with GPTQ')
     args = parser.parse_args(arguments)
     config = sized(args.size, args.seed, args.out)
@@ -45,7 +45,7 @@ def compress_job(arguments):
 
 def repair_job(arguments):
     """python -m study repair: one repair of one compressed model."""
-    parser = options("study repair", "Repair a compressed model of the small world; ask it before and after.")
+    parser = job_parser("study repair", "Repair a compressed model of the small world; ask it before and after.")
     parser.add_argument("--base", help='what to repair: "RTN 3 bits", ...; none: what GPTQ made')
     parser.add_argument("--method", choices=["lora", "prompt", "prefix", "idp", "bias"], default="lora", help="how")
     parser.add_argument("--repair-size", type=int, default=8, help="LoRA's rank, or the tokens of a prompt or prefix")

@@ -25,7 +25,7 @@ import torch
 
 from recover import LINEARS, add_lora
 from study.repairs import attach, shared_copy, unpacked
-from study.settings import options, sized
+from study.settings import job_parser, sized
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject
@@ -145,7 +145,8 @@ def returned(dense, damaged, repaired, run, seed=31):
 
 def main(arguments):
     """python -m study why: for each compressor the shape of its output error, and what comes back without training."""
-    args = options("study why", "Why one compressor's damage is displaced and another's is not.").parse_args(arguments)
+    parser = job_parser("study why", "Why one compressor's damage is displaced and another's is not.")
+    args = parser.parse_args(arguments)
     config = sized(args.size, args.seed, args.out)
     run = Run(config, World(config))
     print(table(run, dense_subject(run)))

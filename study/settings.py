@@ -122,7 +122,7 @@ def rate(config, base, tag, kind, size):
     return rates[tag]
 
 
-def options(name, description, sizes=True):
+def job_parser(name, description, sizes=True):
     """The options that every script of the study has."""
     defaults = StudyConfig()
     parser = argparse.ArgumentParser(prog=name, description=description,

@@ -39,7 +39,7 @@ from compress import compress
 from engine.script import read_json, write_text
 from study.comparisons import ANSWERS
 from study.repairs import attach, light, train_repair
-from study.settings import REPAIRS, options, rate, sized
+from study.settings import REPAIRS, job_parser, rate, sized
 from study.shares import add_shares
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
@@ -271,7 +271,7 @@ def sweep_table(name, points):
 
 def main(arguments):
     """python -m study sweep: see the top of this file."""
-    parser = options("study sweep", "Vary one setting, everything else held; or try learning rates.")
+    parser = job_parser("study sweep", "Vary one setting, everything else held; or try learning rates.")
     parser.add_argument("what", choices=["lr", *SWEEPS], help="lr: on validation people, printed; others also go into "
                                                               "results.json")
     args = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ from recover import FitConfig, next_token
 from study import pools
 from study.controls import everybody_told, told_text
 from study.repairs import unpacked
-from study.settings import options, sized
+from study.settings import job_parser, sized
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject
@@ -213,7 +213,7 @@ def table(outcomes, facts, seed):
 
 def main(arguments):
     """python -m study trial: both trials, as one table."""
-    parser = options("study trial", "The fair trial of IDP: where a pool of prompts should beat one prompt.")
+    parser = job_parser("study trial", "The fair trial of IDP: where a pool of prompts should beat one prompt.")
     args = parser.parse_args(arguments)
     config, how = sized(args.size, args.seed, args.out), TrialConfig()
     run = Run(config, World(config))
