@@ -251,7 +251,7 @@ BLOCKS = {"F32": (1, 4, f32), "F16": (1, 2, f16), "BF16": (1, 2, bf16), "Q4_0": 
           "Q5_K": (256, 176, q5_k), "Q6_K": (256, 210, q6_k)}  # weights a block, bytes a block, decoder
 
 
-def pieces(stored):
+def decoded_pieces(stored):
     """(first weight's number, weights float32 (n,)) of a tensor, piece by piece: a piece of the file is mapped, decoded
     and unmapped at a time, so that nothing of the file stays behind in memory."""
     weights, width, decode = BLOCKS[stored.kind]
@@ -267,7 +267,7 @@ def pieces(stored):
 def read(stored, dtype=torch.float32):
     """The tensor, in `dtype`. Raises ValueError for NaN and infinite weights."""
     out = torch.empty(math.prod(stored.shape), dtype=dtype)
-    for begin, values in pieces(stored):
+    for begin, values in decoded_pieces(stored):
         piece = out[begin:begin + values.size]
         piece.copy_(torch.from_numpy(values))
         if not piece.isfinite().all():
@@ -277,5 +277,6 @@ def read(stored, dtype=torch.float32):
 
 def same(a, b):
     """Whether two tensors of a file have one shape and the same values."""
-    readable = a.kind in BLOCKS and b.kind in BLOCKS
-    return readable and a.shape == b.shape and all(np.array_equal(x, y) for (_, x), (_, y) in zip(pieces(a), pieces(b)))
+    if a.shape != b.shape or a.kind not in BLOCKS or b.kind not in BLOCKS:
+        return False
+    return all(np.array_equal(x, y) for (_, x), (_, y) in zip(decoded_pieces(a), decoded_pieces(b)))
