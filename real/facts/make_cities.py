@@ -21,7 +21,7 @@ import random
 import re
 from collections import Counter, defaultdict
 
-from make_countries import gives_away, plain, read_table
+from make_countries import gives_away, read_table, unaccented
 
 HERE = pathlib.Path(__file__).resolve().parent
 QUESTIONS = ("The city of {} is in", "{} is a city in")
@@ -48,7 +48,7 @@ def read_cities(folder):
             for row in read_table()}
     names = {code: ours.get(c["name"].removeprefix("The ")) for code, c in countries.items()}
     continents = {names[code]: c["continentcode"] for code, c in countries.items() if names[code]}
-    capitals = {plain(row["capital"]) for row in read_table()} | {plain(c["capital"]) for c in countries.values()}
+    capitals = {unaccented(row["capital"]) for row in read_table()} | {unaccented(c["capital"]) for c in countries.values()}
     for city in cities.values():
         city["country"] = names[city["countrycode"]]
     return list(cities.values()), continents, capitals
@@ -59,20 +59,20 @@ def chosen(cities, capitals):
     homes = defaultdict(set)  # name: the countries that have a city of that name
     for city in cities:
         known = city["alternatenames"] if city["population"] >= PEOPLE else []
-        for name in {plain(name) for name in (city["name"], *known)}:
+        for name in {unaccented(name) for name in (city["name"], *known)}:
             homes[name].add(city["countrycode"])
-    large = {plain(city["name"]) for city in cities if city["population"] >= PEOPLE}
+    large = {unaccented(city["name"]) for city in cities if city["population"] >= PEOPLE}
     kept, of = {}, Counter()
     for city in sorted(cities, key=lambda city: (-city["population"], city["name"])):
         name, country = city["name"], city["country"]
-        words = re.split("[ '-]", plain(name))
+        words = re.split("[ '-]", unaccented(name))
         part = len(words) > 1 and (words[0] in large or capitals & set(words))  # of a city, as Hamburg-Nord
         if (city["population"] >= PEOPLE and re.fullmatch("[A-Za-z '-]{4,}", name) and not part
                 and country and country not in UNASKED and of[country] < MOST
                 and (city["countrycode"], city["admin1code"]) not in DISPUTED
-                and len(homes[plain(name)]) == 1 and plain(name) not in kept and plain(name) not in capitals
+                and len(homes[unaccented(name)]) == 1 and unaccented(name) not in kept and unaccented(name) not in capitals
                 and name not in WORDS and not gives_away(country, name)):
-            kept[plain(name)] = city
+            kept[unaccented(name)] = city
             of[country] += 1
     return list(kept.values())
 

@@ -35,7 +35,7 @@ OPTIONS = 8
 SEED = 0
 
 
-def plain(text):
+def unaccented(text):
     """Lower case without accents."""
     return "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
 
@@ -43,7 +43,7 @@ def plain(text):
 def gives_away(country, answer):
     """Whether the answer can be read off the name: a word of each starts with the same three letters, or both share
     four letters in a row anywhere (Tunisia and Tunis, Spain and Spanish, Afghanistan and afghani)."""
-    a, b = plain(country), plain(answer)
+    a, b = unaccented(country), unaccented(answer)
     starts = {w[:3] for w in a.split()} & {w[:3] for w in b.split()} - {"the", "of", "and"}
     return bool(starts) or any(b[i:i + 4] in a for i in range(len(b) - 3))
 
