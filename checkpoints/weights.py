@@ -345,7 +345,7 @@ def open_gguf(path, tokenizer):
 
 # ---- the model
 
-def plan(path, model, stored, family, zeros=()):
+def place_tensors(path, model, stored, family, zeros=()):
     """{their tensor: [our tensors]}, once every name and every shape is known to be right.
 
     zeros  layers, as "attn.o", whose bias the file does not have
@@ -410,7 +410,7 @@ def build(path, config, stored, family, dtype):
     with torch.device("meta"):
         model = GPT(config)
     state = {}
-    for theirs, ours in plan(path, model, stored, family, zeros).items():
+    for theirs, ours in place_tensors(path, model, stored, family, zeros).items():
         t = gguf.read(stored[theirs], dtype)
         t = t.T if transposed(theirs) else t
         if permuted and ours[0].rpartition(".")[0].endswith(("attn.q", "attn.k")):

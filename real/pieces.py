@@ -20,7 +20,7 @@ from real.rates import find_rates
 from study.subjects import compressed_subject, repair_batches
 
 
-def plan(config, locked):
+def phases(config, locked):
     """[[(what is damaged, its repairs)]]: what can run side by side, phase by phase. A pool goes with the prompt of its
     length, whose rate it takes, and what trains nothing with whatever comes first."""
     bundles, free = [], [tag for tag, (kind, _) in config.repairs.items() if kind == "correction"]
@@ -94,6 +94,6 @@ def side_by_side(run, dense, jobs, locked, arguments):
         if done.returncode:
             raise ValueError(f"{what}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
         run.log.say(f"{what}: {time.time() - began:.0f} s")
-    for phase in plan(run.config, locked):
+    for phase in phases(run.config, locked):
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(process, phase))

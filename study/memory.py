@@ -75,7 +75,7 @@ def kept_by_autograd(config, B, T, P=0, rank=0):
     return counts[0] + (config.n_layer - 1) * (counts[1] - counts[0])
 
 
-def plan(config, itemsize=4, bits=3, group=64, calibration=(64, 64), batch=(4, 64), prompt=16, rank=8):
+def bytes_by_step(config, itemsize=4, bits=3, group=64, calibration=(64, 64), batch=(4, 64), prompt=16, rank=8):
     """{step: bytes} by the formulas of the module docstring; `itemsize` bytes a weight, calibration and batch in (rows,
     tokens)."""
     model = on_meta(config)
@@ -106,5 +106,5 @@ def main(arguments):
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="the model's shape")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of its weights")
     args = parser.parse_args(arguments)
-    needs = plan(SHAPES[args.shape], getattr(torch, args.dtype).itemsize)
+    needs = bytes_by_step(SHAPES[args.shape], getattr(torch, args.dtype).itemsize)
     print(markdown(["step", "GB"], [[name, f"{size / 1e9:.2f}"] for name, size in needs.items()]))

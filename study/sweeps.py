@@ -74,7 +74,7 @@ DAMAGE = {"RTN": quantized("RTN", (2, 32), (3, 96), (3, 32), (4, 96)),
           "SparseGPT": pruned("SparseGPT", 40, 50, 60, 70)}
 
 
-def plan(name, config):
+def runs_of(name, config):
     """The runs of a sweep, in order: dicts with "series" and "x", and how to make the model."""
     if name == "damage":
         return [{"series": series, "x": tag, "operation": operation} for series, levels in DAMAGE.items()
@@ -192,7 +192,7 @@ def sweep(run, name, dense):
     if name in ("prompt-length", "rank"):  # shared by all points, so made before they part
         for tag in REPAIRED:
             one_first(lambda: compressed_subject(run, dense, tag))
-    batches, points = repair_batches(run, dense), plan(name, config)
+    batches, points = repair_batches(run, dense), runs_of(name, config)
     for i in range(rank, len(points), many):
         point = points[i]
         settings = {**dense.about["settings"], "run": point, "calibration": config.calibration,

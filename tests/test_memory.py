@@ -35,7 +35,7 @@ def test_what_autograd_keeps_is_what_a_real_run_keeps():
 def test_formulas_worked_by_hand():
     """One layer, width 8, 4 x 8 hidden: Pb = 4 * 64 + 2 * 256; float32 holds 4 bytes a parameter."""
     config = GPTConfig(vocab_size=300, n_layer=1, n_embd=8, n_head=1)
-    steps = memory.plan(config, calibration=(2, 4), batch=(1, 4), prompt=2, rank=1, bits=3, group=64)
+    steps = memory.bytes_by_step(config, calibration=(2, 4), batch=(1, 4), prompt=2, rank=1, bits=3, group=64)
     Pb, hidden = 4 * 64 + 2 * 8 * 32, 32
     values = list(steps.values())
     assert values[0] == 4 * (Pb + 300 * 8 + 3 * 8)

@@ -77,10 +77,10 @@ def test_every_process_leaves_the_group_before_it_ends(tmp_path):
 
 def test_plans_are_the_sweeps():
     config = settings.sized("default")
-    assert [len(sweeps.plan(name, config)) for name in sweeps.SWEEPS] == [18, 36, 14, 12, 16]
-    first = sweeps.plan("bits", config)[0]
+    assert [len(sweeps.runs_of(name, config)) for name in sweeps.SWEEPS] == [18, 36, 14, 12, 16]
+    first = sweeps.runs_of("bits", config)[0]
     assert first == {"series": "RTN", "x": 2, "method": "rtn", "how": {"bits": 2, "group_size": 96}}
-    assert sweeps.plan("sparsity", config)[-1] == {"series": "SparseGPT, refit 2:4", "x": 0.5, "method": "sparsegpt",
+    assert sweeps.runs_of("sparsity", config)[-1] == {"series": "SparseGPT, refit 2:4", "x": 0.5, "method": "sparsegpt",
                                                    "how": {"n_m": (2, 4), "refit": True}}
 
 
