@@ -166,7 +166,7 @@ def score(subject, name, questions, encoding):
                 for metric, key in (("acc", "picked"), ("acc_norm", "picked_norm"))}
     if read is triviaqa:
         given = [re.split(r"[\n.,]", encoding.decode(tokens))[0] for tokens in continued(subject, questions, encoding)]
-        return {"exact_match": [float(compared(text) in {compared(alias) for alias in q.options})
+        return {"exact_match": [float(normalized(text) in {normalized(alias) for alias in q.options})
                                 for q, text in zip(questions, given)]}
     right = [float(any(tokens[:len(wanted)] == wanted for wanted in accepted(q, encoding)))
              for q, tokens in zip(questions, continued(subject, questions, encoding))]
@@ -181,7 +181,7 @@ def accepted(question, encoding):
     return cut_options(question, encoding, [])[1]
 
 
-def compared(text):
+def normalized(text):
     """A text for comparison: no case, no punctuation, no space at its ends."""
     return text.translate(str.maketrans("", "", string.punctuation)).lower().strip()
 

@@ -48,7 +48,7 @@ def read_cities(folder):
             for row in read_table()}
     names = {code: ours.get(c["name"].removeprefix("The ")) for code, c in countries.items()}
     continents = {names[code]: c["continentcode"] for code, c in countries.items() if names[code]}
-    capitals = {unaccented(row["capital"]) for row in read_table()} | {unaccented(c["capital"]) for c in countries.values()}
+    capitals = {unaccented(row["capital"]) for row in (*read_table(), *countries.values())}
     for city in cities.values():
         city["country"] = names[city["countrycode"]]
     return list(cities.values()), continents, capitals
@@ -65,14 +65,15 @@ def chosen(cities, capitals):
     kept, of = {}, Counter()
     for city in sorted(cities, key=lambda city: (-city["population"], city["name"])):
         name, country = city["name"], city["country"]
-        words = re.split("[ '-]", unaccented(name))
+        known_as = unaccented(name)
+        words = re.split("[ '-]", known_as)
         part = len(words) > 1 and (words[0] in large or capitals & set(words))  # of a city, as Hamburg-Nord
         if (city["population"] >= PEOPLE and re.fullmatch("[A-Za-z '-]{4,}", name) and not part
                 and country and country not in UNASKED and of[country] < MOST
                 and (city["countrycode"], city["admin1code"]) not in DISPUTED
-                and len(homes[unaccented(name)]) == 1 and unaccented(name) not in kept and unaccented(name) not in capitals
+                and len(homes[known_as]) == 1 and known_as not in kept and known_as not in capitals
                 and name not in WORDS and not gives_away(country, name)):
-            kept[unaccented(name)] = city
+            kept[known_as] = city
             of[country] += 1
     return list(kept.values())
 
