@@ -195,7 +195,7 @@ def under_tag(run, about, tag, base, extra=0):
 
 # ---- their repairs
 
-def repair_batches(run, control):
+def control_batches(run, control):
     """The batches of a repair, as `recover.distillation` takes them: text about seen people, and for each position what
     the reference expects next. As many as the study's own repairs read."""
     stream = text_batches(control.text, run.world.encoding, *run.config.repair_batch,
@@ -222,7 +222,7 @@ def control_subjects(run, dense, name, how=None):
     def batches():
         """The repair batches, made at the first call."""
         if not made:
-            made.extend(repair_batches(run, control))
+            made.extend(control_batches(run, control))
         return made
     return control, [control.reference, control.damaged,
                      *(repaired_subject(run, control.damaged, tag, kind, size, batches, lr=lr, code=("study.controls",))
