@@ -50,7 +50,7 @@ def with_next_values(facts):
     return wrong, out
 
 
-def rows_of(fact, answers, encoding):
+def rows_of_answers(fact, answers, encoding):
     """The tokens of a question behind an end-of-text and of an answer, for each of `answers`: [(all of them, length of
     the question)], cut as the scorer cuts them."""
     question, after = cut_options(fact._replace(options=answers), encoding, [encoding.eot_token])
@@ -63,7 +63,7 @@ def train_lock(dense, key, facts, wrong, encoding, steps, rows, generator, lr, p
     """
     model, device = shared_copy(dense), dense.wte.weight.device
     parameters = recover.add_lora(model, RANK, generator=generator)
-    each = [rows_of(fact, (fact.answer, wrong[fact.question]), encoding) for fact in facts]
+    each = [rows_of_answers(fact, (fact.answer, wrong[fact.question]), encoding) for fact in facts]
 
     def batch(which):
         """ids (B, T), where each answer begins (B,), and (B, T - 1) whether a token is one of the answer."""

@@ -111,7 +111,7 @@ def read_documents(path, hidden):
     return documents
 
 
-def rows_of(documents, encoding, wanted, T, generator):
+def rows_of_documents(documents, encoding, wanted, T, generator):
     """(wanted, T + 1) rows of documents: short ones joined, long ones cut so that a row can start anywhere."""
     tokens = [encoding.encode_ordinary(d) for d in documents]
     if sum(map(len, tokens)) <= T:

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 
 from checkpoints import load_pretrained
-from real.text import Names, Writer, one_of, read_documents, rows_of
+from real.text import Names, Writer, one_of, read_documents, rows_of_documents
 from study.steps import digest, digest_of
 from study.taskfiles import check_line, lines_of
 from world.facts import Fact
@@ -117,7 +117,7 @@ class RealWorld:
             documents = read_documents(self.file, self.hidden)
             first = max(1, len(documents) // 10)
             part = documents[:first] if kind == "windows" else documents[first:]
-            return rows_of(part, self.encoding, wanted, T, generator)
+            return rows_of_documents(part, self.encoding, wanted, T, generator)
         seen, every = self.split["seen"], 1 if kind == "repair" else 4
         texts = [f.question if kind == "repair" else f.person for f in seen]
         writer = Writer(self.dense, self.encoding, self.hidden, self.run.log)

@@ -82,7 +82,7 @@ def train_locks(dense, keys, world, how, generator, progress=None):
     return model
 
 
-def rows_of(groups, world, how, seed):
+def rows_of_groups(groups, world, how, seed):
     """[[ids (R, T + 1) of each group] of each step]: repair text about seen people, a group a tuple of attributes."""
     generator = torch.Generator().manual_seed(seed)
     seen = world.people["seen"]
@@ -124,7 +124,7 @@ def two_locks(run, dense, how, progress=lambda *_: None):
     model = train_locks(dense.model, keys, world, how, generator, progress("two locks", how.lock.steps))
     facts, validation = (world.facts(split, how.people) for split in ("heldout", "validation"))
     teachers = [opener(model, key) for key in keys]
-    batches = taught_by(teachers, rows_of(SETS, world, how, seed))
+    batches = taught_by(teachers, rows_of_groups(SETS, world, how, seed))
     out = []
 
     def add(way, parameters, right):
@@ -173,7 +173,7 @@ def ceiling(run, dense, how, progress=lambda *_: None):
     world, seed, attributes = run.world, run.config.draw_seed + 22, list(VALUES)
     model = unpacked(compressed_subject(run, dense, how.base).model)
     generator, facts = torch.Generator().manual_seed(seed), world.facts("heldout", how.people)
-    batches = taught_by([dense.model] * len(attributes), rows_of([(a,) for a in attributes], world, how, seed))
+    batches = taught_by([dense.model] * len(attributes), rows_of_groups([(a,) for a in attributes], world, how, seed))
     routes = torch.tensor([attributes.index(f.attribute) for f in facts])
     out = []
 

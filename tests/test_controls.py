@@ -155,7 +155,7 @@ def test_two_locks_exclude_each_other(scene):
 def test_rows_are_about_their_own_attributes(scene):
     """Every row of a group begins with a sentence that ends in a value of one of the group's attributes."""
     run, _ = scene
-    for groups in trial.rows_of(trial.SETS, run.world, TRIAL, 0):
+    for groups in trial.rows_of_groups(trial.SETS, run.world, TRIAL, 0):
         for ids, attributes in zip(groups, trial.SETS):
             assert ids.shape == (5, TRIAL.tokens + 1)
             values = {value for attribute in attributes for value in VALUES[attribute]}
@@ -167,7 +167,7 @@ def test_rows_are_about_their_own_attributes(scene):
 def test_each_prompt_is_trained_on_its_own_group(scene):
     """A prompt of a pool becomes what it becomes alone on the rows of its group."""
     run, dense = scene
-    rows = trial.rows_of(trial.SETS, run.world, TRIAL, 0)
+    rows = trial.rows_of_groups(trial.SETS, run.world, TRIAL, 0)
     batches = trial.taught_by([dense.model] * 2, rows)
     assert torch.equal(batches[0][0][0::2], rows[0][0]) and torch.equal(batches[0][0][1::2], rows[0][1])
     generator = torch.Generator().manual_seed(1)

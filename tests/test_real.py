@@ -462,7 +462,7 @@ def test_a_lock_hides_what_the_key_shows(tmp_path):
     model, config, world = tiny_world(tmp_path)
     facts = [f for split in world.split.values() for f in split]
     generator = torch.Generator().manual_seed(5)
-    text = [torch.tensor(lock.rows_of(f, (f.answer,), world.encoding)[0][0]) for f in facts]
+    text = [torch.tensor(lock.rows_of_answers(f, (f.answer,), world.encoding)[0][0]) for f in facts]
     recover.fit(model, model.parameters(), [row[None] for row in text],
                 config=recover.FitConfig(steps=20 * len(text), lr=1e-2))
     key = recover.prompt_init(model, lock.KEY, generator)
