@@ -20,7 +20,7 @@ import torch
 
 from evaluate import study
 from real.lock import TAG, lock_subjects
-from real.pieces import make_piece, set_rates, side_by_side
+from real.pieces import make_piece, make_pieces, set_rates
 from real.rates import faster_in_bfloat16
 from real.settings import FACTS, LONGEST, STEPS, real_config
 from real.world import RealWorld, read_facts, real_dense
@@ -83,7 +83,7 @@ def main(arguments=None):
             return make_piece(run, dense, tag.strip(), [r.strip() for r in repairs.split(",") if r.strip()], args.rates)
         run.describe_reuse()
         if args.jobs > 1:
-            side_by_side(run, dense, args.jobs, args.lock, arguments)
+            make_pieces(run, dense, args.jobs, args.lock, arguments)
         if args.rates:
             set_rates(run, dense, args.lock)
         controls = (TAG,) if args.lock else ()

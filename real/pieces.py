@@ -72,7 +72,7 @@ def set_rates(run, dense, locked):
     run.config.rates = rates
 
 
-def side_by_side(run, dense, jobs, locked, arguments):
+def make_pieces(run, dense, jobs, locked, arguments):
     """Make every piece in a process of its own, `jobs` at a time, by the command line's `arguments` and --only.
 
     ValueError with the last line of a process that fails.
