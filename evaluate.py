@@ -111,7 +111,7 @@ def look_closer(run, row, subject, dense, base):
         tried = run.once_json(
             name + ".selectors", {**settings, "people": people}, ("study.pools", *ANSWERS),
             lambda: pools.try_selectors(run, subject, base))
-        row["idp"] = pools.summary(tried, world.facts("heldout", people), config.seed)
+        row["idp"] = pools.with_intervals(tried, world.facts("heldout", people), config.seed)
 
 
 def own_group(run, dense):

@@ -32,7 +32,7 @@ def layer_line(row):
             f"{row['seconds']:4.1f}")
 
 
-def summary(report):
+def last_line(report):
     """The line below the table."""
     retried = sum(row["retries"] > 0 for row in report)
     return (f"calibrated on {report[0]['tokens']:,} tokens; "
@@ -41,7 +41,7 @@ def summary(report):
 
 def print_layers(report):
     """The report rows as a table."""
-    print("\n".join([HEADER, *map(layer_line, report), summary(report)]))
+    print("\n".join([HEADER, *map(layer_line, report), last_line(report)]))
 
 
 def option_parser():
@@ -134,7 +134,7 @@ def compress_files(arguments, compress):
     print(f"{args.source}: {before:,} parameters; calibrating on {ids.shape[0]:,} rows of {ids.shape[1]} tokens")
     print(HEADER)
     new, report = compress(model.float(), ids, progress=lambda row: print(layer_line(row), flush=True), **given)
-    print(summary(report))
+    print(last_line(report))
     save(new.to(dtype), out, encoding)
     size = os.path.getsize(out)
     print(f"{out}: {size:,} bytes with everything; {before:,} parameters take {4 * before / size:.2f} times as much in "

@@ -164,7 +164,7 @@ def try_selectors(run, subject, base):
             "points": points[::max(1, len(points) // 500)][:500].tolist()}
 
 
-def summary(tried, facts, seed):
+def with_intervals(tried, facts, seed):
     """What `try_selectors` found, with intervals over people in place of single facts; `facts` are those it asked."""
     generator = torch.Generator().manual_seed(seed + 5)
     columns = [row["right"] for row in tried["rows"]] + [tried["rho"]]
