@@ -184,7 +184,7 @@ def gathered(mine):
     return {key: value for part in parts for key, value in part.items()} if rank == 0 else None
 
 
-def sweep(run, name, dense):
+def run_sweep(run, name, dense):
     """The points of one sweep, in order; None in every process but the first."""
     config, (rank, many) = run.config, processes()
     threads, mine = torch.get_num_threads(), {}
@@ -280,7 +280,7 @@ def main(arguments):
     dense = one_first(lambda: dense_subject(run))
     if args.what == "lr":
         return sweep_rates(run, dense)
-    points = sweep(run, args.what, dense)
+    points = run_sweep(run, args.what, dense)
     if points:
         print(sweep_table(args.what, points))
         keep(run, args.what, points, dense)

@@ -31,7 +31,7 @@ config = tiny({out!r})
 run = Run(config, World(config))
 dense = sweeps.one_first(lambda: dense_subject(run))
 for name in ("bits", "rank"):
-    points = sweeps.sweep(run, name, dense)
+    points = sweeps.run_sweep(run, name, dense)
     if points:
         sweeps.keep(run, name, points, dense)
 """
@@ -132,7 +132,7 @@ def test_a_prompt_length_is_trained_and_measured(tmp_path, monkeypatch):
     config = tiny(tmp_path)
     run = Run(config, World(config))
     monkeypatch.setattr(sweeps, "LENGTHS", (1, 3))
-    points = sweeps.sweep(run, "prompt-length", dense_subject(run))
+    points = sweeps.run_sweep(run, "prompt-length", dense_subject(run))
     assert [p["x"] for p in points] == [1, 3, 1, 3]
     assert all(p["perplexity_wrong_divisor"] < p["perplexity"] for p in points)
     lines = sweeps.sweep_table("prompt-length", points).splitlines()
@@ -155,7 +155,7 @@ def test_a_dose_is_displaced_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "answer", answered)
     monkeypatch.setattr(sweeps, "DOSES", ("prompt 8", "biases"))
     monkeypatch.setattr(sweeps, "DAMAGE", {"RTN": sweeps.quantized("RTN", (3, 16))})
-    prompt, biases = sweeps.sweep(run, "damage", dense)
+    prompt, biases = sweeps.run_sweep(run, "damage", dense)
     facts = len(run.world.asked(config)["heldout"])
     assert prompt["lost"] == biases["lost"] == 1 and (prompt["repair"], biases["repair"]) == ("prompt 8", "biases")
     assert prompt["displaced"][0] == pytest.approx(-(-facts // 2) / facts)
