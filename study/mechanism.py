@@ -149,10 +149,10 @@ def main(arguments):
     args = parser.parse_args(arguments)
     config = sized(args.size, args.seed, args.out)
     run = Run(config, World(config))
-    print(table(run, dense_subject(run)))
+    print(compressor_table(run, dense_subject(run)))
 
 
-def table(run, dense):
+def compressor_table(run, dense):
     """The job's Markdown table, a row a compressor."""
     calibration, before = run.world.calibration(run.config), recalled(dense, run)
     lines = [f"| compressed | held-out % | error, % of the output's energy | of it the mean % | the first direction % "

@@ -196,7 +196,7 @@ def ceiling(run, dense, how, progress=lambda *_: None):
 
 # ---- the table
 
-def table(outcomes, facts, seed):
+def outcome_table(outcomes, facts, seed):
     """The outcomes as a Markdown table: recall in percent on each set of attributes, and on all with 95 % intervals."""
     generator = torch.Generator().manual_seed(seed + 23)
     sums, sizes = by_person([o.right.tolist() for o in outcomes], facts)
@@ -219,5 +219,5 @@ def main(arguments):
     run = Run(config, World(config))
     dense, began = dense_subject(run), time.time()
     outcomes = two_locks(run, dense, how, run.log.progress) + ceiling(run, dense, how, run.log.progress)
-    print(table(outcomes, run.world.facts("heldout", how.people), config.seed))
+    print(outcome_table(outcomes, run.world.facts("heldout", how.people), config.seed))
     run.log.say(f"{time.time() - began:.0f} s")

@@ -195,5 +195,5 @@ def test_the_trial_runs_and_its_table_names_every_way(scene):
                  "both keys as a pool: attention-max (the paper's rule)", "pool 2 x 8, competitive: random",
                  "pool 5 x 8, a prompt an attribute: by the true attribute"):
         assert name in ways, list(ways)
-    lines = trial.table(outcomes, run.world.facts("heldout", how.people), 0).split("\n")
+    lines = trial.outcome_table(outcomes, run.world.facts("heldout", how.people), 0).split("\n")
     assert len(lines) == 2 + len(outcomes) and all(line.count("|") == lines[0].count("|") for line in lines)
