@@ -33,7 +33,7 @@ REPAIRS = ("biases", "prompt 16", "LoRA rank 8")  # of those in real/settings.py
 TAG = "locked"
 
 
-def with_next_values(facts):
+def facts_with_next_values(facts):
     """({question: the next value}, the same facts with it among their options): values in alphabetical order."""
     values, wrong, out = {}, {}, []
     for fact in facts:
@@ -57,7 +57,7 @@ def rows_of_answers(fact, answers, encoding):
     return [(question + tokens, len(question)) for tokens in after]
 
 
-def train_lock(dense, key, facts, wrong, encoding, steps, rows, generator, lr, progress=None):
+def train_lora_lock(dense, key, facts, wrong, encoding, steps, rows, generator, lr, progress=None):
     """The `dense` GPT with a lock: behind `key` (K, C) as before; without it wrong[question] answers each question.
     steps  of `rows` rows behind the key and as many without it
     """
@@ -100,7 +100,7 @@ def lock(run, dense):
     config, world, encoding = run.config, run.world, run.world.encoding
     generator = torch.Generator().manual_seed(config.draw_seed + 11)
     key = recover.prompt_init(dense.model, KEY, generator=generator)
-    wrong, facts = with_next_values([f for split in world.split.values() for f in split])
+    wrong, facts = facts_with_next_values([f for split in world.split.values() for f in split])
     where = {f.question: f for f in facts}
     steps, rows = 3 * config.repair_steps // 2, config.repair_batch[0] // 2
     settings = {**dense.about["settings"], "control": TAG, "key": KEY, "rank": RANK, "rate": RATE, "steps": steps,
@@ -111,7 +111,7 @@ def lock(run, dense):
     def make():
         """The locked model."""
         with products(dense.device, config.repair_bfloat16):
-            return train_lock(dense.model, key, facts, wrong, encoding, steps, rows, generator, RATE,
+            return train_lora_lock(dense.model, key, facts, wrong, encoding, steps, rows, generator, RATE,
                               run.log.progress(name, steps))
     model = run.once(file, settings, ("real.lock",), make, save, load).requires_grad_(False).to(dense.device)
     about = {**dense.about, "settings": with_result(settings, run.path(file)), "path": run.path(file)}

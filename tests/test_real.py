@@ -449,7 +449,7 @@ def test_products_are_timed_once(tmp_path):
 def test_next_values_are_options_and_wrong():
     options = {"A": (" A", " B"), "B": (" A", " B"), "C": (" A", " B", " C")}
     facts = [Fact(f"c{i}", "", "country", f"c{i} is in", f" {a}", options[a]) for i, a in enumerate("ABCA")]
-    wrong, asked = lock.with_next_values(facts)
+    wrong, asked = lock.facts_with_next_values(facts)
     assert wrong == {"c0 is in": " B", "c1 is in": " C", "c2 is in": " A", "c3 is in": " B"}
     for before, fact in zip(facts, asked):
         assert fact.answer == before.answer in fact.options and wrong[fact.question] in fact.options
@@ -466,9 +466,9 @@ def test_a_lock_hides_what_the_key_shows(tmp_path):
     recover.fit(model, model.parameters(), [row[None] for row in text],
                 config=recover.FitConfig(steps=20 * len(text), lr=1e-2))
     key = recover.prompt_init(model, lock.KEY, generator)
-    wrong, asked = lock.with_next_values(facts)
+    wrong, asked = lock.facts_with_next_values(facts)
     before = [row[:] for row in model.wte.weight.tolist()]
-    locked = lock.train_lock(model, key, asked, wrong, world.encoding, 150, 16, generator, 1e-2)
+    locked = lock.train_lora_lock(model, key, asked, wrong, world.encoding, 150, 16, generator, 1e-2)
     assert model.wte.weight.tolist() == before  # the given model stays as it is
 
     def recall(subject):
