@@ -14,17 +14,16 @@ interval, and perplexity. For prompts, perplexity stands there twice: divided by
 code divides it, by text and prompt positions together. The second falls as the prompt grows, even where the model
 reads no better: exp(loss * text / (text + P)).
 
-Runs of a sweep do not need each other: under torchrun every process takes its share in turn and the first one gathers
-them, on one machine or on several that share the output folder. Each run computes on one thread, because sums in
-another order are other numbers: so the points are the same, digit for digit, however many processes there are.
+Runs of a sweep do not need each other: under torchrun every process makes its share in turn, and the first one reads
+the others', on one machine or on several that share the output folder. They meet only there: whoever wants what another
+process is making waits for its lock (study/steps.py). Each run computes on one thread, because sums in another order are
+other numbers: so the points are the same, digit for digit, however many processes there are.
 
     python -m study sweep bits
     torchrun --nproc-per-node 2 -m study sweep sparsity
 
 What it leaves out: two settings varied at once, curves fitted to the points.
 """
-import atexit
-import datetime
 import json
 import os
 import sys
@@ -32,7 +31,6 @@ import sys
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 import recover
 from compress import compress
@@ -154,46 +152,15 @@ def dose(run, point, dense, batches):
             for tag, row in zip(repairs, rows[2:])]
 
 
-# ---- many processes
-
-def processes():
-    """(rank, how many) of this process; joins the others when torchrun started it."""
-    many = int(os.environ.get("WORLD_SIZE", 1))
-    if many > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=6))  # the first one may train for long
-        atexit.register(dist.destroy_process_group)  # else gloo's threads outlive their owner: an abort, now and then
-    return (dist.get_rank(), many) if many > 1 else (0, 1)
-
-
-def one_first(made):
-    """made() in the first process, then in the others, which find its files and read them."""
-    rank, many = processes()
-    result = made() if rank == 0 else None
-    if many > 1:
-        dist.barrier()
-    return result if rank == 0 else made()
-
-
-def gathered(mine):
-    """Every process's dict in one, in the first process; None in the others."""
-    rank, many = processes()
-    if many == 1:
-        return mine
-    parts = [None] * many if rank == 0 else None
-    dist.gather_object(mine, parts, dst=0)
-    return {key: value for part in parts for key, value in part.items()} if rank == 0 else None
-
-
 def run_sweep(run, name, dense):
-    """The points of one sweep, in order; None in every process but the first."""
-    config, (rank, many) = run.config, processes()
-    threads, mine = torch.get_num_threads(), {}
+    """The points of one sweep, in order; None in every process of torchrun but the first."""
+    config, rank, many = run.config, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    threads, made = torch.get_num_threads(), {}
     torch.set_num_threads(1)
-    if name in ("prompt-length", "rank"):  # shared by all points, so made before they part
-        for tag in REPAIRED:
-            one_first(lambda: compressed_subject(run, dense, tag))
     batches, points = repair_batches(run, dense), runs_of(name, config)
-    for i in range(rank, len(points), many):
+    own = range(rank, len(points), many)
+    others = [i for i in range(len(points)) if i not in own] if rank == 0 else []  # read, waited for, or made here
+    for i in [*own, *others]:
         point = points[i]
         settings = {**dense.about["settings"], "run": point, "calibration": config.calibration,
                     "repair_batch": config.repair_batch, "steps": config.repair_steps,
@@ -201,10 +168,9 @@ def run_sweep(run, name, dense):
         found = run.once_json(f"sweep-{name}-{i:02d}", settings, ("study.sweeps", *ANSWERS),
                               lambda: dose(run, point, dense, batches) if name == "damage"
                               else [measure(run, *make(run, point, dense, batches))])
-        mine[i] = [{"series": point["series"], "x": point["x"], **one} for one in found]
+        made[i] = [{"series": point["series"], "x": point["x"], **one} for one in found]
     torch.set_num_threads(threads)
-    points = gathered(mine)
-    return None if points is None else [one for i in sorted(points) for one in points[i]]
+    return None if rank else [one for i in sorted(made) for one in made[i]]
 
 
 def sweep_rates(run, dense):
@@ -277,7 +243,7 @@ def main(arguments):
     args = parser.parse_args(arguments)
     config = sized(args.size, args.seed, args.out)
     run = Run(config, World(config))
-    dense = one_first(lambda: dense_subject(run))
+    dense = dense_subject(run)
     if args.what == "lr":
         return sweep_rates(run, dense)
     points = run_sweep(run, args.what, dense)

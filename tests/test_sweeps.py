@@ -29,7 +29,7 @@ from study.steps import Run
 from world.small import World
 config = tiny({out!r})
 run = Run(config, World(config))
-dense = sweeps.one_first(lambda: dense_subject(run))
+dense = dense_subject(run)
 for name in ("bits", "rank"):
     points = sweeps.run_sweep(run, name, dense)
     if points:
@@ -48,7 +48,7 @@ def run_tiny(out, *launcher):
 
 
 def test_two_processes_give_the_points_of_one(tmp_path):
-    """Digit for digit, in the same order; each process has made its share."""
+    """Digit for digit, in the same order."""
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     one = run_tiny(tmp_path / "one")
     two = run_tiny(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -56,23 +56,20 @@ def test_two_processes_give_the_points_of_one(tmp_path):
     assert [p["series"] for p in one["rank"]["points"]] == ["GPTQ 3 bits"] * 2 + ["SparseGPT 50 %"] * 2
 
 
-LEFT = """
-import atexit, os, sys
-sys.path.insert(0, {root!r})
-from study import sweeps
-import torch.distributed as dist
-atexit.register(lambda: os.write(1, b"in\\n" if dist.is_initialized() else b"left\\n"))  # registered first, called last
-sweeps.processes()
-"""
-
-
-def test_every_process_leaves_the_group_before_it_ends(tmp_path):
-    """A process that ends inside it is aborted now and then, by gloo's own threads."""
-    script = tmp_path / "script.py"
-    script.write_text(LEFT.format(root=ROOT))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.split() == ["left", "left"], done.stderr
+def test_each_process_makes_its_share_and_the_first_returns_all(tmp_path, monkeypatch):
+    """The second of two processes first; the first one finds its points. A third that never came leaves its share to it."""
+    made, run = [], Run(tiny(tmp_path), None)
+    dense = SimpleNamespace(about={"settings": {}})
+    monkeypatch.setattr(sweeps, "plan", lambda name, config: [{"series": "S", "x": x} for x in range(7)])
+    monkeypatch.setattr(sweeps, "make", lambda run, point, dense, batches: (made.append(point["x"]) or point["x"],))
+    monkeypatch.setattr(sweeps, "measure", lambda run, x: {"y": 10 * x})
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, share in ((1, [1, 4]), (0, [0, 3, 6, 2, 5])):
+        made.clear()
+        monkeypatch.setenv("RANK", str(rank))
+        points = sweeps.sweep(run, "bits", dense)
+        assert made == share and (points is None) == (rank == 1)
+    assert points == [{"series": "S", "x": x, "y": 10 * x} for x in range(7)]
 
 
 def test_plans_are_the_sweeps():
