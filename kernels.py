@@ -31,7 +31,6 @@ from engine.compiling import (NARROW, compile_enabled, compile_failure, compiled
 from engine.grids import Quantized
 from engine.packing import (CELL, LANES, LAYOUT, Packed, pack, pack_sparse, pieces, place_bits,
                             stored_bits, unpack)
-from engine.script import guard
 
 __all__ = ["Packed", "PackedLinear", "compile_failure", "from_spec", "matmul", "pack",
            "pack_sparse", "unpack", "use_compile"]

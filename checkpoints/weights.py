@@ -366,7 +366,7 @@ def place_tensors(path, model, stored, family, zeros=()):
     missing = [name for name in places if name not in stored]
     surplus = [name for name in stored if name not in {*places, *optional} and not NO_WEIGHTS.fullmatch(name)]
     if missing or surplus:
-        raise ValueError(f"{path}: missing tensors: {some_names(missing)}; surplus tensors: {first_names(surplus)}")
+        raise ValueError(f"{path}: missing tensors: {some_names(missing)}; surplus tensors: {some_names(surplus)}")
     for theirs, ours in places.items():
         shape = (sum(needed[o][0] for o in ours),) + needed[ours[0]][1:]
         shape = shape[::-1] if transposed(theirs) else shape
