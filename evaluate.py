@@ -304,4 +304,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

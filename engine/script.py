@@ -1,5 +1,6 @@
 """
-The edge of every script: bad input is one line and status 2, Ctrl-C one line and status 130, files are whole or absent.
+The edge of every script: bad input is one line and status 2, Ctrl-C one line and status 130, a reader that has left
+(`| head`) no line and status 141, files are whole or absent.
 
 A script imports this file before torch, whose import takes a second: from then on Ctrl-C is one line.
 """
@@ -30,19 +31,41 @@ if is_script(sys.argv[0]) and signal.getsignal(signal.SIGINT) is signal.default_
 
 
 def guard(run, name=None):
-    """Run a script's main function: bad input is one line and status 2, Ctrl-C is one line and status 130."""
+    """Run a script's main function: bad input is one line and status 2, Ctrl-C is one line and status 130.
+
+    Where the reader of its output has left, it ends without a word and with 141, the status of other programs then.
+    """
     name = name or os.path.basename(sys.argv[0])
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        run()
-    except (ValueError, OSError) as error:
-        what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
-        print(f"{name}: {what}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; every finished step is kept and will be reused", file=sys.stderr)
-        sys.exit(130)
+        try:
+            run()
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+            print(f"{name}: {what}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"\n{name}: interrupted; every finished step is kept and will be reused", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()  # also behind --help: what nobody takes is noticed here, not while Python ends
+    except OSError as error:
+        lost_output(error, name)
+
+
+def lost_output(error, name):
+    """End where the output could not be written: its reader has left, or its disk is full, which is said once."""
+    nobody = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nobody, sys.stdout.fileno())  # Python flushes it once more when it ends
+    if isinstance(error, BrokenPipeError):
+        os.dup2(nobody, sys.stderr.fileno())  # which may be the same pipe
+        sys.exit(141)
+    if getattr(error.__context__, "code", 0) != 2:
+        print(f"{name}: standard output: {error.strerror}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextlib.contextmanager

@@ -92,4 +92,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    guard(main, "real")

@@ -133,9 +133,69 @@ def test_bad_input_is_one_line_and_status_2(error, line, capsys):
     assert stop.value.code == 2 and capsys.readouterr() == ("", line)
 
 
-# ---- Ctrl-C
+# ---- output that nobody takes
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
+PRINTER = """
+import argparse, sys
+sys.path.insert(0, {root!r})
+from engine.script import guard
+def main():
+    if sys.argv[1] == "help":
+        argparse.ArgumentParser().parse_args(["--help"])
+    print("x" * (100_000 if "much" in sys.argv[1] else 10))
+    if "error" in sys.argv[1]:
+        raise ValueError("bits must be 2")
+    if "progress" in sys.argv[1]:
+        print("step 1", file=sys.stderr)
+guard(main, "x.py")
+"""
+
+
+def printed(into, what, both=False):
+    """(status, stderr) of a script that prints into an open file, or its error into it as well."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", PRINTER.format(root=str(HERE)), what], stdout=into, text=True,
+                          stderr=into if both else subprocess.PIPE, env=environment)
+    return done.returncode, done.stderr or ""
+
+
+@pytest.fixture
+def left():
+    """A pipe whose reader has left."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    yield writes
+    os.close(writes)
+
+
+@pytest.mark.parametrize("what, said", [("little", ""), ("much", ""), ("help", ""), ("progress", "step 1\n"),
+                                        ("error", "x.py: bits must be 2\n"), ("much, then error", "")])
+def test_a_reader_that_has_left_ends_a_script_without_a_word(left, what, said):
+    """As `python recover.py | head -1` ends it: 141 is the status of programs that the signal SIGPIPE ends."""
+    assert printed(left, what) == (141, said)
+    assert printed(left, what, both=True) == (141, "")
+
+
+@pytest.mark.parametrize("what, said", [("little", "x.py: standard output: No space left on device\n"),
+                                        ("much", "x.py: [Errno 28] No space left on device\n"),
+                                        ("error", "x.py: bits must be 2\n")])
+def test_a_full_disk_behind_the_output_is_one_line(what, said):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        assert printed(full, what) == (2, said)
+
+
+def test_every_script_is_guarded():
+    """All of it, the list of jobs and the reading of options included: the last line of each calls `guard`."""
+    scripts = [p for p in HERE.rglob("*.py") if "__main__" in p.read_text() and not {"tests", "facts"} & {*p.parts}]
+    last = {str(p.relative_to(HERE)): p.read_text().rstrip().splitlines()[-1].strip() for p in scripts}
+    assert len(last) >= 14 and [name for name, line in last.items() if not line.startswith("guard(main")] == []
+
+
+# ---- Ctrl-C
+
 SCRIPTS = [["model.py"], ["compress.py"], ["kernels.py"], ["recover.py"], ["idp.py"], ["evaluate.py"], ["-m", "study"],
            ["-m", "real", "x"], ["-m", "checkpoints", "x"], ["-m", "world.facts"], ["-m", "world.items"]]
 
