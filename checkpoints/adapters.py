@@ -36,7 +36,7 @@ import torch
 
 from checkpoints.weights import FAMILIES, Settings
 from engine.safetensors import dump, read_safetensors
-from engine.script import read_json, whole_file
+from engine.files import read_json, whole_file
 from engine.wrapping import Wrapper, shape_of, wrapped
 from idp import PromptPool
 from recover import BiasLinear, LoRALinear, Prefix, SoftPrompt

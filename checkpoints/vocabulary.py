@@ -17,7 +17,7 @@ import re
 import tiktoken
 
 from checkpoints.encoding import EOT, Vocabulary, byte_pairs
-from engine.script import read_json, whole_file
+from engine.files import read_json, whole_file
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LLAMA3_SPLIT = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""

@@ -33,7 +33,7 @@ import checkpoints.gguf as gguf
 import checkpoints.vocabulary as vocabulary
 from checkpoints.native import check_config, load
 from engine.safetensors import read_safetensors
-from engine.script import read_json
+from engine.files import read_json
 from model import GPT, GPTConfig, rope_table
 
 # ---- the families: their module names and ours; blocks stand under the prefix; one of theirs may hold several of ours

@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from engine.script import guard, read_json  # noqa: E402
+from engine.files import read_json  # noqa: E402
+from engine.script import guard  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 

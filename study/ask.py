@@ -16,7 +16,7 @@ import torch
 
 from checkpoints import read_model
 from checkpoints.compression import parameters
-from engine.script import read_json
+from engine.files import read_json
 from study.statistics import by_person, interval, recall_interval, resampled
 from study.tables import SPLIT_NAMES, markdown, share
 from world.facts import WorldConfig, facts_about, make_world

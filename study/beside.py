@@ -6,7 +6,8 @@ processes of one thread each make two models in that time. So when the dense mod
 goes through the list from its end, and the study meets it in the middle. Every step has a lock and is made once
 (study/steps.py), so nothing else has to be agreed on.
 
-What it leaves out: more than two processes; systems without locks between processes (Windows), where the study works alone.
+What it leaves out: more than two processes; systems without locks between processes (Windows), where the study works
+alone.
 """
 import contextlib
 import os

@@ -14,7 +14,7 @@ What it leaves out: scripts, fonts, and every number that is not in results.json
 import argparse
 import html
 
-from engine.script import write_text
+from engine.files import write_text
 from study.results import confirmed, estimate, is_control, number, read_results, repaired_bases
 
 RESULTS, FIGURE = "out/results.json", "out/figure.svg"

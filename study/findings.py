@@ -18,7 +18,7 @@ Besides "models" with their "intervals" the rules read, where results.json has t
 """
 import argparse
 
-from engine.script import read_json
+from engine.files import read_json
 from study.statistics import judged
 
 LOST = 0.05  # of the dense model's recall: more is "hurt"

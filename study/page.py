@@ -20,7 +20,7 @@ import re
 import zlib
 from pathlib import Path
 
-from engine.script import write_text
+from engine.files import write_text
 from study import figure
 from study.results import (check, confirmed, estimate, is_control, number, read_predictions, read_results, read_text,
                            repaired_bases)

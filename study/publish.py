@@ -11,7 +11,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from engine.script import write_text
+from engine.files import write_text
 from study import page, sweeps, tables, taskfiles
 from study.steps import digest
 

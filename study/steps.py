@@ -34,7 +34,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from engine.safetensors import read_safetensors, write_safetensors
-from engine.script import read_json, write_text
+from engine.files import read_json, write_text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MARK = ".made.json"

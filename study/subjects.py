@@ -14,7 +14,7 @@ from checkpoints import load, save
 from checkpoints.adapters import load_tensors, save_tensors
 from checkpoints.vocabulary import save_ranks
 from compress import compress
-from engine.script import read_json, write_text
+from engine.files import read_json, write_text
 from recover import FitConfig, correct_biases
 from study.repairs import attach, lora_size, train_repair, unpacked
 from study.settings import OPERATION, rate

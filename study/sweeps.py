@@ -15,9 +15,9 @@ code divides it, by text and prompt positions together. The second falls as the 
 reads no better: exp(loss * text / (text + P)).
 
 Runs of a sweep do not need each other: under torchrun every process makes its share in turn, and the first one reads
-the others', on one machine or on several that share the output folder. They meet only there: whoever wants what another
-process is making waits for its lock (study/steps.py). Each run computes on one thread, because sums in another order are
-other numbers: so the points are the same, digit for digit, however many processes there are.
+the others', on one machine or on several that share the output folder. They meet only there: whoever wants what
+another process is making waits for its lock (study/steps.py). Each run computes on one thread, because sums in another
+order are other numbers: so the points are the same, digit for digit, however many processes there are.
 
     python -m study sweep bits
     torchrun --nproc-per-node 2 -m study sweep sparsity
@@ -34,7 +34,7 @@ import torch
 
 import recover
 from compress import compress
-from engine.script import read_json, write_text
+from engine.files import read_json, write_text
 from study.comparisons import ANSWERS
 from study.repairs import attach, light, train_repair
 from study.settings import REPAIRS, job_parser, rate, sized

@@ -1,4 +1,4 @@
-"""engine/script.py: files whole or not there, also on a full disk; bad input in one line; JSON that names its file."""
+"""engine/script.py, engine/files.py: bad input in one line; files whole or not there, also on a full disk; JSON."""
 import contextlib
 import errno
 import os
@@ -15,7 +15,8 @@ from checkpoints import save
 from checkpoints.adapters import save_adapter
 from checkpoints.vocabulary import save_ranks
 from engine.safetensors import write_safetensors
-from engine.script import guard, leave, read_json, whole_file, write_text
+from engine.files import read_json, whole_file, write_text
+from engine.script import guard, leave
 from model import GPT, GPTConfig
 
 MODEL = GPT(GPTConfig(vocab_size=300, context=16, n_layer=1, n_head=2, n_embd=8))

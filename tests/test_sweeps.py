@@ -57,17 +57,17 @@ def test_two_processes_give_the_points_of_one(tmp_path):
 
 
 def test_each_process_makes_its_share_and_the_first_returns_all(tmp_path, monkeypatch):
-    """The second of two processes first; the first one finds its points. A third that never came leaves its share to it."""
+    """The second of two processes first; the first one finds its points, and makes those of a third that never came."""
     made, run = [], Run(tiny(tmp_path), None)
     dense = SimpleNamespace(about={"settings": {}})
-    monkeypatch.setattr(sweeps, "plan", lambda name, config: [{"series": "S", "x": x} for x in range(7)])
+    monkeypatch.setattr(sweeps, "runs_of", lambda name, config: [{"series": "S", "x": x} for x in range(7)])
     monkeypatch.setattr(sweeps, "make", lambda run, point, dense, batches: (made.append(point["x"]) or point["x"],))
     monkeypatch.setattr(sweeps, "measure", lambda run, x: {"y": 10 * x})
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank, share in ((1, [1, 4]), (0, [0, 3, 6, 2, 5])):
         made.clear()
         monkeypatch.setenv("RANK", str(rank))
-        points = sweeps.sweep(run, "bits", dense)
+        points = sweeps.run_sweep(run, "bits", dense)
         assert made == share and (points is None) == (rank == 1)
     assert points == [{"series": "S", "x": x, "y": 10 * x} for x in range(7)]
 

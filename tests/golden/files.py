@@ -95,7 +95,7 @@ def read(name):
 
 def write(name, cases, result, **inputs):
     """Write a golden file, an input and a case a line: cases [{"name", ..., "given"}], result(case) what comes out."""
-    from engine.script import write_text
+    from engine.files import write_text
     lines = [packed({**case, "result": result(case)}) for case in cases]
     parts = [f"{packed(key)}: {{\n" + ",\n".join(f"{packed(k)}: {packed(v)}" for k, v in value.items()) + "\n}"
              for key, value in inputs.items()]

@@ -288,7 +288,7 @@ def read():
 
 def main():
     """Make the three files again."""
-    from engine.script import write_text
+    from engine.files import write_text
     code, known = Code(), {}
     for name, given, cases in (("compress.json", problems(), CASES), ("compress_edges.json", edges(), EDGES)):
         known.update(given)

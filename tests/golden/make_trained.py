@@ -21,7 +21,8 @@ import torch  # noqa: E402
 from checkpoints import load, save  # noqa: E402
 from checkpoints.vocabulary import save_ranks  # noqa: E402
 from compress import compress  # noqa: E402
-from engine.script import guard, write_text  # noqa: E402
+from engine.files import write_text  # noqa: E402
+from engine.script import guard  # noqa: E402
 from recover import FitConfig  # noqa: E402
 from study.settings import StudyConfig  # noqa: E402
 from study.steps import Log  # noqa: E402
