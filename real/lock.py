@@ -105,7 +105,7 @@ def lock(run, dense):
     steps, rows = 3 * config.repair_steps // 2, config.repair_batch[0] // 2
     settings = {**dense.about["settings"], "control": TAG, "key": KEY, "rank": RANK, "rate": RATE, "steps": steps,
                 "rows": rows, "draw": config.draw_seed, **({"bfloat16": True} if config.repair_bfloat16 else {})}
-    name = TAG + (f"-seed-{config.repeat}" if config.repeat else "")
+    name = TAG + config.draw_suffix
     file = f"control-{name}.safetensors"
 
     def make():

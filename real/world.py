@@ -102,7 +102,7 @@ class RealWorld:
 
     def text(self, kind, wanted, T, config):
         """(wanted, T + 1) rows: "windows" for perplexity, "calibration" or "repair"; others for each of `--seeds`."""
-        name = f"text-{kind}" + (f"-seed-{config.repeat}" if config.repeat else "")
+        name = f"text-{kind}{config.draw_suffix}"
         settings = {**self.dense.about["settings"], **self.settings,
                     "rows": wanted, "tokens": T, "draw": config.draw_seed}
         made = self.run.once_tensors(name, settings, ("real.world",),

@@ -137,46 +137,52 @@ def strangers(config):
 def locked(run, dense, how):
     """Displaced by construction: the model behind its key is the reference, without the key it is damaged."""
     generator, world = torch.Generator().manual_seed(run.config.draw_seed + 11), run.world
-    key = recover.prompt_init(dense.model, how.key, generator=generator)
-    model, about = tuned(run, dense, "locked", {"key": how.key, "fit": asdict(how.lock), "batch": how.lock_batch},
+    key, (made, before) = recover.prompt_init(dense.model, how.key, generator=generator), TAGS["locked"]
+    model, about = tuned(run, dense, made, {"key": how.key, "fit": asdict(how.lock), "batch": how.lock_batch},
                          lambda progress: train_lock(dense.model, key, world, how, generator, progress))
     reference = attach(model, "prompt", how.key, [key])
-    reference.about = under_tag(run, about, "locked, behind its key", None, extra=key.numel())
-    return Control(reference, Subject(model, about=under_tag(run, about, "locked", "locked, behind its key")),
+    reference.about = under_tag(run, about, before, None, extra=key.numel())
+    return Control(reference, Subject(model, about=under_tag(run, about, "locked", before)),
                    world.asked(run.config), world.repair_text)
 
 
 def not_yet_told(run, dense, how):
     """Absent by construction: the reference was told about the novel people, the damaged model, `dense`, was not."""
     generator, new = torch.Generator().manual_seed(run.config.draw_seed + 12), run.world.people["novel"]
-    half = len(new) // 2
+    half, (made, before) = len(new) // 2, TAGS["not yet told"]
     settings = {"fit": asdict(how.tell), "batch": how.tell_batch, "old": how.old_batch}
-    model, about = tuned(run, dense, "told", settings,
+    model, about = tuned(run, dense, made, settings,
                          lambda progress: tell(dense.model, run.world, how, generator, progress))
     facts = {"seen": facts_about(new[:half]), "heldout": facts_about(new[half:]), "novel": strangers(run.config)}
     untold = {**dense.about, "settings": about["settings"]}
-    return Control(Subject(model, about=under_tag(run, about, "told", None)),
-                   Subject(dense.model, about=under_tag(run, untold, "not yet told", "told")),
+    return Control(Subject(model, about=under_tag(run, about, before, None)),
+                   Subject(dense.model, about=under_tag(run, untold, "not yet told", before)),
                    facts, told_text(new[:half]))
 
 
 def rank_one(run, dense, how):
     """Displaced by construction, but out of a prompt's reach; `dense` is the reference."""
-    generator = torch.Generator().manual_seed(run.config.draw_seed + 13)
-    model, about = tuned(run, dense, "rank one", {"share": how.rank_one},
+    generator, (made, before) = torch.Generator().manual_seed(run.config.draw_seed + 13), TAGS["rank one"]
+    model, about = tuned(run, dense, made, {"share": how.rank_one},
                          lambda progress: add_rank_one(dense.model, how, generator))
-    return Control(Subject(dense.model, about=under_tag(run, dense.about, "rank one, before", None)),
-                   Subject(model, about=under_tag(run, about, "rank one", "rank one, before")),
+    return Control(Subject(dense.model, about=under_tag(run, dense.about, before, None)),
+                   Subject(model, about=under_tag(run, about, "rank one", before)),
                    run.world.asked(run.config), run.world.repair_text)
 
 
 CONTROLS = {"locked": locked, "not yet told": not_yet_told, "rank one": rank_one}
+TAGS = {"locked": ("locked", "locked, behind its key"), "not yet told": ("told", "told"),
+        "rank one": ("rank one", "rank one, before")}  # control: the tags of the model made for it, of its reference
+
+
+def control_file(config, tag):
+    """The name, without its end, of the file of a model that is made for a control."""
+    return f"control-{slug(tag)}{config.draw_suffix}"
 
 
 def tuned(run, dense, name, settings, make):
-    """(the model that make(progress) gives, made once; what `about` says of it). Its file is control-NAME.safetensors.
-    """
-    file = f"control-{slug(name)}" + (f"-seed-{run.config.repeat}" if run.config.repeat else "")
+    """(the model that make(progress) gives, made once; what `about` says of it)."""
+    file = control_file(run.config, name)
     settings = {**dense.about["settings"], "control": name, **settings, "draw": run.config.draw_seed}
     steps = settings.get("fit", {}).get("steps", 1)
     model = run.once(file + ".safetensors", settings, ("study.controls",),
@@ -188,8 +194,8 @@ def tuned(run, dense, name, settings, make):
 def under_tag(run, about, tag, base, extra=0):
     """`about` under another tag; `base` is the tag of the model it was made from, None for a reference."""
     operation = None if base is None else {"name": "control", "parameters": {"damage": tag}}
-    drawn = f"-seed-{run.config.repeat}" if run.config.repeat else ""
-    return {**about, "id": slug(tag) + drawn, "tag": tag, "base": base and slug(base) + drawn,
+    suffix = run.config.draw_suffix
+    return {**about, "id": slug(tag) + suffix, "tag": tag, "base": base and slug(base) + suffix,
             "operation": operation, "extra": extra, "layers": None}
 
 

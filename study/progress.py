@@ -7,15 +7,13 @@ the pace of the run.
 
 What it leaves out: the steps of a real model (real/): how long one of them takes depends on the model.
 """
-from study.controls import ControlConfig
+from study.controls import TAGS, ControlConfig, control_file
 from study.settings import POOLS
 from study.steps import slug
 
 TOKENS = 50_000   # of pretraining, a second
 QUESTIONS = 4000  # answered a second
 REPAIR = 0.02     # seconds a training step of a repair
-CONTROLS = {"locked": ("control-locked", "locked-behind-its-key"), "not yet told": ("control-told", "told"),
-            "rank one": ("control-rank-one", "rank-one-before")}  # control: (its file, that of its reference)
 
 
 def planned(run):
@@ -27,25 +25,20 @@ def planned(run):
         twins = [(f"{tag}, next token", kind) for tag, kind in repairs]
         repairs += [*((tag, kind) for tag, (kind, _) in POOLS.items()), *twins]
     plan = {"dense": model_files("dense", config.pretrain.steps * rows * tokens / TOKENS, asking, closer(run, "dense"))}
-    for draw in range(config.seeds):
-        again, words = drawn(draw)
+    draws = {f", draw {k + 1}" if k else "": run.draw(k).config for k in range(config.seeds)}
+    for words, drawn in draws.items():
         for tag in config.compressions:
-            base = slug(tag) + again
-            plan[tag + words] = model_files(base, 1.5, asking, closer(run, tag) if draw == 0 else {})
+            base = slug(tag) + drawn.draw_suffix
+            plan[tag + words] = model_files(base, 1.5, asking, {} if drawn.repeat else closer(run, tag))
             for name, kind in repairs:
                 training = 0.5 if kind == "correction" else REPAIR * config.repair_steps
                 plan[f"{tag} + {name}{words}"] = model_files(f"{base}-{slug(name)}", training, asking,
-                                                             closer(run, name, kind) if draw == 0 else {})
-    for name in CONTROLS:
-        for draw in range(config.seeds):
-            plan[f"control {name}{drawn(draw)[1]}"] = control_files(config, name, drawn(draw)[0], asking)
+                                                             {} if drawn.repeat else closer(run, name, kind))
+    for name in TAGS:
+        for words, drawn in draws.items():
+            plan[f"control {name}{words}"] = control_files(drawn, name, asking)
     return {**plan, "context": {"context": asking}, "noise floor": {"noise": 3 * asking},
             "": {"": 10 + 5 * config.seeds}}
-
-
-def drawn(draw):
-    """What a draw adds to the names of files and of steps: nothing in the first one."""
-    return (f"-seed-{draw}", f", draw {draw + 1}") if draw else ("", "")
 
 
 def model_files(file, making, asking, more):
@@ -63,10 +56,10 @@ def closer(run, tag, kind=None):
     return more
 
 
-def control_files(config, name, again, asking):
+def control_files(config, name, asking):
     """{file: seconds} of one control in one draw: it, its repairs, and what they and its reference answer."""
-    how, (made, reference) = ControlConfig(), CONTROLS[name]
-    damaged = slug(name) + again
+    how, (made, before) = ControlConfig(), TAGS[name]
+    reference, damaged = (slug(tag) + config.draw_suffix for tag in (before, name))
     repairs = {f"{damaged}-{slug(tag)}": REPAIR * config.repair_steps for tag in how.repairs}
-    return {made + again: 0.05 * how.lock.steps, **repairs,
-            **{f"{file}.answers": asking for file in (reference + again, damaged, *repairs)}}
+    return {control_file(config, made): 0.05 * how.lock.steps, **repairs,
+            **{f"{file}.answers": asking for file in (reference, damaged, *repairs)}}

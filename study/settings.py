@@ -44,6 +44,10 @@ class StudyConfig:
         """The seed of what `--seeds` draws anew: calibration text, repair text, the start of every repair."""
         return self.seed + 1000 * self.repeat
 
+    @property
+    def draw_suffix(self):
+        """What the names of this draw's files end in: nothing in the first one."""
+        return f"-seed-{self.repeat}" if self.repeat else ""
 
 SIZES = ("default", "quick", "medium")
 

@@ -49,7 +49,7 @@ def compressed_subject(run, dense, tag):
     run.world.check_leaks(calibration)
     settings = {**dense.about["settings"], "method": method, **how, "calibration": config.calibration,
                 **({"repeat": config.repeat} if config.repeat else {})}
-    name = slug(tag) + (f"-seed-{config.repeat}" if config.repeat else "")
+    name = slug(tag) + config.draw_suffix
     path = run.path(name + ".safetensors")
 
     def write(compressed, path):
