@@ -134,6 +134,10 @@ def strangers(config):
 
 # ---- the three controls: (run, the dense Subject, how) -> Control
 
+TAGS = {"locked": ("locked", "locked, behind its key"), "not yet told": ("told", "told"),
+        "rank one": ("rank one", "rank one, before")}  # control: the tags of the model made for it, of its reference
+
+
 def locked(run, dense, how):
     """Displaced by construction: the model behind its key is the reference, without the key it is damaged."""
     generator, world = torch.Generator().manual_seed(run.config.draw_seed + 11), run.world
@@ -171,8 +175,6 @@ def rank_one(run, dense, how):
 
 
 CONTROLS = {"locked": locked, "not yet told": not_yet_told, "rank one": rank_one}
-TAGS = {"locked": ("locked", "locked, behind its key"), "not yet told": ("told", "told"),
-        "rank one": ("rank one", "rank one, before")}  # control: the tags of the model made for it, of its reference
 
 
 def control_file(config, tag):
