@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.grids import Quantized, check_damp, check_hessian, grid, smallest
+from engine.grids import Quantized, check_damp, check_finite, check_hessian, grid, smallest
 
 STEP = 16  # columns updated one at a time before their errors are applied to the rest of the block
 
@@ -161,7 +161,7 @@ def sweep(W, factored, bits=None, group_size=None, symmetric=False, keep=None, s
 
     keep (out, in) bool is False where a weight was pruned before; narrow, a `refit.Narrowed`, is asked for the scale of
     each grid. Works on a transposed copy, so that a column of W is contiguous. A grid, and a mask, is chosen on columns
-    to which every error made before them has been applied, wherever the blocks begin.
+    to which every error made before them has been applied, wherever the blocks begin. ValueError where they overflow.
     """
     (out, n), R, order = W.shape, factored.R, factored.order
     size, M = min(group_size or n, n), n_m[1] if n_m else 1
@@ -204,6 +204,7 @@ def sweep(W, factored, bits=None, group_size=None, symmetric=False, keep=None, s
             A[later].addmm_(V[few, later].T, E, alpha=-1)
             W[here] -= q * scale
             Q[here] = q + zero
+    check_finite(W, "W - Q after the sweep")  # errors that later columns make up for may grow beyond the type of W
     return collect(Q.T, keep.T if keep is not None else None, order, grids, size, bits, loss)
 
 

@@ -112,7 +112,8 @@ def grid(W, bits, symmetric=False):
     """Scale and zero-point of the grid that spans the last dimension of W (..., n), and 0 -> two tensors (...).
 
     From min to max; symmetric: from -|max| to |max| around the zero-point 2**(bits - 1), whose positive end is half a
-    step beyond the last code. The scale is rounded to float32, the type it is stored in, before it is used.
+    step beyond the last code. The scale is rounded to float32, the type it is stored in, before it is used. Raises
+    ValueError for a grid whose ends are no float32 numbers: they may lie half a step beyond the largest weight.
     """
     top = 2**bits - 1
     low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)
@@ -121,7 +122,17 @@ def grid(W, bits, symmetric=False):
         low = -high
     scale = (high / top - low / top).float()  # divided before subtracted: the range itself may overflow
     scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0).to(W.dtype)  # all zero: any will do
-    return scale, torch.full_like(scale, 2**(bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
+    zero = torch.full_like(scale, 2**(bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
+    check_ends(scale, zero, bits)
+    return scale, zero
+
+
+def check_ends(scale, zero, bits):
+    """ValueError where the values of a grid are beyond float32, in which weights are given back."""
+    ends = (scale * torch.maximum(zero, 2**bits - 1 - zero)).float()
+    if not ends.isfinite().all():
+        raise ValueError(f"{int((~ends.isfinite()).sum())} of {ends.numel()} grids reach beyond float32, "
+                         f"{torch.finfo(torch.float32).max:.3g}: the weights are too large to be rounded to {bits} bits")
 
 
 def nearest(W, scale, zero, bits):

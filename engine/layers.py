@@ -7,6 +7,8 @@ import torch.nn as nn
 
 from engine.grids import check_finite
 
+LARGEST = 1e18  # a model's weight: what its report is made of, sums of squares, must be numbers
+
 
 @contextlib.contextmanager
 def watched(block, mask, sums):
@@ -44,8 +46,10 @@ def check_ids(model, ids):
 
 
 def find_targets(model, config):
-    """{full name: weight} of the layers that config.targets names, by default every linear layer of the blocks; a name
-    that is none, a layer that is packed already and NaN in a weight raise ValueError."""
+    """{full name: weight} of the layers that config.targets names, by default every linear layer of the blocks.
+
+    Raises ValueError for a name that is none, a layer that is packed already, a weight with NaN or beyond LARGEST.
+    """
     if config.n_m and config.n_m[1] > 256:
         raise ValueError("N:M layers are packed with M of at most 256, got {}:{}".format(*config.n_m))
     if isinstance(config.targets, str):
@@ -70,6 +74,9 @@ def find_targets(model, config):
               if config.targets is None or any(named([name], target) for target in config.targets)}
     for name, weight in wanted.items():
         check_finite(weight, f"the weight of {name}")
+        largest = max(abs(float(end)) for end in weight.detach().aminmax())
+        if largest > LARGEST:
+            raise ValueError(f"the weight of {name} holds {largest:.3g}, and squares of more than {LARGEST:g} overflow")
     return wanted
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 
 from engine.columns import live_diagonal, spans, sweep
-from engine.grids import Quantized, check_hessian
+from engine.grids import Quantized, check_ends, check_finite, check_hessian
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # what the search multiplies a grid's range with
 
@@ -89,10 +89,12 @@ def refit(W, H, swept, damp):
     W = W / unit
     if swept.quantized is None:
         weight = best_weights(W, H, swept.weight.to(W.dtype) / unit, swept.keep.to(W.dtype)) * unit
+        check_finite(weight.float(), "the refitted weight")
         return swept._replace(weight=weight.float())
     quantized = best_scales(W, H, swept.quantized._replace(scale=swept.quantized.scale / unit))
     quantized = best_scales(W, H, best_codes(W, H, quantized, swept.keep))
     scale = (quantized.scale * unit).clamp(min=torch.finfo(torch.float32).tiny)
+    check_ends(scale, quantized.zero, quantized.bits)
     return swept._replace(quantized=quantized._replace(scale=scale))
 
 

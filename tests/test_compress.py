@@ -465,6 +465,42 @@ def test_every_row_is_within_half_a_step(bits, symmetric):  # Q8, Q11
         assert not G.dequantize()[3].any()
 
 
+FLOATS = torch.finfo(torch.float32)
+ENDS = {  # every way in which a float weight is given back
+    "rtn": lambda W, H, **how: rtn(W, **how).dequantize(), "gptq": lambda W, H, **how: gptq(W, H, **how).dequantize(),
+    "search": lambda W, H, **how: gptq(W, H, search=True, **how).dequantize(),
+    "refit": lambda W, H, **how: gptq(W, H, refit=True, **how).dequantize(),
+    "sparsegpt": lambda W, H, bits, **_: sparsegpt(W, H, sparsity=0.5)[0],
+    "sparsegpt, refit": lambda W, H, bits, **_: sparsegpt(W, H, sparsity=0.5, refit=True)[0],
+    "sparsegpt, bits": lambda W, H, bits, **_: sparsegpt(W, H, n_m=(2, 4), bits=bits)[0]}
+
+
+@pytest.mark.parametrize("way", ENDS)
+def test_weights_near_the_end_of_float32_are_finite_or_refused(way):
+    """Never infinite or NaN, and at a third of the largest float always finite: twice the largest weight still fits."""
+    refused = 0
+    for seed in range(6):
+        W, H = problem(6, 24, seed=seed)
+        W, H = (W / W.abs().max()).float(), H.float() + 1.5
+        for size in (0.33, 0.8, 0.9, 1.0):
+            for how in (dict(bits=2), dict(bits=4), *([dict(bits=3, symmetric=True)] if "sparse" not in way else [])):
+                try:
+                    assert bool(ENDS[way](size * FLOATS.max * W, H, **how).isfinite().all())
+                except ValueError as error:
+                    assert "NaN or infinite" in str(error) or "beyond float32" in str(error)
+                    refused += 1
+                    assert size > 0.5
+    assert refused
+
+
+def test_the_grid_that_is_too_large_is_counted():
+    """Two bits from -3e38 to 3e38 are steps of 2e38; 0 is one of its values, so that an end lies at 4e38."""
+    W = torch.tensor([[-3e38, 0.0, 3e38], [-1.0, 0.0, 1.0]])
+    with pytest.raises(ValueError, match="1 of 2 grids reach beyond float32, 3.4e.38: .* too large .* to 2 bits"):
+        rtn(W, 2)
+    assert rtn(W[1:], 2).scale.tolist() == [[pytest.approx(2 / 3)]]
+
+
 # ---- pruning
 
 @pytest.mark.parametrize("sparsity", [0, 0.25, 0.5, 0.9, 1])
@@ -944,6 +980,10 @@ def test_a_layer_that_cannot_be_compressed_is_named():  # C11
         with torch.no_grad():
             getattr(model.get_submodule(name), place)[1, 2] = float("nan")
         with pytest.raises(ValueError, match=f"{name}.*1 values that are NaN"):
+            compress(model, ids, "rtn", bits=3)
+        with torch.no_grad():
+            getattr(model.get_submodule(name), place)[1, 2] = -2e18
+        with pytest.raises(ValueError, match=f"{name} holds 2e.18, and squares of more than 1e.18"):
             compress(model, ids, "rtn", bits=3)
     model = small_model()
     with torch.no_grad():
