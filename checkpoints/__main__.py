@@ -15,6 +15,7 @@ import torch
 
 from checkpoints import read_model
 from checkpoints.adapters import CONFIG, load_adapter, read_adapter
+from checkpoints.compression import parameters
 from checkpoints.gguf import read_header
 from checkpoints.weights import list_folder, list_safetensors
 
@@ -49,7 +50,7 @@ def show_model(path, text, tokens):
     """The settings of a model, and how it goes on with a text where its vocabulary is at hand."""
     model, encoding = read_model(path)
     print(model.config)
-    print(f"{model.n_parameters():,} parameters")
+    print(f"{parameters(model):,} parameters")
     if encoding is not None:
         bos = getattr(encoding, "bos", None)
         ids = torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(text)])

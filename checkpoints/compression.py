@@ -76,6 +76,7 @@ def option_parser():
 def default_name(path, config):
     """The file beside `path` that is named after it and every setting that is not a default."""
     path = os.path.normpath(path)
+    path = os.path.abspath(path) if os.path.basename(path) in (".", "..") else path
     words = [path.removesuffix(".safetensors"), config.method]
     for field in fields(CompressConfig)[1:]:
         value = getattr(config, field.name)

@@ -8,6 +8,7 @@ from checkpoint_files import HERE, gguf_bytes, tiny_gguf, write_folder
 from checkpoints import __main__ as job
 from checkpoints import save
 from checkpoints.adapters import save_adapter
+from compress import compress
 from engine.script import guard
 from model import GPT, GPTConfig
 
@@ -37,6 +38,14 @@ def test_models_are_described_and_go_on_with_a_text(tmp_path, run):
     save(gpt(), tmp_path / "ours.safetensors")
     assert "vocab_size=40" in run(tmp_path / "ours.safetensors")
     assert "position='learned'" in run(write_folder(tmp_path / "folder", "gpt2"))
+
+
+def test_a_packed_model_has_as_many_parameters_as_before(tmp_path, run):  # a sibling of C5
+    save(gpt(), tmp_path / "dense.safetensors")
+    for name, settings in (("half", dict(bits=3, targets=("attn.q", "mlp.up"))), ("whole", dict(bits=4))):
+        save(compress(gpt(), torch.zeros(1, 4, dtype=torch.long), "rtn", **settings)[0], tmp_path / f"{name}.safetensors")
+    lines = [run(tmp_path / f"{name}.safetensors").splitlines()[1] for name in ("dense", "half", "whole")]
+    assert lines == [f"{gpt().n_parameters():,} parameters"] * 3
 
 
 def test_tensors_are_listed(tmp_path, run):

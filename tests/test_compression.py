@@ -105,6 +105,13 @@ def test_no_two_settings_share_a_name():
     assert all(os.path.dirname(name) == "out" for name in names)
 
 
+def test_the_folder_that_one_is_in_has_a_name_too(tmp_path, monkeypatch):
+    (tmp_path / "model" / "inside").mkdir(parents=True)
+    for here, path in (("model", "."), ("model", "./"), ("model/inside", ".."), ("model", "inside/..")):
+        monkeypatch.chdir(tmp_path / here)
+        assert default_name(path, CompressConfig("rtn", bits=4)) == str(tmp_path / "model-rtn-bits4.safetensors")
+
+
 def test_sizes_count_packed_parameters(folder, capsys):  # C5
     run(folder, "--bits", 4, "--targets", "attn.q", "attn.k", "attn.v", "--out", folder / "half")
     run(folder, "--bits", 3, "--out", folder / "whole", source="half")
