@@ -119,5 +119,6 @@ def worth_compiling(model, tokens, asked=None):
         return asked, f"{'compiled' if asked else 'not compiled'}, as asked"
     spent = UNPACK * weights * tokens
     pays = spent > COMPILE
-    return pays, (f"{'compiled' if pays else 'not compiled'}: unpacking {weights:,} weights for each of {tokens} tokens is "
-                  f"{'more' if pays else 'less'} work than compiling")
+    more = "more" if pays else "less"
+    return pays, (f"{'compiled' if pays else 'not compiled'}: unpacking {weights:,} weights for each of {tokens} "
+                  f"tokens is {more} work than compiling")

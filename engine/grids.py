@@ -132,7 +132,7 @@ def check_ends(scale, zero, bits):
     ends = (scale * torch.maximum(zero, 2**bits - 1 - zero)).float()
     if not ends.isfinite().all():
         raise ValueError(f"{int((~ends.isfinite()).sum())} of {ends.numel()} grids reach beyond float32, "
-                         f"{torch.finfo(torch.float32).max:.3g}: the weights are too large to be rounded to {bits} bits")
+                         f"{torch.finfo(torch.float32).max:.3g}: the weights are too large for {bits} bits")
 
 
 def nearest(W, scale, zero, bits):

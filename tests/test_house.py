@@ -170,6 +170,27 @@ def test_no_circle_of_imports():
         assert start not in seen, f"{start.relative_to(ROOT)} imports itself through others"
 
 
+@every_file
+def test_no_line_is_wider_than_a_reader_has_room_for(path):
+    """100 columns in the card files, 120 elsewhere."""
+    limit = 100 if path.parent == ROOT else 120
+    wide = [n for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > limit]
+    assert wide == []
+
+
+@pytest.mark.parametrize("card, most", [("model", 700), ("kernels", 1000), ("compress", 1800), ("idp", 1400)])
+def test_a_card_file_brings_few_lines_with_it(card, most):
+    """By the imports at the top of it and of what it imports, so that a reader can follow all of them."""
+    brought, todo = set(), [ROOT / f"{card}.py"]
+    while todo:
+        file = todo.pop()
+        if file not in brought:
+            brought.add(file)
+            top = {node.lineno for node in TREES[file].body}
+            todo += [other for line, other, _ in ours_imported(file) if line in top]
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in brought) <= most
+
+
 PROBE = """
 import contextlib, importlib, io, json, os, runpy, sys, traceback
 what, results = sys.argv[1], {}
