@@ -13,6 +13,7 @@ import base64
 import json
 import os
 import re
+import unicodedata
 
 import tiktoken
 
@@ -118,6 +119,9 @@ def parse_tokenizer(file, t):
             found[a.get("normalized", True) is not False][token] = a.get("id")
     if "" in found[0] or "" in found[1]:
         raise ValueError(f"{file}: a special token is empty, or not Unicode")
+    nfc = normalizes(file, t.get("normalizer"))
+    if nfc:  # what is looked for in a normalized text is normalized itself
+        found[1].update({unicodedata.normalize("NFC", token): found[1].pop(token) for token in list(found[1])})
     first = None
     match t.get("post_processor"):
         case {"processors": [*steps]} | steps:
@@ -126,7 +130,7 @@ def parse_tokenizer(file, t):
                     case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(token)}}, *_]}:
                         first = token
     return vocab, merges, {"special": [a["content"] for a in added if a.get("special") is True], "added": found,
-                           "whole": model.get("ignore_merges") is True, "nfc": normalizes(file, t.get("normalizer")),
+                           "whole": model.get("ignore_merges") is True, "nfc": nfc,
                            "split": split_of(file, t.get("pre_tokenizer"))}, first
 
 

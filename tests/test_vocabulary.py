@@ -177,6 +177,17 @@ def test_whole_words_count_only_where_merges_are_ignored(tmp_path):
     assert encoding.decode([whole]) == " library" and encoding.special_tokens_set == {"<|endoftext|>", "<|im_start|>"}
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_an_added_token_is_normalized_where_it_is_looked_for_in_normalized_text(tmp_path, normalized):
+    """Ids as the original tokenizer's: written e and accent, it is found in either form; or else only as it is written."""
+    t = copy.deepcopy(variant("qwen2"))
+    t["added_tokens"].append({"id": 382, "content": "e\u0301", "special": False, "normalized": normalized})
+    encoding = in_folder(tmp_path, t)
+    bytes_of_it = [127, 102]
+    assert encoding.encode_ordinary("a\u00e9a") == [64, *([382] if normalized else bytes_of_it), 64]
+    assert encoding.encode_ordinary("ae\u0301a") == [64, 382, 64] and encoding.decode([382]) == "e\u0301"
+
+
 def test_a_special_token_may_strip_its_neighbours(tmp_path):
     """Ordinary text never makes it, so that its flags are of no account there."""
     t = copy.deepcopy(GOLDEN["tokenizers"]["gpt2"])
