@@ -177,6 +177,23 @@ def test_whole_words_count_only_where_merges_are_ignored(tmp_path):
     assert encoding.decode([whole]) == " library" and encoding.special_tokens_set == {"<|endoftext|>", "<|im_start|>"}
 
 
+@pytest.mark.parametrize("settings", [{"bos_token": "<no>"}, {"bos_token": None}, {}, {"bos_token": {"content": "<no>"}}])
+def test_a_token_to_put_in_front_of_every_text_must_be_there(tmp_path, settings):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, **settings}))
+    with pytest.raises(ValueError, match="tokenizer_config.json: add_bos_token asks for .* is not in the vocabulary"):
+        in_folder(tmp_path, GOLDEN["tokenizers"]["gpt2"])
+    if not settings.get("bos_token"):
+        assert in_folder(tmp_path, GOLDEN["tokenizers"]["llama3"]).bos == 378  # its template names one
+
+
+@pytest.mark.parametrize("changes", [{"add_bos_token": True}, {"add_bos_token": 1}, {"eos_token_id": "x"},
+                                     {"bos_token_id": "x", "add_bos_token": True}, {"pre": "llama-bpe"}])
+def test_a_gguf_file_whose_first_or_last_token_is_none_is_refused(tmp_path, changes):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_bytes(*tiny_gguf(**{f"tokenizer.ggml.{name}": value for name, value in changes.items()})))
+    assert "tokenizer.ggml: add_bos_token is" in refusal(path)
+
+
 @pytest.mark.parametrize("normalized", [True, False])
 def test_an_added_token_is_normalized_where_it_is_looked_for_in_normalized_text(tmp_path, normalized):
     """Ids as the original tokenizer's: written e and accent, it is found in either form; or else only as it is written."""
