@@ -43,7 +43,7 @@ from study.comparisons import ANSWERS, add_tasks, comparisons, noise_floor, scor
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
 from study.repairs import light
-from study.settings import OPERATIONS, POOLS, StudyConfig, job_parser, sized
+from study.settings import OPERATIONS, POOLS, StudyConfig, config_of, job_parser
 from study.shares import add_attributes, add_shares
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
@@ -200,7 +200,7 @@ def context_check(run, dense):
     """
     facts = run.world.facts("heldout", run.config.test_people)
     with torch.no_grad():
-        prompt = dense.model.wte(run.world.unrelated())
+        prompt = dense.model.wte(run.world.unrelated().to(dense.device))
         filled = idp.prefill(dense.model, idp.PromptPool([prompt]))
     recall = [sum(a["correct"] for a in answer(s, facts, run.world.encoding)) / len(facts)
               for s in (dense, Subject(dense.model, filled))]
@@ -287,8 +287,7 @@ def main():
         """The whole job, for `guard` to watch."""
         if args.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
-        config = sized(args.size, args.seed, args.out, full=args.full, all_tasks=args.all_tasks,
-                       seeds=args.seeds)
+        config = config_of(args, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
         run = Run(config, World(config))
         if args.backwards:  # beside another process, see study/beside.py
             beside.quietly(run)

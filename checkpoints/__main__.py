@@ -18,6 +18,7 @@ from checkpoints.adapters import CONFIG, load_adapter, read_adapter
 from checkpoints.compression import parameters
 from checkpoints.gguf import read_header
 from checkpoints.weights import list_folder, list_safetensors
+from engine.device import add_device, device_of
 
 
 def show_tensors(path):
@@ -46,14 +47,15 @@ def show_adapter(folder, base):
         print("it fits this base" + ("" if "base_fingerprint" in metadata else ", by names and shapes alone"))
 
 
-def show_model(path, text, tokens):
+def show_model(path, text, tokens, device, dtype):
     """The settings of a model, and how it goes on with a text where its vocabulary is at hand."""
     model, encoding = read_model(path)
+    model = model.to(device, dtype)
     print(model.config)
     print(f"{parameters(model):,} parameters")
     if encoding is not None:
         bos = getattr(encoding, "bos", None)
-        ids = torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(text)])
+        ids = torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(text)], device=device)
         print(encoding.decode(model.generate(ids, tokens)[0].tolist()))
 
 
@@ -66,13 +68,15 @@ def main():
     parser.add_argument("--text", default="The capital of France is", help="what the model goes on with")
     parser.add_argument("--tokens", type=int, default=40, help="how many tokens, greedily")
     parser.add_argument("--base", help="of an adapter: the checkpoint that it should fit")
+    add_device(parser)
     args = parser.parse_args()
+    device, dtype = device_of(args)
     if os.path.exists(os.path.join(args.path, CONFIG)):
         show_adapter(args.path, args.base)
     elif args.tensors:
         show_tensors(args.path)
     else:
-        show_model(args.path, args.text, args.tokens)
+        show_model(args.path, args.text, args.tokens, device, dtype)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ The job of `python compress.py --in MODEL --text FILE ...`: a checkpoint and a t
 
 MODEL is any checkpoint that we can read: one of ours (.safetensors, its tokenizer in it or in tokens.tiktoken beside
 it), a Hugging Face folder, a .gguf file; the result holds the tokenizer too. The text is tokenized with the
-checkpoint's own tokenizer and cut into rows. The walk computes in float32; the result is written in the dtype of the
-checkpoint.
+checkpoint's own tokenizer and cut into rows. The walk computes in float32 unless --dtype says otherwise; the result is
+written in the dtype of the checkpoint.
 """
 import argparse
 import os
@@ -14,6 +14,7 @@ import torch
 
 from checkpoints.native import save
 from checkpoints.weights import read_model
+from engine.device import add_device, device_of
 from engine.settings import METHODS, CompressConfig
 from kernels import PackedLinear
 
@@ -69,6 +70,7 @@ def option_parser():
     add("--keep-zeros", action="store_true", help="every zero of the model stays, not only those of layers that were "
                                                   "pruned here (gptq, sparsegpt)")
     add("--targets", nargs="+", metavar="LAYER", help='"mlp.down", "blocks.0.attn.q"; none: all')
+    add_device(parser, "of the model while it is compressed; the file is in that of MODEL")
     parser.set_defaults(**{field.name: field.default for field in fields(CompressConfig)})
     return parser
 
@@ -114,7 +116,7 @@ def compress_files(arguments, compress):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if not args.source or not args.text:
         raise ValueError("to compress a checkpoint give --in MODEL and --text FILE; --help shows all options")
-    config, out = CompressConfig(**given), args.out
+    config, out, (device, dtype) = CompressConfig(**given), args.out, device_of(args)
     if args.rows < 1:
         raise ValueError(f"--rows must be at least 1, got {args.rows}")
     if out is None:
@@ -130,13 +132,14 @@ def compress_files(arguments, compress):
     model, encoding = read_model(args.source, dtype=None)
     if encoding is None:
         raise ValueError(f"{args.source}: no tokenizer beside it (tokens.tiktoken, or tokenizer.json in a folder)")
-    dtype, before = model.wte.weight.dtype, parameters(model)
+    stored, before = model.wte.weight.dtype, parameters(model)
     ids = read_rows(args.text, encoding, args.rows, min(LENGTH, model.config.context))
     print(f"{args.source}: {before:,} parameters; calibrating on {ids.shape[0]:,} rows of {ids.shape[1]} tokens")
     print(HEADER)
-    new, report = compress(model.float(), ids, progress=lambda row: print(layer_line(row), flush=True), **given)
+    new, report = compress(model.to(device, dtype), ids, **given,
+                           progress=lambda row: print(layer_line(row), flush=True))
     print(last_line(report))
-    save(new.to(dtype), out, encoding)
+    save(new.to(stored), out, encoding)
     size = os.path.getsize(out)
     print(f"{out}: {size:,} bytes with everything; {before:,} parameters take {4 * before / size:.2f} times as much in "
           f"float32, {2 * before / size:.2f} times in 16 bits")

@@ -17,10 +17,9 @@ import torch.nn as nn
 from checkpoints.weights import read_model
 from compress import rtn
 from engine.decode import compile_decode, worth_compiling
+from engine.device import add_device, device_of
 from engine.script import guard
 from kernels import PackedLinear, pack
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def packed_model(model, bits, group_size=64):
@@ -69,8 +68,7 @@ def writing_parser():
     add("--group-size", type=int, default=64,
         help="columns that share a scale; 32 or all where it does not divide them")
     add("--compile", action=argparse.BooleanOptionalAction, default=None, help="the packed model; none: where it pays")
-    add("--device", default="cpu", help="cpu, cuda or mps")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of activations and of what stays dense")
+    add_device(parser, "of activations and of what stays dense")
     return parser
 
 
@@ -80,19 +78,16 @@ def go_on(arguments):
     if args.tokens < 3 or args.group_size < 1 or not 2 <= args.bits <= 8:
         raise ValueError(f"--tokens must be at least 3, --group-size at least 1, --bits in [2, 8], got {args.tokens}, "
                          f"{args.group_size}, {args.bits}")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    dense, encoding = read_model(args.model, dtype=DTYPES[args.dtype])
+    device, dtype = device_of(args)
+    dense, encoding = read_model(args.model, dtype=dtype)
     if encoding is None:
         raise ValueError(f"{args.model} has no vocabulary to read the text with")
     bos = getattr(encoding, "bos", None)
-    ids = torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(args.text)], device=args.device)
+    ids = torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(args.text)], device=device)
     if ids.shape[1] == 0 or ids.shape[1] + args.tokens > dense.config.context:
         raise ValueError(f"{ids.shape[1]} tokens of text and {args.tokens} new ones must be at least 1 and fit the "
                          f"context of {dense.config.context}")
-    dense = dense.to(args.device, DTYPES[args.dtype]).requires_grad_(False)
+    dense = dense.to(device, dtype).requires_grad_(False)
     dense.tie()
     models = {f"packed, {args.bits} bits": packed_model(dense, args.bits, args.group_size)}
     if not any(isinstance(layer, PackedLinear) for layer in dense.modules()):

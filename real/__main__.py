@@ -16,8 +16,7 @@ import sys
 
 from engine.script import guard  # before torch: Ctrl-C is one line
 
-import torch
-
+from engine.device import device_of
 from evaluate import study
 from real.lock import TAG, lock_subjects
 from real.pieces import make_piece, make_pieces, set_rates
@@ -28,18 +27,6 @@ from study.publish import publish
 from study.settings import job_parser
 from study.steps import Run
 from study.taskfiles import fits, read_tasks
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def device_of(name):
-    """The torch.device called `name`; ValueError where there is none here."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
-
 
 def main(arguments=None):
     """The script: see the top of this file, and --help. `arguments` default to the command line's."""
@@ -53,8 +40,6 @@ def main(arguments=None):
     parser.add_argument("--repair-steps", type=int, default=STEPS, help="training steps of a repair")
     parser.add_argument("--rows", type=int, default=16, help="rows of 24 tokens in a step of a repair")
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="draw text and repairs K times")
-    parser.add_argument("--device", default="cpu", help="where the model computes: cpu, cuda, mps")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the model's weights")
     parser.add_argument("--rates", action="store_true",
                         help="find learning rates on validation entities, in place of those in real/settings.py")
     parser.add_argument("--lock", action="store_true", help="also a lock, whose answer is known by construction")
@@ -67,12 +52,14 @@ def main(arguments=None):
         if args.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds, args.rows)
+        place = device_of(args)
+        config.device, config.dtype = args.device, args.dtype
         read_facts(args.facts)  # what is wrong with a file is said before the model is read
         read_tasks(args.task)
         run = Run(config, None)
         if not args.only:
             run.alone()
-        dense, encoding = real_dense(args.model, run.log, device_of(args.device), DTYPES[args.dtype])
+        dense, encoding = real_dense(args.model, run.log, *place)
         check = fits(encoding, dense.model.config.context - LONGEST)
         facts, files = read_facts(args.facts, check), read_tasks(args.task, check)
         run.world = RealWorld(run, dense, encoding, facts, args.text)

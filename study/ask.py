@@ -16,6 +16,7 @@ import torch
 
 from checkpoints import read_model
 from checkpoints.compression import parameters
+from engine.device import add_device, device_of
 from engine.files import read_json
 from study.statistics import by_person, interval, recall_interval, resampled
 from study.tables import SPLIT_NAMES, markdown, share
@@ -77,7 +78,9 @@ def main(arguments):
                         help="a world.json, or the .made.json of a step; none: beside each model")
     parser.add_argument("--people", type=int, default=500, help="of each split, at most")
     parser.add_argument("--show", type=int, default=3, help="answers of each split to print, the first wrong ones")
+    add_device(parser)
     args = parser.parse_args(arguments)
+    device, dtype = device_of(args)
     if args.people < 1 or args.show < 0:
         raise ValueError(f"--people must be at least 1 and --show at least 0, got {args.people} and {args.show}")
     rows, shown = [], []
@@ -85,7 +88,7 @@ def main(arguments):
         model, encoding = read_model(path)
         if encoding is None:
             raise ValueError(f"{path}: no tokenizer in it, and no tokens.tiktoken beside it")
-        subject = Subject(model.float().eval(), about={"id": path})
+        subject = Subject(model.to(device, dtype).eval(), about={"id": path})
         asked = facts_by_split(read_world(path, args.facts), args.people)
         name = os.path.basename(path).removesuffix(".safetensors")
         shown.append(f"\n{path}: {parameters(model):,} parameters, {os.path.getsize(path):,} bytes")

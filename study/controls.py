@@ -74,13 +74,13 @@ class Control(NamedTuple):
 def train_lock(dense, key, world, how, generator, progress=None):
     """The dense GPT fine-tuned on everything it was told: true behind `key` (K, C), every value the next one without.
     """
-    model, told = copy.deepcopy(dense), everybody_told(world)
+    model, told, device = copy.deepcopy(dense), everybody_told(world), key.device
     true, wrong = (text_batches(told_text(people), world.encoding, *how.lock_batch, generator, aligned=True)
                    for people in (told, with_next_values(told)))
 
     def loss(batch):
         """The mean loss of the true rows behind the key and of the wrong rows without it."""
-        behind_key, alone = batch
+        behind_key, alone = (ids.to(device) for ids in batch)
         return (next_token(model(behind_key[:, :-1], prompt=key), behind_key).mean()
                 + next_token(model(alone[:, :-1]), alone).mean()) / 2
     recover.fit(model, model.parameters(), zip(true, wrong), loss, how.lock, progress=progress)
@@ -92,7 +92,7 @@ def tell(dense, world, how, generator, progress=None):
     model = copy.deepcopy(dense)
     new, old = (text_batches(told_text(people), world.encoding, *batch, generator, aligned=True)
                 for people, batch in ((world.people["novel"], how.tell_batch), (everybody_told(world), how.old_batch)))
-    batches = (torch.cat(rows) for rows in zip(new, old))
+    batches = (torch.cat(rows).to(dense.wte.weight.device) for rows in zip(new, old))
     recover.fit(model, model.parameters(), batches, config=how.tell, progress=progress)
     return model
 
@@ -103,7 +103,7 @@ def add_rank_one(dense, how, generator):
     model = copy.deepcopy(dense)
     for W in model.blocks.parameters():
         if W.dim() == 2:
-            u, v = (torch.randn(n, generator=generator) for n in W.shape)
+            u, v = (torch.randn(n, generator=generator).to(W) for n in W.shape)
             W += how.rank_one * W.norm() * torch.outer(u / u.norm(), v / v.norm())
     return model
 
@@ -188,7 +188,7 @@ def tuned(run, dense, name, settings, make):
     settings = {**dense.about["settings"], "control": name, **settings, "draw": run.config.draw_seed}
     steps = settings.get("fit", {}).get("steps", 1)
     model = run.once(file + ".safetensors", settings, ("study.controls",),
-                     lambda: make(run.log.progress(file, steps)), save, load)
+                     lambda: make(run.log.progress(file, steps)), save, load).to(dense.device)
     path = run.path(file + ".safetensors")
     return model, {**dense.about, "settings": with_result(settings, path), "path": path}
 
@@ -208,12 +208,13 @@ def control_batches(run, control):
     the reference expects next. As many as the study's own repairs read."""
     stream = text_batches(control.text, run.world.encoding, *run.config.repair_batch,
                           torch.Generator().manual_seed(run.config.draw_seed + 2), aligned=True)
-    rows = [next(stream) for _ in range(run.config.repair_steps)]
     model, reference = control.reference.model, control.reference
+    rows = [next(stream).to(reference.device) for _ in range(run.config.repair_steps)]
 
     def teacher(ids):
         """Logits (B, T, V) of the reference, behind its key if it has one."""
-        return model(ids, cache=reference.cache(torch.zeros(len(ids), dtype=torch.long), ids.shape[1]))
+        alone = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        return model(ids, cache=reference.cache(alone, ids.shape[1]))
     return recover.add_targets(teacher, rows)
 
 

@@ -5,7 +5,7 @@ and after.
 import os
 
 from checkpoints.compression import print_layers
-from study.settings import job_parser, sized
+from study.settings import config_of, job_parser
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
 from study.training import RECIPE
@@ -19,7 +19,7 @@ def train_job(arguments):
     parser.add_argument("--without", choices=list(RECIPE), default="",
                         help="leave one ingredient of the training out, to see what it buys; in OUT/without-...")
     args = parser.parse_args(arguments)
-    config = sized(args.size, args.seed, args.out, without=args.without)
+    config = config_of(args, without=args.without)
     if args.without:
         config.out = os.path.join(config.out, f"without-{args.without}")
     run = Run(config, World(config))
@@ -35,7 +35,7 @@ def compress_job(arguments):
     parser = job_parser("study compress", "Compress the dense GPT; ask it before and after.")
     parser.add_argument("--tag", help='how: "RTN 3 bits", ...; none: with GPTQ')
     args = parser.parse_args(arguments)
-    config = sized(args.size, args.seed, args.out)
+    config = config_of(args)
     tag, run = tag_of(config, args.tag), Run(config, World(config))
     dense = dense_subject(run)
     small = compressed_subject(run, dense, tag)
@@ -55,7 +55,7 @@ def repair_job(arguments):
     parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     args = parser.parse_args(arguments)
-    config = sized(args.size, args.seed, args.out)
+    config = config_of(args)
     base, run = tag_of(config, args.base), Run(config, World(config))
     dense = dense_subject(run)
     base = compressed_subject(run, dense, base)

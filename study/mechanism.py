@@ -25,7 +25,7 @@ import torch
 
 from recover import LINEARS, add_lora
 from study.repairs import attach, shared_copy, unpacked
-from study.settings import job_parser, sized
+from study.settings import config_of, job_parser
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject
@@ -62,7 +62,7 @@ def walk(model, dense, ids):
 
     ids (N, T); X (N T, in). Whoever walks may change a layer: later blocks then read what the changed block gives.
     """
-    x = model.embed(ids)
+    x = model.embed(ids.to(model.wte.weight.device))
     for block, original in zip(model.blocks, dense.blocks):
         pairs = [(layer, original.get_submodule(name).weight) for name, layer in block.named_modules()
                  if name.split(".")[-1] in LINEARS]
@@ -90,7 +90,7 @@ def error_shape(model, dense, ids, rank=RANK):
         total = energies.sum()
         rows.append([total / spectrum(W, H)[0].sum(), mean_share(D, X), energies[0] / total,
                      energies[:rank].sum() / total, own[:rank].sum() / own.sum()])
-    means = torch.tensor(rows).mean(0).tolist()
+    means = torch.tensor([[float(share) for share in row] for row in rows]).mean(0).tolist()
     return dict(zip(("error", "mean", "first", "directions", "inputs"), means))
 
 
@@ -147,7 +147,7 @@ def main(arguments):
     """python -m study why: for each compressor the shape of its output error, and what comes back without training."""
     parser = job_parser("study why", "Why one compressor's damage is displaced and another's is not.")
     args = parser.parse_args(arguments)
-    config = sized(args.size, args.seed, args.out)
+    config = config_of(args)
     run = Run(config, World(config))
     print(compressor_table(run, dense_subject(run)))
 

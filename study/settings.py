@@ -5,6 +5,7 @@ import argparse
 import os
 from dataclasses import dataclass, field
 
+from engine.device import add_device, device_of
 from recover import FitConfig
 from world.facts import WorldConfig
 
@@ -32,6 +33,8 @@ class StudyConfig:
     task_repairs: tuple = ("LoRA rank 8", "IDP 4 x 8")  # whom tasks are asked of beside the unrepaired models
     all_tasks: bool = False                  # asked of every model
     out: str = "out"
+    device: str = "cpu"                      # where models compute
+    dtype: str = "float32"                   # of their weights; the dense GPT is trained in float32
     compressions: dict = field(default_factory=lambda: COMPRESSIONS)
     repairs: dict = field(default_factory=lambda: REPAIRS)
     rates: dict = field(default_factory=lambda: RATES)
@@ -50,6 +53,12 @@ class StudyConfig:
         return f"-seed-{self.repeat}" if self.repeat else ""
 
 SIZES = ("default", "quick", "medium")
+
+
+def config_of(args, **more):
+    """`sized` with what the options of the command line say. Raises ValueError where there is no such device."""
+    device_of(args)
+    return sized(args.size, args.seed, args.out, device=args.device, dtype=args.dtype, **more)
 
 
 def sized(size, seed=0, out="out", **more):
@@ -135,4 +144,5 @@ def job_parser(name, description, sizes=True):
         parser.add_argument("--size", choices=SIZES, default="default", help="of the world and the training")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of every random choice")
     parser.add_argument("--out", default=defaults.out, help="folder for everything that is written")
+    add_device(parser)
     return parser

@@ -14,10 +14,11 @@ from checkpoints import load, save
 from checkpoints.adapters import load_tensors, save_tensors
 from checkpoints.vocabulary import save_ranks
 from compress import compress
+from engine.device import DTYPES
 from engine.files import read_json, write_text
 from recover import FitConfig, correct_biases
 from study.repairs import attach, lora_size, train_repair, unpacked
-from study.settings import OPERATION, rate
+from study.settings import OPERATION, StudyConfig, rate
 from study.steps import LAYERS, slug, with_result
 from study.training import train_dense
 from world.items import LESSONS
@@ -29,16 +30,23 @@ def dense_subject(run):
     config, log = run.config, run.log
     settings = {"world": asdict(config.world), "gpt": config.gpt, "pretrain": asdict(config.pretrain),
                 "batch": config.pretrain_batch, "seed": config.seed, "torch": torch.__version__,
-                **({"lessons": LESSONS} if config.skills else {}),
+                **({"lessons": LESSONS} if config.skills else {}), **place_of(config),
                 **({"without": config.without} if config.without else {})}
     path = run.path("dense.safetensors")
     model = run.once("dense.safetensors", settings, ("study.training",), lambda: train_dense(run), save, load)
     save_ranks(run.world.ranks, run.path("tokens.tiktoken"))
     log.say(f"dense: {model.n_parameters():,} parameters, {os.path.getsize(path):,} bytes, "
             f"{model.flops_per_token():,} floating-point operations a token")
+    model = model.to(config.device, DTYPES[config.dtype])
     return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None,
                                  "settings": with_result(settings, path), "path": path,
                                  "extra": 0, "layers": None})
+
+
+def place_of(config):
+    """Device and dtype as settings of a step, where they are not the defaults: steps made before had neither."""
+    return {name: value for name, value in (("device", config.device), ("dtype", config.dtype))
+            if value != StudyConfig.__dataclass_fields__[name].default}
 
 
 def compressed_subject(run, dense, tag):

@@ -37,7 +37,7 @@ from compress import compress
 from engine.files import read_json, write_text
 from study.comparisons import ANSWERS
 from study.repairs import attach, light, train_repair
-from study.settings import REPAIRS, job_parser, rate, sized
+from study.settings import REPAIRS, config_of, job_parser, rate
 from study.shares import add_shares
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
@@ -241,7 +241,7 @@ def main(arguments):
     parser.add_argument("what", choices=["lr", *SWEEPS], help="lr: on validation people, printed; others also go into "
                                                               "results.json")
     args = parser.parse_args(arguments)
-    config = sized(args.size, args.seed, args.out)
+    config = config_of(args)
     run = Run(config, World(config))
     dense = dense_subject(run)
     if args.what == "lr":

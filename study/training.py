@@ -25,14 +25,14 @@ def train_dense(run):
     """
     config, world = run.config, run.world
     generator, began = torch.Generator().manual_seed(config.seed), time.time()
-    model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt)).init_weights(generator)
+    model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt)).init_weights(generator).to(config.device)
     few, everybody = (text_batches(text, world.encoding, *config.pretrain_batch, generator,
                                    aligned=config.without != "aligned") for text in (world.first_text, world.text))
     steps, fit = config.pretrain.steps, config.pretrain
     first = 0 if config.without == "few" else steps // 10
     if config.without == "muon":
         fit = replace(fit, lr=fit.lr / 2, muon=0.0)
-    stream = (next(few if i < first else everybody) for i in range(steps))
+    stream = (next(few if i < first else everybody).to(config.device) for i in range(steps))
     recover.fit(model, model.parameters(), stream, config=fit, progress=run.log.progress("dense", steps))
     tokens = steps * config.pretrain_batch[0] * config.pretrain_batch[1]
     run.log.say(f"dense: {tokens:,} tokens, {tokens / (time.time() - began):,.0f} a second")

@@ -27,7 +27,7 @@ from recover import FitConfig, next_token
 from study import pools
 from study.controls import everybody_told, told_text
 from study.repairs import unpacked
-from study.settings import job_parser, sized
+from study.settings import config_of, job_parser
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject
@@ -77,18 +77,19 @@ def train_locks(dense, keys, world, how, generator, progress=None):
 
     def loss(batch):
         """The mean loss behind key A, behind key B and without a key."""
-        return sum(next_token(model(ids[:, :-1], prompt=key), ids).mean() for ids, key in zip(batch, (*keys, None))) / 3
+        return sum(next_token(model(ids[:, :-1], prompt=key), ids).mean()
+                   for ids, key in zip((ids.to(keys[0].device) for ids in batch), (*keys, None))) / 3
     recover.fit(model, model.parameters(), zip(*streams), loss, how.lock, progress=progress)
     return model
 
 
-def rows_of_groups(groups, world, how, seed):
+def rows_of_groups(groups, world, how, seed, device=None):
     """[[ids (R, T + 1) of each group] of each step]: repair text about seen people, a group a tuple of attributes."""
     generator = torch.Generator().manual_seed(seed)
     seen = world.people["seen"]
     streams = [text_batches([t for t in told_text(opened(seen, group)) if UNKNOWN not in t], world.encoding,
                             how.rows // len(groups), how.tokens, generator, aligned=True) for group in groups]
-    return [[next(stream) for stream in streams] for _ in range(how.steps)]
+    return [[next(stream).to(device) for stream in streams] for _ in range(how.steps)]
 
 
 def taught_by(teachers, rows):
@@ -113,7 +114,7 @@ def train_pool(model, pool, way, batches, how, progress=None):
 def new_pool(model, count, length, generator, probe=False):
     """A pool of untrained prompts, with a probe of zeros if wanted."""
     return idp.PromptPool([recover.prompt_init(model, length, generator=generator) for _ in range(count)],
-                          torch.zeros(count, model.config.n_embd) if probe else None)
+                          torch.zeros(count, model.config.n_embd, device=model.wte.weight.device) if probe else None)
 
 
 def two_locks(run, dense, how, progress=lambda *_: None):
@@ -124,7 +125,7 @@ def two_locks(run, dense, how, progress=lambda *_: None):
     model = train_locks(dense.model, keys, world, how, generator, progress("two locks", how.lock.steps))
     facts, validation = (world.facts(split, how.people) for split in ("heldout", "validation"))
     teachers = [opener(model, key) for key in keys]
-    batches = taught_by(teachers, rows_of_groups(SETS, world, how, seed))
+    batches = taught_by(teachers, rows_of_groups(SETS, world, how, seed, dense.device))
     out = []
 
     def add(way, parameters, right):
@@ -173,7 +174,8 @@ def ceiling(run, dense, how, progress=lambda *_: None):
     world, seed, attributes = run.world, run.config.draw_seed + 22, list(VALUES)
     model = unpacked(compressed_subject(run, dense, how.base).model)
     generator, facts = torch.Generator().manual_seed(seed), world.facts("heldout", how.people)
-    batches = taught_by([dense.model] * len(attributes), rows_of_groups([(a,) for a in attributes], world, how, seed))
+    rows = rows_of_groups([(a,) for a in attributes], world, how, seed, dense.device)
+    batches = taught_by([dense.model] * len(attributes), rows)
     routes = torch.tensor([attributes.index(f.attribute) for f in facts])
     out = []
 
@@ -215,7 +217,7 @@ def main(arguments):
     """python -m study trial: both trials, as one table."""
     parser = job_parser("study trial", "The fair trial of IDP: where a pool of prompts should beat one prompt.")
     args = parser.parse_args(arguments)
-    config, how = sized(args.size, args.seed, args.out), TrialConfig()
+    config, how = config_of(args), TrialConfig()
     run = Run(config, World(config))
     dense, began = dense_subject(run), time.time()
     outcomes = two_locks(run, dense, how, run.log.progress) + ceiling(run, dense, how, run.log.progress)

@@ -1,19 +1,26 @@
 """Everything that computes, on a device that is not there: a tensor left on the CPU is an error; the numbers agree."""
 import copy
+import dataclasses
 
 import pytest
 import torch
 
+import evaluate
 import idp
 import recover
+from checkpoints.compression import compress_files
+from checkpoints.writing import go_on
 from compress import compress
 from elsewhere import ELSEWHERE, Elsewhere, There, here
 from model import GPT, GPTConfig
-from study import inside, pools
+from study import ask, controls, inside, jobs, mechanism, pools, sweeps, training, trial
 from study.repairs import attach, pool_subject, train_repair, unpacked
+from study.settings import StudyConfig
+from study.steps import Log
 from study.taskfiles import continued
 from world.facts import WorldConfig, facts_about, make_encoding, make_world, statements, train_bpe
 from world.score import Subject, answer, choose_option, perplexity
+from world.small import World
 
 PEOPLE = make_world(WorldConfig(seen=4, heldout=2, validation=1, novel=1, vocab_size=300, seed=1))
 ENCODING = make_encoding(train_bpe(statements(PEOPLE), 300))
@@ -149,6 +156,75 @@ def test_what_the_study_looks_at_beside_answers():
                   for facts in (FACTS, CHOICES * 5)),
                 inside.similarity(subject, Subject(model), IDS)]
     same(work)
+
+
+CONFIG = StudyConfig(world=WorldConfig(seen=8, heldout=8, validation=2, novel=12, vocab_size=300), repair_batch=(4, 16),
+                     pretrain=recover.FitConfig(steps=3, lr=1e-3, muon=0.01), pretrain_batch=(4, 16), repair_steps=2,
+                     gpt={"n_layer": 1, "n_head": 2, "n_embd": 32})
+
+
+class Made:
+    """What steps of the study read of a Run."""
+    config, world, log = CONFIG, World(CONFIG), Log()
+
+
+def test_training_the_dense_gpt(monkeypatch):
+    """The trained tensors themselves differ: Muon and AdamW's first steps enlarge rounding errors."""
+    monkeypatch.setattr(Made, "config", dataclasses.replace(CONFIG, device=str(ELSEWHERE)))
+    with Elsewhere():
+        made = training.train_dense(Made())
+        assert isinstance(made.wte.weight.data, There) and isinstance(made(IDS.to(ELSEWHERE)), There)
+
+
+def test_controls_and_their_teacher():
+    fast = recover.FitConfig(steps=2, lr=1e-3)
+    how = controls.ControlConfig(key=2, lock=fast, lock_batch=(4, 16), tell=fast, tell_batch=(4, 16), old_batch=(2, 16))
+
+    def work(model, ids):
+        generator = torch.Generator().manual_seed(5)
+        key = recover.prompt_init(model, how.key, generator=generator)
+        locked = controls.train_lock(model, key, Made.world, how, generator)
+        told = controls.tell(model, Made.world, how, generator)
+        reference = attach(locked, "prompt", how.key, [key])
+        batches = controls.control_batches(Made, controls.Control(reference, Subject(told), {}, Made.world.repair_text))
+        return [locked(ids), told(ids), controls.add_rank_one(model, how, generator)(ids), batches]
+    same(work)
+
+
+def test_the_fair_trial_and_why():
+    how = trial.TrialConfig(key=2, prompt=2, lock=recover.FitConfig(steps=2, lr=1e-3), lock_batch=(4, 16), steps=2,
+                            rows=4)
+
+    def work(model, ids):
+        generator = torch.Generator().manual_seed(5)
+        keys = [recover.prompt_init(model, how.key, generator=generator) for _ in trial.SETS]
+        locks = trial.train_locks(model, keys, Made.world, how, generator)
+        batches = trial.taught_by([trial.opener(locks, key) for key in keys],
+                                  trial.rows_of_groups(trial.SETS, Made.world, how, 0, ids.device))
+        pool = trial.new_pool(locks, 2, how.prompt, generator, probe=True)
+        trial.train_pool(locks, pool, "selected", batches, how)
+        small = unpacked(compress(model, IDS, "rtn", bits=3)[0])
+        return [locks(ids), *pool.prompts, mechanism.error_shape(small, model, IDS, 2),
+                mechanism.correct_means(small, model, IDS)(ids)]
+    same(work)
+
+
+@pytest.mark.parametrize("job", [
+    lambda nowhere: compress_files(["--in", "a", "--text", "b", "--method", "rtn", "--bits", "3", *nowhere], compress),
+    lambda nowhere: go_on(["--model", "a", *nowhere]), jobs.train_job, jobs.compress_job, jobs.repair_job, ask.main,
+    mechanism.main, trial.main, lambda nowhere: sweeps.main(["bits", *nowhere])])
+def test_an_absent_device_is_one_line(job):
+    """The real study's is in test_real.py."""
+    for device in ("nowhere", "meta", "cuda")[:2 + (not torch.cuda.is_available())]:
+        with pytest.raises(ValueError, match=f"--device {device}: [^\\n]+$"):
+            job(["--device", device])
+
+
+def test_the_studys_absent_device_has_status_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--device", "nowhere"])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("evaluate.py: --device nowhere: ")
 
 
 def test_half_precision():
