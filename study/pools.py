@@ -159,21 +159,28 @@ def try_selectors(run, subject, base):
     gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)
     points = torch.stack([each["attention"], gain], dim=-1).flatten(0, 1)
     return {"rows": [{"name": name, "right": right.tolist(), "passes": n} for name, (right, n) in out.items()],
-            "rho": rank_correlation(each["attention"], each["logprob"]).tolist(),
+            "rho": [None if rho != rho else rho for rho in rank_correlation(each["attention"], each["logprob"]).tolist()],
             "chosen": torch.bincount(chosen, minlength=gain.shape[1]).tolist(), "by_attribute": by_attribute,
             "points": points[::max(1, len(points) // 500)][:500].tolist()}
 
 
 def with_intervals(tried, facts, seed):
-    """What `try_selectors` found, with intervals over people in place of single facts; `facts` are those it asked."""
-    generator = torch.Generator().manual_seed(seed + 5)
-    columns = [row["right"] for row in tried["rows"]] + [tried["rho"]]
-    people, sizes = by_person(columns, facts)
-    samples, means = resampled(people, 10_000, generator, sizes).numpy(), people.sum(0) / sizes.sum()
-    rule = samples[:, 0]
+    """What `try_selectors` found, with intervals over people in place of single facts; `facts` are those it asked. The
+    correlation is a mean over the facts that have one, and None where there is none: all prompts alike to every fact.
+    """
+    def over_people(columns, facts):
+        """The mean of each column, and (resamples, columns) of it."""
+        people, sizes = by_person(columns, facts)
+        drawn = resampled(people, 10_000, torch.Generator().manual_seed(seed + 5), sizes).numpy()
+        return people.sum(0) / sizes.sum(), drawn
+    means, samples = over_people([row["right"] for row in tried["rows"]], facts)
+    rule, correlation = samples[:, 0], None
     rows = [{"name": row["name"], "recall": float(means[i]), "interval": interval(samples[:, i]),
              "over_rule": interval(samples[:, i] - rule), "extra_passes": row["passes"]}
             for i, row in enumerate(tried["rows"])]
-    return {"selectors": rows,
-            "correlation": {"rho": float(means[-1]), "interval": interval(samples[:, -1])},
+    ranked = [(rho, fact) for rho, fact in zip(tried["rho"], facts) if rho is not None]
+    if ranked:
+        mean, drawn = over_people([[rho for rho, _ in ranked]], [fact for _, fact in ranked])
+        correlation = {"rho": float(mean[0]), "interval": interval(drawn[:, 0])}
+    return {"selectors": rows, "correlation": correlation,
             **{key: tried[key] for key in ("chosen", "by_attribute", "points")}}

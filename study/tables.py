@@ -120,11 +120,15 @@ def selector_table(model):
     rows = [[row["name"], share((row["recall"], row["interval"])),
              "[{:+.1f}, {:+.1f}]".format(*(100 * x for x in row["over_rule"])), row["extra_passes"]]
             for row in model["idp"]["selectors"]]
-    c = model["idp"]["correlation"]
-    bounds = "[{:+.3f}, {:+.3f}]".format(*c["interval"])
     return markdown(["choice", "held-out %", "over the paper's rule, points", "extra passes"], rows) + (
-        f"\n\nrank correlation of attention with the right answer's log-probability: {c['rho']:+.3f} {bounds}; "
+        f"\n\nrank correlation of attention with the right answer's log-probability: {correlation(model) or 'none'}; "
         f"chosen: {model['idp']['chosen']}")
+
+
+def correlation(model):
+    """The rank correlation of a pool's attention with its interval; "" where no question has one."""
+    c = model["idp"]["correlation"]
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(c["rho"], *c["interval"]) if c else ""
 
 
 def pool_table(results):
@@ -135,10 +139,10 @@ def pool_table(results):
     rows = []
     for m in results["models"]:
         if m.get("idp"):
-            found, c = {row["name"]: row for row in m["idp"]["selectors"]}, m["idp"]["correlation"]
+            found = {row["name"]: row for row in m["idp"]["selectors"]}
             rows.append([m["id"], *(share((found[n]["recall"], found[n]["interval"])) if n in found else ""
                                     for n in short.values()),
-                         "{:+.3f} [{:+.3f}, {:+.3f}]".format(c["rho"], *c["interval"])])
+                         correlation(m)])
     return markdown(["pool", *short, "rank correlation"], rows)
 
 
