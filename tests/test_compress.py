@@ -973,6 +973,22 @@ def test_what_does_not_fit_is_one_line_before_any_work(what, monkeypatch):  # C1
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("N", [1, 4])
+def test_a_pattern_that_keeps_all_of_a_group_prunes_nothing(method, N):
+    """N of N: every layer is as it was, or rounded as without a pattern; it is not packed as one, which takes N < M."""
+    model, ids = small_model(), tokens()
+    pruned, _ = compress(model, ids, method, n_m=(N, N))
+    for name, weight in model.blocks.state_dict().items():
+        torch.testing.assert_close(pruned.blocks.state_dict()[name], weight, rtol=0, atol=0)
+    rounded, _ = compress(model, ids, method, n_m=(N, N), bits=4)
+    plain, _ = compress(model, ids, "gptq" if method == "sparsegpt" else "rtn", bits=4)
+    for a, b in zip(rounded.blocks.modules(), plain.blocks.modules()):
+        assert type(a) is type(b)
+        if hasattr(a, "packed"):
+            assert torch.equal(a.packed.dequantize(), b.packed.dequantize())
+
+
 def test_a_layer_that_cannot_be_compressed_is_named():  # C11
     ids = tokens()
     for name, place in (("blocks.1.mlp.up", "weight"), ("blocks.2.attn.o", "weight")):

@@ -19,6 +19,7 @@ from study.costs import costs
 from study.repairs import unpacked
 from study.settings import StudyConfig
 from study.shares import add_attributes, add_shares
+from study.statistics import recall_interval
 from study.steps import Run
 from study.subjects import dense_subject
 from test_tables import cells
@@ -122,6 +123,23 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
     assert back["gain_logprob"] == pytest.approx(0.3) and back["gain_format"] == pytest.approx(0)
     low, high = rows[2]["intervals"]["displaced"]  # of 40 people half gain 2 of 3, half 1 of 3: 0.5 +- 1.96 * 0.026
     assert 0.44 < low < 0.46 and 0.54 < high < 0.56
+
+
+def test_recall_of_two_draws_is_each_models_own_mean():
+    """Forty people: dense all of five in both draws, compressed 4 and 3, repaired 1 and 0. Only dense is at the edge, and
+    has the exact interval of 200 of 200; the mean of neighbouring models is nobody's recall."""
+    facts = [SimpleNamespace(person=i) for i in range(40) for _ in range(5)]
+    draws = [rows_of(*({"seen": right(*[n] * 40), "heldout": right(*[n] * 40)} for n in counts))
+             for counts in ((5, 4, 1), (5, 3, 0))]
+    add_shares(draws, dict.fromkeys(("seen", "heldout"), facts), 0)
+    rows = draws[0]
+    assert [m["metrics"]["recall_heldout"] for m in rows] == pytest.approx([1.0, 0.7, 0.1])
+    assert [m["seeds"]["recall_heldout"] for m in rows] == [[1, 1], [pytest.approx(0.8), pytest.approx(0.6)], [pytest.approx(0.2), 0]]
+    bounds = [recall_interval([n] * 40, [5] * 40, [n / 5] * 100, seeds) for n, seeds in
+              ((5, (1, 1)), (3.5, (0.8, 0.6)), (0.5, (0.2, 0)))]
+    assert [m["intervals"]["recall_heldout"] for m in rows] == [pytest.approx(b) for b in bounds]
+    assert bounds[0] == pytest.approx([0.025 ** (1 / 200), 1])  # nobody wrong: the share that 200 right in a row leave
+    assert rows[2]["metrics"]["displaced"] == pytest.approx((0.1 - 0.7) / 0.3)
 
 
 def test_nothing_lost_is_no_fraction():

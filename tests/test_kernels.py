@@ -314,6 +314,18 @@ def test_layer_holds_packed_tensors_only():
         assert torch.allclose(layer(x), x @ p.dequantize().T + 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_gives_the_dtype_it_was_given(dtype):
+    """A bias that was stored in float32 must not turn a half-precision model's activations into float32."""
+    for p in layers():
+        layer = PackedLinear(p, torch.arange(24.0) / 3)
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+        y = layer(x)
+        assert y.dtype == dtype and layer.bias.dtype == torch.float32
+        exact = x.double() @ p.dequantize().double().T + layer.bias.double()
+        assert float((y.double() - exact).abs().max() / exact.abs().max()) < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("enabled", (False, True))
 def test_gradient_reaches_the_input_and_keeps_no_float_weight(enabled, monkeypatch):
     monkeypatch.setattr(compiling._State, "enabled", enabled)  # while gradients are recorded the eager twin computes

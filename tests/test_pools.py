@@ -1,5 +1,7 @@
 """The look inside, against slow loops and cases in which the answer is known beforehand."""
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +77,50 @@ def test_the_best_single_prompt_is_chosen_on_other_people(scene, monkeypatch):
     monkeypatch.setattr(pools, "under_each", under_each)
     out, _ = pools.selectors(encoding, model, pool, given, others, torch.Generator().manual_seed(1))
     assert out["best single on validation"][0].tolist() == [0.0] * 9 + [1.0] == out["prompt 2 alone"][0].tolist()
+
+
+def tried_by_hand(monkeypatch, attention, logprob):
+    """`try_selectors` where each fact's scores and log-probabilities under three prompts are given."""
+    people = make_world(WorldConfig(seen=2, heldout=2, validation=2, novel=2))
+    facts = [f for f in facts_about(people[2:4]) if f.attribute in ("city", "year")]  # Ada's city and year, Ben's
+    each = {"attention": torch.tensor(attention), "logprob": torch.tensor(logprob)}
+    out = {"the rule": (torch.tensor([1.0, 0.0, 0.0, 0.0]), 0), "oracle": (torch.tensor([1.0, 1.0, 1.0, 0.0]), 2)}
+    monkeypatch.setattr(pools, "selectors", lambda *given: (out, each))
+    run = SimpleNamespace(config=SimpleNamespace(ablation_people=2, seed=0),
+                          world=SimpleNamespace(encoding=None, facts=lambda split, people: facts))
+    about = {"operation": {"parameters": {"size": (3, 2, "together")}}, "tensors": [torch.zeros(2, 4)] * 3}
+    tried = pools.try_selectors(run, SimpleNamespace(about=about), SimpleNamespace(model=None))
+    return json.loads(json.dumps(tried, allow_nan=False)), facts
+
+
+def test_what_prompts_gain_is_against_their_mean_on_the_same_question(monkeypatch):
+    """Three prompts and four questions, of which the second is hard under every prompt: its gains are small."""
+    attention = [[0.5, 0.25, 0.25], [0.25, 0.5, 0.125], [0.125, 0.25, 0.5], [0.5, 0.25, 0.125]]
+    logprob = [[-1.0, -2.0, -3.0], [-30.0, -30.0, -33.0], [-1.0, -1.0, -1.0], [-3.0, -2.0, -1.0]]
+    tried, facts = tried_by_hand(monkeypatch, attention, logprob)
+    gains = [1, 0, -1, 1, 1, -2, 0, 0, 0, -1, 0, 1]
+    assert tried["points"] == [[a, g] for a, g in zip(sum(attention, []), gains)]
+    assert tried["chosen"] == [2, 1, 1] and tried["by_attribute"] == {"city": [1, 0, 1], "year": [1, 1, 0]}
+    # ranks of the first question: 2, 0.5, 0.5 and 2, 1, 0; of the second 1, 2, 0 and 1.5, 1.5, 0; the third has no order
+    assert tried["rho"] == pytest.approx([3 ** 0.5 / 2, 3 ** 0.5 / 2, None, -1])
+    found = pools.with_intervals(tried, facts, 0)
+    assert found["correlation"]["rho"] == pytest.approx((3 ** 0.5 - 1) / 3)  # of three questions, not of four
+    low, high = found["correlation"]["interval"]  # Ada twice, both, or Ben twice
+    assert (low, high) == pytest.approx((-1, 3 ** 0.5 / 2))
+    rule, oracle = found["selectors"]
+    assert (rule["recall"], oracle["recall"]) == (0.25, 0.75) and rule["over_rule"] == [0, 0]
+    assert rule["interval"] == [0, 0.5] and oracle["interval"] == [0.5, 1] and oracle["over_rule"] == [0.5, 0.5]
+    assert (rule["extra_passes"], oracle["extra_passes"]) == (0, 2)
+
+
+def test_a_pool_whose_prompts_are_all_alike_has_no_correlation(monkeypatch):
+    """Its table and its page are written all the same."""
+    tried, facts = tried_by_hand(monkeypatch, [[0.25] * 3] * 4, [[-1.0, -2.0, -3.0]] * 4)
+    found = pools.with_intervals(tried, facts, 0)
+    assert tried["rho"] == [None] * 4 and found["correlation"] is None
+    results = {"models": [{"id": "p", "idp": found}]}
+    assert cells(tables.pool_table(results).splitlines()[-1])[-1] == ""
+    assert "log-probability: none; chosen: [4, 0, 0]" in tables.selector_table(results["models"][0])
 
 
 def test_ensemble_of_one_is_that_one(scene):

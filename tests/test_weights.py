@@ -44,6 +44,21 @@ def test_the_dtype_asked_for_is_the_rounded_float32(tmp_path, dtype):
         load_pretrained(folder, dtype=torch.int8)
 
 
+@pytest.mark.parametrize("stored, norms, own", [
+    (torch.bfloat16, torch.float32, torch.bfloat16), (torch.float16, torch.float32, torch.float16),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float32)])
+def test_a_checkpoints_own_dtype_is_that_of_its_matrices(tmp_path, stored, norms, own):
+    """As 16-bit files are written: norms and biases often stay in float32. One float32 matrix makes it float32."""
+    tensors = {k: t.to(stored if t.dim() == 2 else norms) for k, t in golden_tensors("llama").items()}
+    folder = write_folder(tmp_path / "m", "llama", tensors)
+    model = load_pretrained(folder, dtype=None)[0]
+    assert {p.dtype for p in model.parameters()} == {own}
+    name = next(k for k, t in tensors.items() if t.dim() == 2 and "mlp" in k)
+    write_folder(folder, "llama", {**tensors, name: tensors[name].float()})
+    assert load_pretrained(folder, dtype=None)[0].wte.weight.dtype == torch.float32
+    assert load_pretrained(folder)[0].wte.weight.dtype == torch.float32
+
+
 def test_shards_old_names_and_old_settings_load_the_same(tmp_path):
     whole = load_pretrained(write_folder(tmp_path / "whole", "llama-scaled-gqa"))[0]
     config = copy.deepcopy(GOLDEN["models"]["llama-scaled-gqa"]["config"])
