@@ -8,6 +8,8 @@ One pool of prompts, every way to choose from it: does attention choose well?
 
 What it leaves out: a choice made again during the answer.
 """
+import math
+
 import torch
 
 import idp
@@ -158,8 +160,9 @@ def try_selectors(run, subject, base):
                     for a in dict.fromkeys(f.attribute for f in facts)}
     gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)
     points = torch.stack([each["attention"], gain], dim=-1).flatten(0, 1)
+    rho = rank_correlation(each["attention"], each["logprob"])
     return {"rows": [{"name": name, "right": right.tolist(), "passes": n} for name, (right, n) in out.items()],
-            "rho": [None if rho != rho else rho for rho in rank_correlation(each["attention"], each["logprob"]).tolist()],
+            "rho": [None if math.isnan(r) else r for r in rho.tolist()],
             "chosen": torch.bincount(chosen, minlength=gain.shape[1]).tolist(), "by_attribute": by_attribute,
             "points": points[::max(1, len(points) // 500)][:500].tolist()}
 

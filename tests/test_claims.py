@@ -35,7 +35,8 @@ def study(prompt=range(12), pool=range(4), **shares):
     unless said."""
     made = {(base, tag): right for base, tag, right in (
         ("GPTQ 3 bits", "prompt 8", prompt), ("GPTQ 3 bits", "prompt 32", range(13)),
-        ("GPTQ 3 bits", "IDP 4 x 8", pool), ("GPTQ 3 bits", "LoRA rank 1", range(9)), ("RTN 3 bits", "prompt 8", range(20)))}
+        ("GPTQ 3 bits", "IDP 4 x 8", pool), ("GPTQ 3 bits", "LoRA rank 1", range(9)),
+        ("RTN 3 bits", "prompt 8", range(20)))}
     rows = [row(None, "dense", range(24)), row("dense", "GPTQ 3 bits", range(4)), row("dense", "RTN 3 bits", range(2)),
             *(row(base, tag, right) for (base, tag), right in made.items())]
     given = {"prompt": lopsided(0.3), "long": exactly(0.4), "pool": lopsided(0.2), "equal": exactly(0.1),

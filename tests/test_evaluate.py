@@ -126,15 +126,15 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
 
 
 def test_recall_of_two_draws_is_each_models_own_mean():
-    """Forty people: dense all of five in both draws, compressed 4 and 3, repaired 1 and 0. Only dense is at the edge, and
-    has the exact interval of 200 of 200; the mean of neighbouring models is nobody's recall."""
+    """Forty people: dense all of five in both draws, compressed 4 and 3, repaired 1 and 0. Only dense is at the edge,
+    and has the exact interval of 200 of 200; the mean of neighbouring models is nobody's recall."""
     facts = [SimpleNamespace(person=i) for i in range(40) for _ in range(5)]
     draws = [rows_of(*({"seen": right(*[n] * 40), "heldout": right(*[n] * 40)} for n in counts))
              for counts in ((5, 4, 1), (5, 3, 0))]
     add_shares(draws, dict.fromkeys(("seen", "heldout"), facts), 0)
     rows = draws[0]
     assert [m["metrics"]["recall_heldout"] for m in rows] == pytest.approx([1.0, 0.7, 0.1])
-    assert [m["seeds"]["recall_heldout"] for m in rows] == [[1, 1], [pytest.approx(0.8), pytest.approx(0.6)], [pytest.approx(0.2), 0]]
+    assert [m["seeds"]["recall_heldout"] for m in rows] == [pytest.approx(s) for s in ((1, 1), (0.8, 0.6), (0.2, 0))]
     bounds = [recall_interval([n] * 40, [5] * 40, [n / 5] * 100, seeds) for n, seeds in
               ((5, (1, 1)), (3.5, (0.8, 0.6)), (0.5, (0.2, 0)))]
     assert [m["intervals"]["recall_heldout"] for m in rows] == [pytest.approx(b) for b in bounds]

@@ -101,7 +101,7 @@ def test_what_prompts_gain_is_against_their_mean_on_the_same_question(monkeypatc
     gains = [1, 0, -1, 1, 1, -2, 0, 0, 0, -1, 0, 1]
     assert tried["points"] == [[a, g] for a, g in zip(sum(attention, []), gains)]
     assert tried["chosen"] == [2, 1, 1] and tried["by_attribute"] == {"city": [1, 0, 1], "year": [1, 1, 0]}
-    # ranks of the first question: 2, 0.5, 0.5 and 2, 1, 0; of the second 1, 2, 0 and 1.5, 1.5, 0; the third has no order
+    # ranks of the first question: 2, 0.5, 0.5 and 2, 1, 0; of the second 1, 2, 0 and 1.5, 1.5, 0; the third has none
     assert tried["rho"] == pytest.approx([3 ** 0.5 / 2, 3 ** 0.5 / 2, None, -1])
     found = pools.with_intervals(tried, facts, 0)
     assert found["correlation"]["rho"] == pytest.approx((3 ** 0.5 - 1) / 3)  # of three questions, not of four

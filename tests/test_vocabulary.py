@@ -177,7 +177,8 @@ def test_whole_words_count_only_where_merges_are_ignored(tmp_path):
     assert encoding.decode([whole]) == " library" and encoding.special_tokens_set == {"<|endoftext|>", "<|im_start|>"}
 
 
-@pytest.mark.parametrize("settings", [{"bos_token": "<no>"}, {"bos_token": None}, {}, {"bos_token": {"content": "<no>"}}])
+@pytest.mark.parametrize("settings", [{"bos_token": "<no>"}, {"bos_token": None}, {},
+                                      {"bos_token": {"content": "<no>"}}])
 def test_a_token_to_put_in_front_of_every_text_must_be_there(tmp_path, settings):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, **settings}))
     with pytest.raises(ValueError, match="tokenizer_config.json: add_bos_token asks for .* is not in the vocabulary"):
@@ -196,7 +197,7 @@ def test_a_gguf_file_whose_first_or_last_token_is_none_is_refused(tmp_path, chan
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_an_added_token_is_normalized_where_it_is_looked_for_in_normalized_text(tmp_path, normalized):
-    """Ids as the original tokenizer's: written e and accent, it is found in either form; or else only as it is written."""
+    """Ids as the original tokenizer's: written e and accent, it is found in either form, or only as it is written."""
     t = copy.deepcopy(variant("qwen2"))
     t["added_tokens"].append({"id": 382, "content": "e\u0301", "special": False, "normalized": normalized})
     encoding = in_folder(tmp_path, t)
