@@ -70,8 +70,8 @@ def from_folder(path, config, size):
     eos = config.get("eos_token_id")
     eos = (eos or [None])[0] if isinstance(eos, list) else eos
     if extra.get("add_bos_token") is True and (not isinstance(bos, str) or bos not in vocab):
-        raise ValueError(f"{os.path.join(path, 'tokenizer_config.json')}: add_bos_token asks for a token in front of every "
-                         f"text, but bos_token {bos!r} is not in the vocabulary"[:300])
+        raise ValueError(f"{os.path.join(path, 'tokenizer_config.json')}: add_bos_token asks for a token in front of "
+                         f"every text, but bos_token {bos!r} is not in the vocabulary"[:300])
     bos, end = (vocab.get(token) if isinstance(token, str) else None for token in (bos, named.get("eos_token")))
     eos = end if eos is None else eos
     if eos is not None and type(eos) is not int:
@@ -208,9 +208,10 @@ def from_gguf(path, metadata, size):
     special = special if types else None
     add = metadata.get("tokenizer.ggml.add_bos_token", pre in LIKE_LLAMA3)
     bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    if type(add) is not bool or any(type(token) not in (int, type(None)) for token in (bos, eos)) or add and bos is None:
-        raise ValueError(f"{path}: tokenizer.ggml: add_bos_token is {add!r}, bos_token_id {bos!r}, eos_token_id {eos!r}: "
-                         "not true or false, no numbers of tokens, or no token to add"[:300])
+    numbers = all(token is None or type(token) is int for token in (bos, eos))
+    if type(add) is not bool or not numbers or add and bos is None:
+        raise ValueError(f"{path}: tokenizer.ggml: add_bos_token is {add!r}, bos_token_id {bos!r}, eos_token_id {eos!r}"
+                         ": not true or false, no numbers of tokens, or no token to add"[:300])
     return byte_pairs(path, vocab, [m.split(" ") for m in merges], GGUF_SPLITS[pre], size, special,
                       ({t: vocab[t] for t in added}, {}), unused, whole=pre in LIKE_LLAMA3,
                       nfc=GGUF_SPLITS[pre] == QWEN2_SPLIT, bos=bos if add else None, eos=eos)
