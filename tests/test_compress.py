@@ -496,7 +496,7 @@ def test_weights_near_the_end_of_float32_are_finite_or_refused(way):
 def test_the_grid_that_is_too_large_is_counted():
     """Two bits from -3e38 to 3e38 are steps of 2e38; 0 is one of its values, so that an end lies at 4e38."""
     W = torch.tensor([[-3e38, 0.0, 3e38], [-1.0, 0.0, 1.0]])
-    with pytest.raises(ValueError, match="1 of 2 grids reach beyond float32, 3.4e.38: .* too large .* to 2 bits"):
+    with pytest.raises(ValueError, match="1 of 2 grids reach beyond float32, 3.4e.38: .* too large for 2 bits"):
         rtn(W, 2)
     assert rtn(W[1:], 2).scale.tolist() == [[pytest.approx(2 / 3)]]
 
