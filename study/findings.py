@@ -23,6 +23,7 @@ from study.statistics import judged
 
 LOST = 0.05  # of the dense model's recall: more is "hurt"
 MARGIN = 0.05  # of what was lost: a repair that brings back so much less is as good as the other
+SCORED = 47  # text tokens that perplexity counts in a window: of 64, the first and 16 more are only read
 
 
 def checklist(results):
@@ -186,15 +187,21 @@ def prompts_match_lora(results):
 
 
 def longer_prompts_read_better(results):
-    """Perplexity a text token falls from the shortest prompt to the longest; by the wrong divisor it seems to."""
-    said, holds = [], True
-    for base in sorted({p["series"] for p in results.get("sweeps", {}).get("prompt-length", {}).get("points", [])}):
-        found = points(results, "prompt-length", base)
-        short, long = found[min(found)], found[max(found)]
-        holds &= long["perplexity"] < short["perplexity"]
-        right, wrong = (f"{short[key]:.2f} to {long[key]:.2f}" for key in ("perplexity", "perplexity_wrong_divisor"))
-        said.append(f"{base}, {min(found)} to {max(found)} tokens: {right}, by the wrong divisor {wrong}")
-    return (holds, "; ".join(said)) if said else missing("python -m study sweep prompt-length")
+    """Perplexity a text token falls from the shortest prompt to the longest of every compressed model. Published code
+    divides the loss by text and prompt positions together: exp(loss * text / (text + P)) falls with P whatever is read.
+    """
+    said, holds = [], []
+    for base in made_by(results, "quantize") + made_by(results, "prune"):
+        found = {m["operation"]["parameters"]["size"]: m["metrics"]["perplexity"]
+                 for m in made_by(results, "prompt", base["id"])
+                 if m["operation"]["parameters"].get("objective") != "next_token"}
+        if len(found) > 1:
+            ends = min(found), max(found)
+            right, wrong = [found[P] for P in ends], [found[P] ** (SCORED / (SCORED + P)) for P in ends]
+            holds.append(right[1] < right[0])
+            said.append("{}, {} to {} tokens: {:.2f} to {:.2f}, by the wrong divisor {:.2f} to {:.2f}".format(
+                base["tag"], *ends, *right, *wrong))
+    return (every(holds), "; ".join(said)) if said else missing("no model is repaired by prompts of two lengths")
 
 
 def pools_and_lora(results):

@@ -5,6 +5,9 @@ import json
 import pytest
 
 from study import findings
+from test_evaluate import tiny
+from world.score import CONTEXT
+from world.small import World
 
 
 def model(tag, base, operation, heldout, displaced=None, **metrics):
@@ -24,9 +27,7 @@ RESULTS = {"models": [
 SWEEPS = {
     "sparsity": {"points": [{"series": series, "x": x, "recall_heldout": [r, r - 0.01, r + 0.01]} for series, x, r in (
         ("SparseGPT", 0.25, 0.88), ("SparseGPT", 0.3, 0.8), ("SparseGPT", 0.5, 0.6), ("SparseGPT 2:4", 0.5, 0.5),
-        ("magnitude", 0.5, 0.4), ("magnitude 2:4", 0.5, 0.3), ("Wanda", 0.5, 0.4), ("Wanda 2:4", 0.5, 0.3))]},
-    "prompt-length": {"points": [{"series": "GPTQ", "x": x, "perplexity": 3.05,
-                                  "perplexity_wrong_divisor": 3.05 - x / 99} for x in (1, 32)]}}
+        ("magnitude", 0.5, 0.4), ("magnitude 2:4", 0.5, 0.3), ("Wanda", 0.5, 0.4), ("Wanda 2:4", 0.5, 0.3))]}}
 
 
 def nearer(models, lora, pool):
@@ -59,14 +60,36 @@ def test_without_intervals_nothing_follows():
 def test_sweeps_close_what_was_open():
     results = {**RESULTS, "sweeps": copy.deepcopy(SWEEPS)}
     holds = found(results)
-    assert holds["early_sparsity_hurts"] and holds["n_m_is_worse"] and holds["longer_prompts_read_better"] is False
-    assert "by the wrong divisor 3.04 to 2.73" in findings.show(results)
+    assert holds["early_sparsity_hurts"] and holds["n_m_is_worse"]
     sweep = results["sweeps"]["sparsity"]["points"]
     sweep[1]["recall_heldout"] = [0.86, 0.84, 0.88]  # 4 % of 0.9, and 0 to 8: below and above what hurts
     sweep[5]["recall_heldout"] = [0.395, 0.385, 0.405]  # 2:4 as good as anywhere
     assert found(results)["early_sparsity_hurts"] is found(results)["n_m_is_worse"] is None
     sweep[5]["recall_heldout"] = [0.5, 0.49, 0.51]
     assert found(results)["n_m_is_worse"] is False
+
+
+def prompted(base, P, perplexity, objective="distillation"):
+    """A row repaired by a prompt of P tokens."""
+    row = model(f"{base} prompt {P} {objective}", base, "prompt", 0.7, perplexity=perplexity)
+    row["operation"]["parameters"] = {"size": P, "objective": objective}
+    return row
+
+
+@pytest.mark.parametrize("rows, now", [
+    ([("GPTQ", 8, 3.05), ("GPTQ", 100, 3.05)], False), ([("GPTQ", 8, 3.05), ("GPTQ", 100, 3.04)], True),
+    ([("GPTQ", 8, 3.05), ("GPTQ", 100, 3.04), ("RTN", 8, 3.05), ("RTN", 100, 3.05)], False),
+    ([("GPTQ", 8, 3.05), ("GPTQ", 100, 3.04), ("GPTQ", 100, 9, "next_token")], True), ([("GPTQ", 8, 3.05)], None)])
+def test_the_wrong_divisor_flatters_longer_prompts(rows, now):
+    """P2: a loss of ln 7 on 47 text tokens a window prints as exp(ln 7 * 47 / 147) = 1.86 behind 100 prompt tokens."""
+    results = {"models": [*RESULTS["models"], *(prompted(*row) for row in rows)]}
+    assert found(results)["longer_prompts_read_better"] is now
+    held = {"models": [*RESULTS["models"], prompted("RTN", 100, 7.0), prompted("RTN", 0, 7.0)]}
+    assert "RTN, 0 to 100 tokens: 7.00 to 7.00, by the wrong divisor 7.00 to 1.86" in findings.show(held)
+
+
+def test_perplexity_is_over_so_many_text_tokens(tmp_path):
+    assert World(tiny(tmp_path)).windows[:, CONTEXT + 1:].shape[1] == findings.SCORED
 
 
 @pytest.mark.parametrize("change, now", [
