@@ -1181,9 +1181,9 @@ function scores(corner, list, key, of) {
 
 // ----------------------------------------------------------------------------------------------- 12. Dose and response
 
-const DOSE = { bits: "bits a weight", sparsity: "share of zeros", "prompt-length": "tokens of the prompt",
-  rank: "rank of LoRA", damage: "damage" };
-const RATIOS = ["prompt-length", "rank"];                   // drawn on a logarithm
+const DOSE = { bits: "bits a weight", sparsity: "share of zeros", damage: "damage", size: "parameters of the repair",
+  steps: "steps of training" };
+const RATIOS = ["size", "steps"];                           // drawn on a logarithm
 const DASHES = [null, "6 3", "2 3", "9 3 2 3", "1 5", "12 4"];
 const MARKS = ["dense", "quantize", "LoRA", "prune", "prompt", "prefix"];
 
@@ -1197,33 +1197,34 @@ function drawSweeps() {
     fill(part("sweeps", "figure"), missing("Sweeps", "python -m study sweep bits adds one."));
     return;
   }
-  const points = study.sweeps[name].points, damage = points.some(p => p.displaced);
-  const measures = damage ? ["displaced", "relearned"]
+  const points = study.sweeps[name].points, damage = name === "damage", repairs = points.some(p => p.displaced);
+  const measures = repairs ? ["displaced", "relearned"]
     : [...RECALLS.map(([n]) => n), "perplexity"].filter(n => points.some(p => own(p, n) !== null));
   const measure = measures.includes(chosen.measure) ? chosen.measure : measures[0];
   fill(part("sweeps", ".controls"),
     picker("sweep-of", "varied", names.map(n => [n, DOSE[n] || n]), name, v => choose({ sweep: v }, ["sweeps"])),
     picker("sweep-measure", "measured", measures.map(n => [n, nameOf(n)]), measure,
       v => choose({ measure: v }, ["sweeps"])));
-  const share = damage || measure.startsWith("recall"), sayShare = v => `${plain(100 * v)} %`;
+  const share = repairs || measure.startsWith("recall"), sayShare = v => `${plain(100 * v)} %`;
   const found = points.map(p => {
     const [mean, low = null, high = null] = [own(p, measure)].flat();
-    const panel = damage ? p.repair : "", x = damage ? p.lost : p.x;
-    return { series: p.series, panel, level: String(p.x), x, mean, low, high };
+    const panel = (damage ? p.repair : p.base) || "", level = damage ? String(p.x) : p.repair;
+    return { series: p.series, panel, level, x: damage ? p.lost : p.x, mean, low, high };
   }).filter(p => number(p.x) !== null && number(p.mean) !== null);
   const x = { name: damage ? "held-out recall that was lost" : DOSE[name] || name, log: RATIOS.includes(name),
     text: damage || name === "sparsity" ? sayShare : plain, values: found.map(p => p.x) };
   const held = v => share ? Math.max(-0.5, Math.min(1.5, v)) : v;                       // see scatter()
   const y = { name: nameOf(measure), text: share ? sayShare : plain,
     values: found.flatMap(p => numbers([p.mean, p.low, p.high]).map(held)) };
-  const role = damage || RATIOS.includes(name) ? "repaired" : "compressed";
+  const role = repairs ? "repaired" : "compressed";
   const panels = [...new Set(found.map(p => p.panel))];
   const width = panels.length > 1 && pageWidth > 900 ? (pageWidth - 36) / 2 : Math.min(pageWidth, 820);
   fill(part("sweeps", "figure"), html("div.small-multiples", panels.map(panel => html("div", panel && html("h3", panel),
     lines(found.filter(p => p.panel === panel), { width, role, x, y })))));
   fill(part("sweeps", ".behind"), behind("sweep-table", "The lines as a table", () => table("Sweep",
-    ["series", ...(damage ? ["repair", "level"] : []), x.name, y.name, "95 % interval"],
-    found.map(p => [p.series, ...(damage ? [p.panel, p.level] : []), x.text(p.x),
+    ["series", ...(damage ? ["repair", "level"] : repairs ? ["model", "repair"] : []), x.name, y.name,
+      "95 % interval"],
+    found.map(p => [p.series, ...(repairs ? [p.panel, p.level] : []), x.text(p.x),
       share ? tenths(p.mean) : plain(p.mean),
       numbers([p.low, p.high]).length === 2 ? shareRange([p.low, p.high]) : "–"]))));
 }
@@ -1242,9 +1243,11 @@ function lines(found, { width, role, x: across, y: up }) {
   const band = s => {
     const some = s.points.filter(p => numbers([p.low, p.high]).length === 2);
     const edge = [...some.map(p => [x(p.x), held(p.high)]), ...[...some].reverse().map(p => [x(p.x), held(p.low)])];
-    return some.length > 1 && path(`M${edge.join("L")}Z`, { fill: hue, opacity: 0.14 });
+    return some.length > 0 && path(`M${edge.join("L")}Z`,
+      { fill: hue, stroke: hue, "stroke-width": some.length > 1 ? 0 : 8, opacity: 0.14 });
   };
-  const said = (s, p) => [`${s.name}, ${p.panel ? `${p.level}, ` : ""}${across.name} ${across.text(p.x)}`,
+  const level = (s, p) => p.panel && p.level !== s.name ? `${p.level}, ` : "";
+  const said = (s, p) => [`${s.name}, ${level(s, p)}${across.name} ${across.text(p.x)}`,
     `${up.name} ${up.text(p.mean)}` + (p.low === null ? "" : ` (${up.text(p.low)} to ${up.text(p.high)})`)].join("\n");
   const ends = series.map(s => held(s.points.at(-1).mean)), places = apart(ends, 15);
   const name = (s, k) => [Math.abs(places[k] - ends[k]) > 6

@@ -1,18 +1,17 @@
 """
 Sweeps: one setting varied, everything else held, a point a run.
 
-    bits            RTN and GPTQ at 2 to 8 bits, GPTQ as published and with what `compress.gptq` adds
-    sparsity        magnitude, Wanda and SparseGPT at 10 % to 70 %, and with 2 of every 4 weights kept; SparseGPT as
-                    published and with `refit`
-    prompt-length   a soft prompt of 1 to 32 tokens for each compressed model that the study repairs
-    rank            LoRA of rank 1 to 32 for the same
-    damage          dose and response: four compressors at four levels each, and what a prompt, biases and LoRA of rank
-                    1 and 8 bring back, against what was lost
+    bits        RTN and GPTQ at 2 to 8 bits, GPTQ as published and with what `compress.gptq` adds
+    sparsity    magnitude, Wanda and SparseGPT at 10 % to 70 %, and with 2 of every 4 weights kept; SparseGPT as
+                published and with `refit`
+    damage      dose and response: four compressors at four levels each, and what a prompt, biases and LoRA of rank
+                1 and 8 bring back, against what was lost
+    size        what prompts of 1 to 32 tokens, biases and LoRA of rank 1 to 16 bring back, against their parameters,
+                where the study rounds to nearest and by GPTQ
+    steps       what prompts and biases bring back there after half as many steps as in the study to 8 times as many
 
-A point of damage is displaced and re-learned, see study/shares.py. Any other point is recall by split with its
-interval, and perplexity. For prompts, perplexity stands there twice: divided by the text's tokens, and as published
-code divides it, by text and prompt positions together. The second falls as the prompt grows, even where the model
-reads no better: exp(loss * text / (text + P)).
+A point of bits and sparsity is recall by split with its interval, and perplexity. A point of the others is displaced
+and re-learned, see study/shares.py.
 
 Runs of a sweep do not need each other: under torchrun every process makes its share in turn, and the first one reads
 the others', on one machine or on several that share the output folder. They meet only there: whoever wants what
@@ -37,22 +36,25 @@ from compress import compress
 from engine.files import read_json, write_text
 from study.comparisons import ANSWERS
 from study.repairs import attach, light, train_repair
-from study.settings import REPAIRS, config_of, job_parser, rate
+from study.settings import OPERATION, REPAIRS, config_of, job_parser, rate
 from study.shares import add_shares
 from study.statistics import by_person, interval, resampled
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
 from study.tables import markdown, share
-from world.score import CONTEXT, Subject, answer, perplexity
+from world.score import Subject, answer, perplexity
 from world.small import World
 
 BITS = (2, 3, 4, 5, 6, 8)
 SPARSITIES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
-LENGTHS = (1, 2, 4, 8, 16, 24, 32)
-RANKS = (1, 2, 4, 8, 16, 32)
-REPAIRED = ("GPTQ 3 bits", "SparseGPT 50 %")  # what sweeps of repairs begin from
-DOSES = ("prompt 8", "biases", "LoRA rank 1", "LoRA rank 8")  # how each of them is repaired
-SWEEPS = ("bits", "sparsity", "prompt-length", "rank", "damage")
+STEPS = (0.5, 1, 2, 4, 8)  # times the steps of the study
+SIZES = {**{f"prompt {n}": ("prompt", n) for n in (1, 2, 4, 8, 16, 32)},
+         **{tag: REPAIRS[tag] for tag in ("biases", "LoRA rank 1 on o")},
+         **{f"LoRA rank {n}": ("lora", n) for n in (1, 2, 4, 8, 16)}}
+REPAIRED = {"damage": ("prompt 8", "biases", "LoRA rank 1", "LoRA rank 8"), "size": tuple(SIZES),
+            "steps": ("prompt 8", "prompt 32", "biases")}  # how a sweep repairs what it damaged
+LENT = {"prompt": "prompt 8", "lora": "LoRA rank 8"}  # whose learning rate a size takes for which none was chosen
+SWEEPS = ("bits", "sparsity", *REPAIRED)
 
 
 def quantized(name, *levels):
@@ -66,63 +68,37 @@ def pruned(name, *levels):
     return [(f"{name} {zeros:.0f} %", ("prune", name.lower(), {"sparsity": zeros / 100})) for zeros in levels]
 
 
-DAMAGE = {"RTN": quantized("RTN", (2, 32), (3, 96), (3, 32), (4, 96)),
-          "GPTQ": quantized("GPTQ", (2, 96), (2, 32), (3, 96), (3, 32)),
-          "magnitude": pruned("magnitude", 30, 40, 50, 60),
-          "SparseGPT": pruned("SparseGPT", 40, 50, 60, 70)}
+DAMAGE = [*quantized("RTN", (2, 32), (3, 96), (3, 32), (4, 96)), *quantized("GPTQ", (2, 96), (2, 32), (3, 96), (3, 32)),
+          *pruned("magnitude", 30, 40, 50, 60), *pruned("SparseGPT", 40, 50, 60, 70)]
 
 
 def runs_of(name, config):
-    """The runs of a sweep, in order: dicts with "series" and "x", and how to make the model."""
-    if name == "damage":
-        return [{"series": series, "x": tag, "operation": operation} for series, levels in DAMAGE.items()
-                for tag, operation in levels]
+    """The runs of a sweep, in order: dicts that say what is measured and how its model, or its repairs, are made."""
+    if name in REPAIRED:
+        levels = DAMAGE if name == "damage" else [(tag, operation) for tag, operation in config.compressions.items()
+                                                  if operation[1] in ("rtn", "gptq")]
+        return [{"base": tag, "operation": operation, "repairs": {repair: SIZES[repair] for repair in REPAIRED[name]},
+                 "steps": int(times * config.repair_steps)}
+                for tag, operation in levels for times in (STEPS if name == "steps" else [1])]
     if name == "bits":
         group = next((how["group_size"] for _, _, how in config.compressions.values() if "group_size" in how), None)
         ways = {"RTN": ("rtn", {}), "GPTQ": ("gptq", {}),
                 "GPTQ, search and refit": ("gptq", {"search": True, "refit": True})}
         return [{"series": label, "x": bits, "method": method, "how": {"bits": bits, "group_size": group, **more}}
                 for label, (method, more) in ways.items() for bits in BITS]
-    if name == "sparsity":
-        ways = {"magnitude": ("magnitude", {}), "Wanda": ("wanda", {}), "SparseGPT": ("sparsegpt", {}),
-                "SparseGPT, refit": ("sparsegpt", {"refit": True})}
-        return [*({"series": label, "x": s, "method": method, "how": {"sparsity": s, **more}}
-                  for label, (method, more) in ways.items() for s in SPARSITIES),
-                *({"series": f"{label} 2:4", "x": 0.5, "method": method, "how": {"n_m": (2, 4), **more}}
-                  for label, (method, more) in ways.items())]
-    kind, sizes = {"prompt-length": ("prompt", LENGTHS), "rank": ("lora", RANKS)}[name]
-    return [{"series": base, "x": size, "kind": kind, "lr": nearest_rate(config, base, kind, size)}
-            for base in REPAIRED for size in sizes]
+    ways = {"magnitude": ("magnitude", {}), "Wanda": ("wanda", {}), "SparseGPT": ("sparsegpt", {}),
+            "SparseGPT, refit": ("sparsegpt", {"refit": True})}
+    return [*({"series": label, "x": s, "method": method, "how": {"sparsity": s, **more}}
+              for label, (method, more) in ways.items() for s in SPARSITIES),
+            *({"series": f"{label} 2:4", "x": 0.5, "method": method, "how": {"n_m": (2, 4), **more}}
+              for label, (method, more) in ways.items())]
 
 
-def nearest_rate(config, base, kind, size):
-    """The learning rate chosen for the repair of this kind whose size is the nearest ratio away."""
-    known = {how[1] if isinstance(how[1], int) else how[1][0]: rate(config, base, tag, *how)
-             for tag, how in config.repairs.items() if how[0] == kind}
-    if not known:
-        raise ValueError(f"no learning rate is known for {kind}")
-    return known[min(known, key=lambda other: max(size / other, other / size))]
-
-
-def make(run, point, dense, batches):
-    """(the Subject of one point of a sweep, the tokens that stand in front of its text)."""
-    config = run.config
-    if "method" in point:
-        model, _ = compress(dense.model, run.world.calibration(config), point["method"], **point["how"])
-        return Subject(model), 0
-    base = compressed_subject(run, dense, point["series"])
-    fit_config = recover.FitConfig(steps=config.repair_steps, lr=point["lr"])
-    tensors = train_repair(base.model, point["kind"], point["x"], batches(), recover.distillation, fit_config,
-                           config.seed, bfloat16=config.repair_bfloat16)
-    return attach(base.model, point["kind"], point["x"], tensors), point["x"] if point["kind"] == "prompt" else 0
-
-
-def measure(run, subject, length):
-    """What one point measures: recall by split [mean, low, high], perplexity a text token, and as others divide it."""
+def measure(run, point, dense):
+    """The point of one compressed model: its recall by split [mean, low, high] and its perplexity."""
     world, generator = run.world, torch.Generator().manual_seed(run.config.seed + 8)
-    out = {"perplexity": perplexity(subject, world.windows)}
-    scored = world.windows.shape[1] - 1 - CONTEXT  # text tokens a window
-    out["perplexity_wrong_divisor"] = out["perplexity"] ** (scored / (scored + length))
+    subject = Subject(compress(dense.model, world.calibration(run.config), point["method"], **point["how"])[0])
+    out = {"series": point["series"], "x": point["x"], "perplexity": perplexity(subject, world.windows)}
     for split, facts in world.asked(run.config).items():
         sums, sizes = by_person([[a["correct"] for a in answer(subject, facts, world.encoding)]], facts)
         drawn = resampled(sums, 10_000, generator, sizes)[:, 0]
@@ -130,14 +106,18 @@ def measure(run, subject, length):
     return out
 
 
-def dose(run, point, dense, batches):
-    """One level of damage: a point for each repair of DOSES, displaced and re-learned [mean, low, high] or None."""
-    repairs = {tag: REPAIRS.get(tag, ("lora", 1)) for tag in DOSES}
-    config = replace(run.config, compressions={point["x"]: point["operation"]}, repairs=repairs,
-                     rates={**run.config.rates, "LoRA rank 1": run.config.rates["LoRA rank 8"]})
+def dose(run, name, point, dense, batches):
+    """The points of one level of damage, one a repair: displaced and re-learned, [mean, low, high] or None."""
+    tag, steps, repairs = point["base"], point["steps"], point["repairs"]
+    config = replace(run.config, compressions={tag: point["operation"]}, repair_steps=steps)
     level, asked = Run(config, run.world, run.log), run.world.asked(config)
-    base = compressed_subject(level, dense, point["x"])
-    subjects = [dense, base, *(repaired_subject(level, base, tag, *how, batches) for tag, how in repairs.items())]
+    base = compressed_subject(level, dense, tag)
+
+    def repaired(repair, kind, size):
+        """Kept apart from the study's own repairs, which may have been trained on more threads."""
+        lr = rate(config, tag, repair if repair in config.rates else LENT[kind], kind, size)
+        return repaired_subject(level, base, f"{repair}, {steps} steps", kind, size, lambda: batches()[:steps], lr=lr)
+    subjects = [dense, base, *(repaired(repair, *how) for repair, how in repairs.items())]
     rows = [{"id": s.about["id"], "base": s.about["base"], "metrics": {}, "intervals": {},
              "answers": {split: answer(light(s), facts, run.world.encoding) for split, facts in asked.items()}}
             for s in subjects]
@@ -148,8 +128,13 @@ def dose(run, point, dense, batches):
         """[mean, low, high], or None where too little was lost to divide by."""
         value = row["metrics"][name]
         return None if value is None else [value, *row["intervals"][name]]
-    return [{"lost": lost, "repair": tag, **{name: share(row, name) for name in ("displaced", "relearned")}}
-            for tag, row in zip(repairs, rows[2:])]
+    points = []
+    for (repair, (kind, _)), subject, row in zip(repairs.items(), subjects[2:], rows[2:]):
+        extra = subject.about["extra"]
+        series, x = {"damage": (tag.split()[0], tag), "size": (OPERATION[kind], extra), "steps": (repair, steps)}[name]
+        points.append({"series": series, "x": x, "base": tag, "repair": repair, "parameters": extra, "lost": lost,
+                       **{key: share(row, key) for key in ("displaced", "relearned")}})
+    return points
 
 
 def run_sweep(run, name, dense):
@@ -157,7 +142,9 @@ def run_sweep(run, name, dense):
     config, rank, many = run.config, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     threads, made = torch.get_num_threads(), {}
     torch.set_num_threads(1)
-    batches, points = repair_batches(run, dense), runs_of(name, config)
+    points = runs_of(name, config)
+    longest = max(point.get("steps", 0) for point in points)  # shorter runs read the first of its batches
+    batches = repair_batches(Run(replace(config, repair_steps=longest), run.world, run.log), dense)
     own = range(rank, len(points), many)
     others = [i for i in range(len(points)) if i not in own] if rank == 0 else []  # read, waited for, or made here
     for i in [*own, *others]:
@@ -165,10 +152,9 @@ def run_sweep(run, name, dense):
         settings = {**dense.about["settings"], "run": point, "calibration": config.calibration,
                     "repair_batch": config.repair_batch, "steps": config.repair_steps,
                     "test_people": config.test_people}
-        found = run.once_json(f"sweep-{name}-{i:02d}", settings, ("study.sweeps", *ANSWERS),
-                              lambda: dose(run, point, dense, batches) if name == "damage"
-                              else [measure(run, *make(run, point, dense, batches))])
-        made[i] = [{"series": point["series"], "x": point["x"], **one} for one in found]
+        made[i] = run.once_json(f"sweep-{name}-{i:02d}", settings, ("study.sweeps", *ANSWERS),
+                                lambda: dose(run, name, point, dense, batches) if name in REPAIRED
+                                else [measure(run, point, dense)])
     torch.set_num_threads(threads)
     return None if rank else [one for i in sorted(made) for one in made[i]]
 
@@ -222,17 +208,27 @@ def results_of(path):
 
 def sweep_table(name, points):
     """A sweep as a Markdown table, recalls and shares in percent with their intervals."""
-    if name == "damage":
-        return markdown(["level", "lost %", *(f"{tag}: displaced %" for tag in DOSES)],
-                        [[base, f"{100 * mine[0]['lost']:.1f}",
-                          *(share(p["displaced"]) if p["displaced"] else "too little was lost" for p in mine)]
-                         for base, mine in ((x, [p for p in points if p["x"] == x])
-                                            for x in dict.fromkeys(p["x"] for p in points))])
+    def said(p, name="displaced"):
+        """A share in a cell."""
+        return share(p[name]) if p[name] else "too little was lost"
+    if name == "size":
+        return markdown(["model", "repair", "parameters", "displaced %", "re-learned %"],
+                        [[p["base"], p["repair"], f"{p['parameters']:,}", said(p), said(p, "relearned")]
+                         for p in points], 2)
+    if name in REPAIRED:  # a column a repair, or a number of steps
+        heads, row_of, column = {
+            "damage": (["level", "lost %"], lambda p: (p["x"], f"{100 * p['lost']:.1f}"), "{repair}: displaced %"),
+            "steps": (["model", "repair"], lambda p: (p["base"], p["repair"]), "{x} steps: displaced %")}[name]
+        rows = {}
+        for p in points:
+            rows.setdefault(row_of(p), {})[column.format(**p)] = said(p)
+        return markdown([*heads, *rows[row_of(points[0])]], [[*row, *cells.values()] for row, cells in rows.items()],
+                        len(heads) if name == "steps" else 1)
     splits = [key for key in points[0] if key.startswith("recall_")]
     heads = [key.removeprefix("recall_").replace("heldout", "held-out") + " %" for key in splits]
-    return markdown(["model", name, "perplexity", "by text + prompt (wrong)", *heads],
-                    [[p["series"], f"{p['x']:g}", f"{p['perplexity']:.2f}", f"{p['perplexity_wrong_divisor']:.2f}",
-                      *(share(p[split]) for split in splits)] for p in points])
+    return markdown(["model", name, "perplexity", *heads],
+                    [[p["series"], f"{p['x']:g}", f"{p['perplexity']:.2f}", *(share(p[split]) for split in splits)]
+                     for p in points])
 
 
 def main(arguments):

@@ -212,13 +212,18 @@ def with_everything(seed=1, people=40):
     study["pairs"] = [{"base": "GPTQ 3 bits", "a": "prompt 8", "b": "biases", "difference": -.12,
                        "interval": [-.17, -.07], "verdict": "inferior"}]
     study["sweeps"] = {"bits": {"settings": {}, "points": [
-        {"series": s, "x": b, "perplexity": 4 + 9 / b, "perplexity_wrong_divisor": 4 + 9 / b,
+        {"series": s, "x": b, "perplexity": 4 + 9 / b,
          **{f"recall_{split}": [1 - k / b ** 2, .96 - k / b ** 2, 1.02 - k / b ** 2] for split in SPLITS}}
         for s, k in (("RTN", 3.0), ("GPTQ", 1.4)) for b in (2, 3, 4, 5, 6, 8)]}, "damage": {"points": [
             {"series": s, "x": f"level {k}", "lost": .01 + .2 * k, "repair": r,
              "displaced": [d, d - .05, d + .05] if k else None, "relearned": [.05, 0, .1] if k else None}
             for s, d in (("RTN", .4), ("GPTQ", .06), ("SparseGPT", .08)) for r in ("prompt 8", "LoRA rank 8")
-            for k in range(4)]}}  # at level 0 too little was lost to divide by
+            for k in range(4)]},  # at level 0 too little was lost to divide by
+        "size": {"settings": {}, "points": [
+            {"series": s, "x": n, "base": base, "repair": f"{s} of {n}", "parameters": n, "lost": .2,
+             "displaced": [d, d - .05, d + .05], "relearned": [.05, 0, .1]}
+            for base in ("RTN 3 bits", "GPTQ 3 bits") for s, sizes in (("prompt", (96, 768, 3072)), ("biases", (768,)))
+            for n in sizes for d in [.1 + n / 10_000]]}}
     return json.loads(json.dumps(study)), predictions
 
 

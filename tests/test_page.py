@@ -989,6 +989,10 @@ def test_dose_and_response_is_a_line_and_a_band_for_each_series(browser, everyth
     assert rows[0][4:] == ["40.0 %", "35.0 to 45.0"]
     browser.open(everything[2] + "#sweep=bits&measure=perplexity")
     assert browser.js(drawn) == [["RTN, GPTQ", 2 * 6, 0]]
+    browser.open(everything[2] + "#sweep=size")  # a panel a model; one size alone has a bar for a band
+    assert browser.js(drawn) == [["prompt, biases", 4, 2]] * 2
+    hints = browser.js("return [...document.querySelectorAll('#sweeps [data-hint]')].map(n => n.dataset.hint)")
+    assert hints[1].startswith("prompt, prompt of 768, parameters of the repair 768")
 
 
 def test_nobody_is_blamed_for_what_nobody_can_know(browser, everything):

@@ -1,16 +1,17 @@
-"""Sweeps: the plan, the two divisors, and the same points from one process and from two."""
+"""Sweeps: the plan, what a dose measures, and the same points from one process and from two."""
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from study import settings, sweeps
 from study.subjects import dense_subject
 from study.steps import Run
+from world.score import Subject
 from world.small import World
 from test_tables import cells
 from test_evaluate import ROOT, tiny
@@ -24,13 +25,13 @@ from study.subjects import dense_subject
 from test_tables import cells
 from test_evaluate import tiny
 torch.set_num_threads(1)
-sweeps.BITS, sweeps.RANKS = (2, 4), (1, 2)
+sweeps.BITS, sweeps.REPAIRED["size"] = (2, 4), ("prompt 1", "biases", "LoRA rank 2")
 from study.steps import Run
 from world.small import World
 config = tiny({out!r})
 run = Run(config, World(config))
 dense = dense_subject(run)
-for name in ("bits", "rank"):
+for name in ("bits", "size"):
     points = sweeps.run_sweep(run, name, dense)
     if points:
         sweeps.keep(run, name, points, dense)
@@ -53,7 +54,7 @@ def test_two_processes_give_the_points_of_one(tmp_path):
     one = run_tiny(tmp_path / "one")
     two = run_tiny(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     assert one == two and [p["x"] for p in one["bits"]["points"]] == [2, 4] * 3
-    assert [p["series"] for p in one["rank"]["points"]] == ["GPTQ 3 bits"] * 2 + ["SparseGPT 50 %"] * 2
+    assert [p["base"] for p in one["size"]["points"]] == ["RTN 3 bits"] * 3 + ["GPTQ 3 bits"] * 3
 
 
 def test_each_process_makes_its_share_and_the_first_returns_all(tmp_path, monkeypatch):
@@ -61,44 +62,58 @@ def test_each_process_makes_its_share_and_the_first_returns_all(tmp_path, monkey
     made, run = [], Run(tiny(tmp_path), None)
     dense = SimpleNamespace(about={"settings": {}})
     monkeypatch.setattr(sweeps, "runs_of", lambda name, config: [{"series": "S", "x": x} for x in range(7)])
-    monkeypatch.setattr(sweeps, "make", lambda run, point, dense, batches: (made.append(point["x"]) or point["x"],))
-    monkeypatch.setattr(sweeps, "measure", lambda run, x: {"y": 10 * x})
+    monkeypatch.setattr(sweeps, "measure", lambda run, point, dense: made.append(point["x"]) or point)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank, share in ((1, [1, 4]), (0, [0, 3, 6, 2, 5])):
         made.clear()
         monkeypatch.setenv("RANK", str(rank))
         points = sweeps.run_sweep(run, "bits", dense)
         assert made == share and (points is None) == (rank == 1)
-    assert points == [{"series": "S", "x": x, "y": 10 * x} for x in range(7)]
+    assert points == [{"series": "S", "x": x} for x in range(7)]
 
 
 def test_plans_are_the_sweeps():
     config = settings.sized("default")
-    assert [len(sweeps.runs_of(name, config)) for name in sweeps.SWEEPS] == [18, 36, 14, 12, 16]
+    assert [len(sweeps.runs_of(name, config)) for name in sweeps.SWEEPS] == [18, 36, 16, 2, 10]
     first = sweeps.runs_of("bits", config)[0]
     assert first == {"series": "RTN", "x": 2, "method": "rtn", "how": {"bits": 2, "group_size": 96}}
     assert sweeps.runs_of("sparsity", config)[-1] == {"series": "SparseGPT, refit 2:4", "x": 0.5, "method": "sparsegpt",
                                                    "how": {"n_m": (2, 4), "refit": True}}
 
 
-@pytest.mark.parametrize("size, rate", [(1, 0.3), (8, 0.3), (13, 0.3), (16, 0.1), (32, 0.1)])
-def test_the_nearest_length_lends_its_learning_rate(size, rate):
-    """8 and 24 are known: 13 is 1.6 times 8 and 1.8 times fewer than 24; 16 is twice 8 and two thirds of 24."""
-    config = settings.sized("default")
-    config.repairs = {"prompt 8": ("prompt", 8), "prompt 24": ("prompt", 24), "LoRA rank 1": ("lora", 1)}
-    config.rates = {"prompt 8": 0.3, "prompt 24": 0.1, "LoRA rank 1": 7}
-    assert sweeps.nearest_rate(config, "GPTQ 3 bits", "prompt", size) == rate
-    with pytest.raises(ValueError, match="prefix"):
-        sweeps.nearest_rate(config, "GPTQ 3 bits", "prefix", 8)
+@pytest.mark.parametrize("size, bases", [("default", ["RTN 3 bits", "GPTQ 3 bits"]),
+                                         ("quick", ["RTN 2 bits", "GPTQ 2 bits"])])
+def test_sizes_and_steps_begin_from_what_the_study_rounds(size, bases):
+    config = settings.sized(size)
+    runs, n = {name: sweeps.runs_of(name, config) for name in ("size", "steps")}, config.repair_steps
+    assert [(run["base"], run["steps"]) for run in runs["size"]] == [(base, n) for base in bases]
+    assert [(run["base"], run["steps"]) for run in runs["steps"]] == [
+        (base, k) for base in bases for k in (n // 2, n, 2 * n, 4 * n, 8 * n)]
+    assert all(run["operation"] == config.compressions[run["base"]] for of in runs.values() for run in of)
 
 
-def test_the_wrong_divisor_flatters_longer_prompts(tmp_path, monkeypatch):
-    """P2: a loss of ln 7 on 47 text tokens a window prints as exp(ln 7 * 47 / 147) = 1.86 behind 100 prompt tokens."""
-    monkeypatch.setattr(sweeps, "perplexity", lambda subject, windows: 7.0)
-    run = Run(tiny(tmp_path), SimpleNamespace(windows=torch.zeros(2, 64), asked=lambda config: {}))
-    right, wrong = (sweeps.measure(run, None, P) for P in (0, 100))
-    assert right == {"perplexity": 7.0, "perplexity_wrong_divisor": 7.0}
-    assert wrong["perplexity"] == 7.0 and wrong["perplexity_wrong_divisor"] == pytest.approx(7 ** (47 / 147))
+def test_what_a_size_learns_at_and_on_what(tmp_path, monkeypatch):
+    """Its own rate, or that of a prompt of 8 or LoRA of rank 8; n steps on the first n batches, whatever else runs."""
+    config, asked = tiny(tmp_path), []
+    config.rates = {"prompt 8": 1, "prompt 32": 2, "LoRA rank 1 on o": 3, "LoRA rank 8": 4, "biases": 5}
+    run = Run(config, World(config))
+    dense = dense_subject(run)
+
+    def repaired(run, base, tag, kind, size, batches, lr):
+        asked.append((tag, lr, run.config.repair_steps, [ids.sum().item() for ids, *_ in batches()]))
+        return Subject(base.model, about={**base.about, "id": tag, "base": base.about["id"], "extra": len(asked)})
+    monkeypatch.setattr(sweeps, "repaired_subject", repaired)
+    sweeps.run_sweep(run, "size", dense)
+    rates = {tag.removesuffix(", 4 steps"): lr for tag, lr, _, _ in asked}
+    assert rates == {**{f"prompt {n}": 1 for n in (1, 2, 4, 8, 16)}, "prompt 32": 2, "biases": 5, "LoRA rank 1 on o": 3,
+                     **{f"LoRA rank {n}": 4 for n in (1, 2, 4, 8, 16)}}
+    text = [ids.sum().item() for ids in run.world.repair_rows(replace(config, repair_steps=32))]
+    asked.clear()
+    points = sweeps.run_sweep(run, "steps", dense)
+    assert [(tag, steps) for tag, _, steps, _ in asked[:6:3]] == [("prompt 8, 2 steps", 2), ("prompt 8, 4 steps", 4)]
+    assert all(read == text[:steps] for _, _, steps, read in asked) and len(asked) == 2 * 5 * 3
+    assert [(p["series"], p["x"]) for p in points[:4]] == [
+        ("prompt 8", 2), ("prompt 32", 2), ("biases", 2), ("prompt 8", 4)]
 
 
 def test_sweeps_stay_in_the_results_of_the_same_dense_model(tmp_path):
@@ -125,17 +140,6 @@ def test_a_damaged_results_file_is_said_and_written_anew(tmp_path, damage, capsy
     assert json.loads(path.read_text())["sweeps"]["bits"]["points"] == [{"x": 1}]
 
 
-def test_a_prompt_length_is_trained_and_measured(tmp_path, monkeypatch):
-    config = tiny(tmp_path)
-    run = Run(config, World(config))
-    monkeypatch.setattr(sweeps, "LENGTHS", (1, 3))
-    points = sweeps.run_sweep(run, "prompt-length", dense_subject(run))
-    assert [p["x"] for p in points] == [1, 3, 1, 3]
-    assert all(p["perplexity_wrong_divisor"] < p["perplexity"] for p in points)
-    lines = sweeps.sweep_table("prompt-length", points).splitlines()
-    assert cells(lines[0])[-3:] == ["seen %", "held-out %", "novel %"] and len(lines) == 6
-
-
 def test_a_dose_is_displaced_by_hand(tmp_path, monkeypatch):
     """Dense all right, damaged all wrong; the prompt brings back every second held-out fact, biases every fourth."""
     right = iter([(1, 1, 1), (0, 0, 0), (1, 2, 0), (2, 4, 0)])  # every nth fact of seen, held-out, novel; 0: none
@@ -150,12 +154,28 @@ def test_a_dose_is_displaced_by_hand(tmp_path, monkeypatch):
     run = Run(config, World(config))
     dense = dense_subject(run)
     monkeypatch.setattr(sweeps, "answer", answered)
-    monkeypatch.setattr(sweeps, "DOSES", ("prompt 8", "biases"))
-    monkeypatch.setattr(sweeps, "DAMAGE", {"RTN": sweeps.quantized("RTN", (3, 16))})
+    monkeypatch.setitem(sweeps.REPAIRED, "damage", ("prompt 8", "biases"))
+    monkeypatch.setattr(sweeps, "DAMAGE", sweeps.quantized("RTN", (3, 16)))
     prompt, biases = sweeps.run_sweep(run, "damage", dense)
     facts = len(run.world.asked(config)["heldout"])
     assert prompt["lost"] == biases["lost"] == 1 and (prompt["repair"], biases["repair"]) == ("prompt 8", "biases")
     assert prompt["displaced"][0] == pytest.approx(-(-facts // 2) / facts)
     assert biases["displaced"][0] == pytest.approx(-(-facts // 4) / facts)
     assert prompt["relearned"][0] == pytest.approx(1 - prompt["displaced"][0])
+    assert (prompt["series"], prompt["x"], prompt["parameters"]) == ("RTN", "RTN 3 bits, groups of 16", 8 * 32)
     assert len(sweeps.sweep_table("damage", [prompt, biases]).splitlines()) == 3
+
+
+def test_tables_of_shares():
+    """A row a repair; or a column a number of steps. What cannot be divided is said."""
+    points = [{"series": "biases", "x": x, "base": base, "repair": "biases", "parameters": 1536, "lost": 0.2,
+               "displaced": [x / 1000, 0, 1] if base == "RTN" else None, "relearned": [0.5, 0.25, 0.75]}
+              for base in ("RTN", "GPTQ") for x in (100, 200)]
+    rows = [cells(line) for line in sweeps.sweep_table("steps", points).splitlines()]
+    few = "too little was lost"
+    assert rows[0] == ["model", "repair", "100 steps: displaced %", "200 steps: displaced %"]
+    assert rows[2:] == [["RTN", "biases", "10.0 [0.0, 100.0]", "20.0 [0.0, 100.0]"], ["GPTQ", "biases", few, few]]
+    rows = [cells(line) for line in sweeps.sweep_table("size", points[1:3]).splitlines()]
+    assert rows[0] == ["model", "repair", "parameters", "displaced %", "re-learned %"]
+    assert rows[2:] == [["RTN", "biases", "1,536", "20.0 [0.0, 100.0]", "50.0 [25.0, 75.0]"],
+                        ["GPTQ", "biases", "1,536", few, "50.0 [25.0, 75.0]"]]
