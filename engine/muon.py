@@ -24,13 +24,15 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = {}  # matrices of one shape take their step together: fewer and larger products
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.mul_(group["momentum"]).add_(p.grad)
-                ahead = p.grad.add(average, alpha=group["momentum"])  # Nesterov: the momentum one step on
-                shapes.setdefault(p.shape, []).append((p, ahead))
-            for (m, n), pairs in shapes.items():
-                steps = orthogonal(torch.stack([ahead for _, ahead in pairs]))
-                for (p, _), step in zip(pairs, steps):
+                shapes.setdefault(p.shape, []).append(p)
+            for (m, n), matrices in shapes.items():
+                gradients = torch.stack([p.grad for p in matrices])  # (matrices, m, n)
+                state = self.state[matrices[0]]  # the first of a shape keeps the averages of all
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(gradients)
+                average = state["average"].mul_(group["momentum"]).add_(gradients)
+                ahead = gradients.add(average, alpha=group["momentum"])  # Nesterov: the momentum one step on
+                for p, step in zip(matrices, orthogonal(ahead)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(step, alpha=-group["lr"] * max(1, m / n) ** 0.5)
 
@@ -38,13 +40,27 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(G, steps=5):
     """Matrices near G (..., m, n) whose singular values lie between 0.7 and 1.2, on the same singular vectors.
 
-    Newton-Schulz: X <- aX + bXXᵀX + cXXᵀXXᵀX, `steps` times, from G over its norm.
+    Newton-Schulz: X <- PX with P = aI + bS + cSS and S = XXᵀ, `steps` times, from G over its norm. Where X is twice
+    as wide as high, it is cheaper to follow S alone, S <- PSP, and to multiply X by all the P at the end.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # raise small singular values fast; these end near 1, not at it
-    tall = G.shape[-2] > G.shape[-1]
+    *shape, m, n = G.shape
+    G = G.reshape(-1, m, n)
+    tall = m > n
     X = G.mT if tall else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        S = X @ X.mT
-        X = a * X + (b * S + c * S @ S) @ X
-    return X.mT if tall else X
+    S = X @ X.mT
+    if max(m, n) >= 2 * min(m, n):
+        product = None
+        for i in range(steps):
+            P = torch.baddbmm(S, S, S, beta=b, alpha=c)
+            P.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = P if product is None else P @ product
+            S = P @ S @ P if i + 1 < steps else None
+        X = product @ X
+    else:
+        for i in range(steps):
+            X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
+            S = X @ X.mT if i + 1 < steps else None
+    X = X.mT if tall else X
+    return X.reshape(*shape, m, n)

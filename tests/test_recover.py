@@ -676,20 +676,32 @@ def test_newton_schulz_against_the_svd(shape):
     assert torch.equal(orthogonal(torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (12, 12), (12, 16)])
+def test_orthogonal_is_the_iteration_by_hand(shape):
+    """X <- aX + (bS + cSS)X with S = XXᵀ in float64, five times, one matrix after the other."""
+    given = torch.randn(3, *shape, generator=seeded())
+    for G, out in zip(given.double(), orthogonal(given)):
+        X = (G if shape[0] <= shape[1] else G.T) / G.norm()
+        for _ in range(5):
+            S = X @ X.T
+            X = 3.4445 * X + (-4.775 * S + 2.0315 * S @ S) @ X
+        close(out, X if shape[0] <= shape[1] else X.T, atol=1e-4)
+
+
 def test_muon_step_by_hand():
     """average = 0.95 average + g;  p = (1 - lr wd) p - lr sqrt(max(1, rows / columns)) orthogonal(g + 0.95 average)."""
-    p, tall = (nn.Parameter(torch.randn(shape, generator=seeded())) for shape in ((4, 6), (6, 4)))
-    start, optimizer = [p.detach().clone(), tall.detach().clone()], Muon([p, tall], lr=0.1, weight_decay=0.2)
-    average = [torch.zeros(4, 6), torch.zeros(6, 4)]
+    given = [nn.Parameter(torch.randn(shape, generator=seeded(i))) for i, shape in enumerate(((4, 6), (6, 4), (4, 6)))]
+    start, optimizer = [p.detach().clone() for p in given], Muon(given, lr=0.1, weight_decay=0.2)
+    average = [torch.zeros_like(p) for p in given]
     for step in range(3):
-        for i, t in enumerate((p, tall)):
-            t.grad = torch.randn(t.shape, generator=seeded(10 + step))
+        for i, t in enumerate(given):
+            t.grad = torch.randn(t.shape, generator=seeded(10 * i + step))
             average[i] = 0.95 * average[i] + t.grad
             stretch = math.sqrt(6 / 4) if i == 1 else 1.0
             start[i] = (1 - 0.1 * 0.2) * start[i] - 0.1 * stretch * orthogonal(t.grad + 0.95 * average[i])
         optimizer.step()
-        close(p, start[0], atol=1e-5)
-        close(tall, start[1], atol=1e-5)
+        for p, expected in zip(given, start):
+            close(p, expected, atol=1e-5)
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
