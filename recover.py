@@ -268,6 +268,19 @@ def objective(forward, losses=next_token):
     return lambda batch: losses(forward(inputs(batch)), batch).mean()
 
 
+def text_loss(model):
+    """`objective(model)` for a GPT, 256 tokens at a time: the logits (B, T, V), by far the largest
+    tensor of a step, never lie in memory as a whole. Not for a second derivative.
+    """
+    pieces = nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+
+    def loss(ids):
+        x, following = model.norm(model.hidden(ids[:, :-1])), ids[:, 1:]  # (B, T, C), (B, T)
+        return F.linear_cross_entropy(x.flatten(0, 1), model.lm_head.weight, following.flatten(),
+                                      options=pieces)
+    return loss
+
+
 # ---- the one training loop
 
 @dataclass
@@ -320,12 +333,12 @@ def fit(model, parameters, batches, loss=None, config=None, progress=None):
 
     model       only for its frozen parameters: none of them gets a gradient while this runs
     batches     an iterable of what `loss` takes; a list is read again until config.steps are done
-    loss        batch -> scalar, see `objective`; default: the next token
+    loss        batch -> scalar, see `objective`; default: `text_loss`
     progress    called with (step, loss) after every step
     A loss or a gradient that is not finite ends the training with a warning; the parameters go back
     to those of at most KEEP steps before, with which both were finite.
     """
-    config, loss, parameters = config or FitConfig(), loss or objective(model), list(parameters)
+    config, loss, parameters = config or FitConfig(), loss or text_loss(model), list(parameters)
     # freeze everything, then thaw what is trained
     frozen = {p: p.requires_grad for p in model.parameters()}
     for p in frozen:

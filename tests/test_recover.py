@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from engine.muon import Muon, orthogonal
 from recover import (LINEARS, FitConfig, LoRALinear, Prefix, SoftPrompt, add_biases, add_lora, add_targets,
                      correct_biases, distillation, fit, merge_biases, merge_lora, next_token, objective,
-                     own_gains, prefix_init, prompt_init, remove_biases, remove_lora, wrapped)
+                     own_gains, prefix_init, prompt_init, remove_biases, remove_lora, text_loss, wrapped)
 from test_model import close, family, gpt, naive, tokens
 
 
@@ -467,6 +467,19 @@ def test_a_prefix_that_leaves_no_room_is_an_error(name):
 
 
 # ---- losses
+
+@family
+def test_the_loss_of_the_text_is_the_objective(name):
+    """The same loss and gradients for more tokens than one piece has, and where the last piece is shorter."""
+    model, batch, found = gpt(name), tokens(20, 30), []
+    for loss in (text_loss(model), objective(model)):
+        model.zero_grad()
+        value = loss(batch)
+        value.backward()
+        found.append([value, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found):
+        close(a, b, atol=2e-6)
+
 
 def test_next_token_is_cross_entropy_by_hand():
     """P1: on text positions, with a prompt in front as without: position t is scored on token t + 1."""
