@@ -34,7 +34,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from engine import rotary
 from engine.cache import Cache
+from engine.norm import RMSNorm
 
 
 @dataclass
@@ -134,7 +136,10 @@ class Attention(nn.Module):
     def forward(self, x, positions, mask=None, past=None, qkv=None):
         """x (B, T, C) attends to itself and to the slots of `past` -> (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = qkv or self.qkv(x, positions)
+        if qkv is None:
+            fast = past is None and rotary.trains(self, x)  # the same up to the order of a head
+            qkv = rotary.qkv(self, x, positions) if fast else self.qkv(x, positions)
+        q, k, v = qkv
         if past is not None:
             slots = positions[:, None, :, None].expand(2, *k.shape)  # (2, B, nkv, T, hs)
             past.scatter_(3, slots, torch.stack([k, v]).to(past.dtype))  # in place
@@ -176,7 +181,7 @@ def draw(p, generator=None):
 
 def make_norm(config):
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 

@@ -13,6 +13,8 @@ import torch
 
 from checkpoints import load, save
 from checkpoints.native import assemble
+from engine import rotary
+from engine.norm import RMSNorm
 from engine.safetensors import DTYPES, read_safetensors, write_safetensors
 from model import GPT, Cache, GPTConfig, rope_table
 
@@ -147,6 +149,59 @@ def naive(model, vectors, positions=None, sees=causal):
 
 def close(a, b, atol=2e-5):
     torch.testing.assert_close(a.double(), b.double(), atol=atol, rtol=1e-5)
+
+
+# ---- the fast twins
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_norms_gradient_is_autograds(trained):
+    """Oracle: the definition, in float64, which autograd differentiates; inputs whose mean is far from 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(3, 5, 24, generator=generator) + 2, torch.randn(3, 5, 24, generator=generator)
+    norm = RMSNorm(24, eps=0.1)
+    norm.weight.data.normal_(1, 0.5, generator=generator)
+    norm.weight.requires_grad_(trained)
+    fast, slow, w = (t.requires_grad_() for t in (x.clone(), x.double(), norm.weight.detach().double()))
+    expected = slow / (slow.square().mean(-1, keepdim=True) + 0.1).sqrt() * w
+    close(norm(fast), expected, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(norm(x), norm(fast.detach()))
+    norm(fast).backward(g)
+    expected.backward(g.double())
+    close(fast.grad, slow.grad, atol=1e-6)
+    if trained:
+        close(norm.weight.grad, w.grad, atol=1e-5)
+    else:
+        assert norm.weight.grad is None
+    assert norm.half()(x.half()).dtype == torch.float16
+
+
+@family
+def test_q_k_v_of_training_are_the_plain_ones(name):
+    """In q and k the numbers i and i + hs / 2 of a head stand side by side; gradients are those of the plain form."""
+    model = gpt(name)
+    attention, hs = model.blocks[1].attn, model.config.head_size
+    order = torch.arange(hs).view(2, -1).T.flatten() if model.config.position == "rotary" else torch.arange(hs)
+    x, positions = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1)), torch.arange(7)[None] + 4
+    assert rotary.trains(attention, x)
+    gradients = []
+    for turned, make in ((slice(None), rotary.qkv), (order, lambda *given: attention.qkv(*given))):
+        model.zero_grad()
+        x.grad = None
+        q, k, v = make(attention, x.requires_grad_(), positions) if make is rotary.qkv else make(x, positions)
+        found = q[..., turned], k[..., turned], v
+        sum((t * (i + torch.arange(t.numel()).view(t.shape).cos())).sum() for i, t in enumerate(found)).backward()
+        gradients.append([*found, x.grad, *(p.grad for n, p in attention.named_parameters() if not n.startswith("o."))])
+    for a, b in zip(*gradients):
+        close(a, b, atol=1e-4)
+    # frozen layers, layers that are watched and cached keys keep the plain form
+    with torch.no_grad():
+        assert not rotary.trains(attention, x)
+    hook = attention.k.register_forward_pre_hook(lambda *_: None)
+    assert not rotary.trains(attention, x)
+    hook.remove()
+    attention.q.weight.requires_grad_(False)
+    assert not rotary.trains(attention, x)
 
 
 # ---- the model
