@@ -24,7 +24,8 @@ class RMSNorm(nn.RMSNorm):
 class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, eps):
-        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1), without x² in memory
+        r = length.square_().div_(len(w)).add_(eps).rsqrt_()
         ctx.save_for_backward(x, r, w)
         return (x * r).mul_(w)
 
