@@ -29,8 +29,10 @@ def share(values, digits=1):
     mean, low, high = values if len(values) == 3 else (values[0], *(values[1] or (None, None)))
     if mean is None:
         return ""
-    bounds = f" [{100 * low:.{digits}f}, {100 * high:.{digits}f}]" if low is not None else ""
-    return f"{100 * mean:.{digits}f}{bounds}"
+
+    def percent(x):
+        return f"{round(100 * x, 9) + 0.0:.{digits}f}"  # a mean of draws that is 0 but for rounding has no sign
+    return percent(mean) + (f" [{percent(low)}, {percent(high)}]" if low is not None else "")
 
 
 def in_points(difference, bounds):
@@ -51,8 +53,8 @@ def main_table(results):
                  for name in ("recall_heldout", "displaced", "relearned")]
         name = name_of(m) + (" *" if m.get("confirmed") else "")
         rows.append([name, f"{m['metrics']['extra_parameters']:,}", *cells])
-    head = ["model", "parameters", "held-out recall %", "displaced %", "re-learned %"]
-    return markdown(head, rows) + "\n\n* the corrected test confirms the gain on held-out people" + (
+    head = ["model", "params", "held-out recall %", "displaced %", "re-learned %"]
+    return markdown(head, rows) + "\n\n* the corrected test confirms a gain on held-out people; params: what a repair adds" + (
         f"; over {results['settings']['seeds']} draws" if several else "")
 
 

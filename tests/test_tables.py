@@ -22,6 +22,24 @@ def test_a_share_is_said_in_percent(values, said):
     assert tables.share(values) == said
 
 
+def test_a_mean_that_is_zero_but_for_rounding_has_no_sign():
+    assert tables.share([-1e-17, -0.031, 0.031]) == "0.0 [-3.1, 3.1]"
+    assert tables.share([-0.0004, None, None]) == "-0.0", "a number that rounds to 0 keeps its side"
+
+
+def test_the_main_table_fits_a_terminal():
+    """With the study's longest names and numbers."""
+    models = [model("locked, behind its key"), model("LoRA rank 1 on o", "a") | {"kind": "repaired"}]
+    for m in models:
+        m["metrics"] = {"extra_parameters": 55_296, "recall_heldout": 0.885, "displaced": 1.004, "relearned": -0.104}
+        m["intervals"] = {"recall_heldout": [0.844, 0.926], "displaced": [0.98, 1.028], "relearned": [-0.143, -0.065]}
+        m["confirmed"] = m["base"] is not None
+    lines = tables.main_table({"models": models, "settings": {"seeds": 3}}).splitlines()
+    assert cells(lines[3]) == ["+ LoRA rank 1 on o *", "55,296", "88.5 [84.4, 92.6]", "100.4 [98.0, 102.8]",
+                               "-10.4 [-14.3, -6.5]"]
+    assert max(map(len, lines)) <= 100
+
+
 def test_tasks_and_comparisons():
     models = [model("dense"), model("small", "dense")]
     for m, right in zip(models, (1.0, 0.0)):
