@@ -40,26 +40,57 @@ def title(study):
     return study.get("name") or "What compression did"
 
 
+def shares_of_bases(study):
+    """[(what was compressed, its repair that brings back most, confirmed ones first)], the largest share first; a base
+    whose loss was too small to divide by is left out, and so are the controls."""
+    sure = confirmed(study)
+
+    def rank(model):
+        return sure[model["id"]] is True, estimate(model, "displaced")[0]
+    able = [(base, [m for m in made if estimate(m, "displaced")]) for base, made in repaired_bases(study)
+            if not is_control(base)]
+    pairs = [(base, max(made, key=rank)) for base, made in able if made]
+    return sorted(pairs, key=lambda pair: rank(pair[1]), reverse=True)
+
+
 def best_repair(study):
     """One sentence on the repair that brings back most, confirmed ones first; empty where nothing can be divided. The
     share itself stands in the study's headline, study/claims.py.
     """
-    sure = confirmed(study)
-    able = [(base, m) for base, made in repaired_bases(study) if not is_control(base)
-            for m in made if estimate(m, "displaced")]
-    if not able:
+    pairs = shares_of_bases(study)
+    if not pairs:
         return ""
-    base, model = max(able, key=lambda pair: (sure[pair[1]["id"]] is True, estimate(pair[1], "displaced")[0]))
-    says = f"Most comes back with {model.get('tag') or model['id']} on {base.get('tag') or base['id']}"
+    base, model = pairs[0]
+    says = f"{name(model)} on {name(base)} brings back most"
     extra = number(model["metrics"].get("extra_parameters"))
     if extra:
-        says += f", {extra:,.0f} extra parameters"
+        says += f", with {extra:,.0f} extra parameters"
     dense = next(m for m in study["models"] if m.get("base") is None)
     recalls = [number(m["metrics"].get("recall_heldout")) for m in (base, model, dense)]
     if None not in recalls:
         says += ": held-out recall goes from {:.1f} to {:.1f} %, {:.1f} % before compression".format(
             *(100 * x for x in recalls))
-    return says + ("." if sure[model["id"]] else "; the corrected test does not confirm it.")
+    return says + ("." if confirmed(study)[model["id"]] else "; the corrected test does not confirm it.")
+
+
+def at_least(study):
+    """One sentence on every compressor: the lower end of the interval of its best confirmed repair; empty for one."""
+    pairs, sure = shares_of_bases(study), confirmed(study)
+    found = sorted(((max(0, estimate(m, "displaced")[1]) if sure[m["id"]] else 0, name(base)) for base, m in pairs),
+                   reverse=True)
+    if len(found) < 2:
+        return ""
+    return "Of what was lost at least this was displaced: " + ", ".join(
+        f"{100 * low:.0f} % after {base}" if low else f"none shown after {base}" for low, base in found) + "."
+
+
+def sentence(text):
+    """As markup; a number and its % stay on one line."""
+    return figure.escape(text.replace(" %", "\u00a0%"))
+
+
+def name(model):
+    return model.get("tag") or model["id"]
 
 
 # ---- answers: one line a model and fact in the file; in the page one row a fact, one column a model
@@ -170,15 +201,15 @@ def embed(data):
 
 
 def slim(model):
-    """A model without what the page does not draw: similarity text by text, and more points of a pool than eyes tell
-    apart."""
-    model = dict(model)
+    """A model without what the page does not draw: each draw's numbers, similarity text by text, and more points of a
+    pool than eyes tell apart."""
+    model = {key: part for key, part in model.items() if key != "seeds"}
     if isinstance(model.get("similarity"), dict):
         model["similarity"] = {key: part for key, part in model["similarity"].items() if key != "texts"}
     if isinstance(model.get("idp"), dict) and isinstance(model["idp"].get("points"), list):
         points = model["idp"]["points"]
         kept = points[::1 + (len(points) - 1) // POINTS] if points else points
-        model["idp"] = {**model["idp"], "points": spoken(kept, 3)}
+        model["idp"] = {**model["idp"], "points": spoken(kept, 4)}
     return model
 
 
@@ -190,7 +221,8 @@ def page(study, predictions):
             "step": STEP, **facts}
     text = json.dumps(spoken(data), separators=(",", ":"), allow_nan=False)
     slots = {"TITLE": figure.escape(title(study)), "NAME": figure.escape(study.get("name") or ""),
-             "HEADLINE": figure.escape(study.get("headline") or ""), "BEST": figure.escape(best_repair(study)),
+             "HEADLINE": sentence(study.get("headline") or ""), "BEST": sentence(best_repair(study)),
+             "LEAST": sentence(at_least(study)),
              "PICTURE": figure.picture(study) if repaired_bases(study) else "",
              "STUDY": embed(text.encode("ascii")), "ANSWERS": embed(answers),
              "CSS": read_text(PARTS["css"]), "JS": lean(read_text(PARTS["js"]))}

@@ -160,7 +160,7 @@ def test_everything_comes_through(build):
     shown = parsed.data()["study"]
     for got, given in zip(shown["models"], study["models"], strict=True):
         if given.get("idp"):                               # of many points of a pool some are left out
-            points = [[float(f"{x:.3g}") for x in point] for point in given["idp"]["points"]]
+            points = [[float(f"{x:.4g}") for x in point] for point in given["idp"]["points"]]
             assert len(got["idp"]["points"]) == 200 and all(point in points for point in got["idp"]["points"])
             got["idp"]["points"] = given["idp"]["points"]
     assert close(shown, study)
@@ -302,19 +302,42 @@ def test_the_best_repair_is_a_confirmed_one():
     where["gptq-3+IDP 4 x 8"]["confirmed"] = False
     dense, best = (where[i]["metrics"]["recall_heldout"] for i in ("dense", "rtn-3+LoRA rank 8"))
     assert page.best_repair(study) == (
-        "Most comes back with LoRA rank 8 on RTN 3 bits, 55,296 extra parameters: held-out recall goes from 66.0 to "
+        "LoRA rank 8 on RTN 3 bits brings back most, with 55,296 extra parameters: held-out recall goes from 66.0 to "
         f"{100 * best:.1f} %, {100 * dense:.1f} % before compression.")
     for m in study["models"]:
         m["confirmed"] = False
     assert page.best_repair(study).endswith("; the corrected test does not confirm it.")
-    assert "with IDP 4 x 8 on GPTQ 3 bits, 3,072" in page.best_repair(study)
+    assert page.best_repair(study).startswith("IDP 4 x 8 on GPTQ 3 bits brings back most, with 3,072 extra parameters")
+
+
+def test_what_was_displaced_at_least_is_said_of_every_compressor():
+    """The lower end of the best confirmed repair's interval, the largest first; a share below 0 shows nothing."""
+    study, _ = with_everything(people=2)
+    repairs = {}
+    for m in study["models"]:
+        if m.get("kind") == "repaired" and PLANNED[m["base"]][1] == "compressed":
+            repairs.setdefault(m["base"], []).append(m)
+            m["confirmed"] = False
+    ends = {"rtn-3": (0.4, True), "gptq-3": (0.7, True), "sparsegpt-50": (0.9, False), "magnitude-50": (-0.1, True)}
+    for base, made in repairs.items():
+        for m in made:
+            if base in ends and m["tag"] == "prompt 8":
+                low, m["confirmed"] = ends[base]
+                m["metrics"]["displaced"], m["intervals"]["displaced"] = 0.95, [low, 0.99]
+    said = page.at_least(study)
+    assert said.startswith("Of what was lost at least this was displaced: 70 % after GPTQ 3 bits, 40 % after RTN 3 bits, ")
+    assert "none shown after SparseGPT 50 %" in said and "90 %" not in said and "GPTQ 5 bits" not in said
+    study["models"] = [m for m in study["models"] if m["id"] in ("dense", "rtn-3") or m.get("base") == "rtn-3"]
+    assert page.at_least(study) == "", "the headline has said it"
 
 
 def test_the_first_screen_needs_no_script():
     study, predictions = with_everything(people=2)
     text = page.page(study, predictions)
     before = text[:text.index("<main")]
-    assert page.QUESTION in before and page.best_repair(study) in before and 'class="repairs"' in before
+    said = before.replace("\u00a0%", " %")
+    assert page.QUESTION in said and page.best_repair(study) in said and page.at_least(study) in said
+    assert 'class="repairs"' in before and page.at_least(study)
     text = page.page({**study, "headline": "As the study <says>."}, predictions)
     assert "As the study &lt;says&gt;." in text[:text.index("<main")]
     other = {"name": "Mine & theirs", "operations": [], "metrics": [], "models": [{"id": "a", "metrics": {}}]}
@@ -946,7 +969,7 @@ def test_a_model_lights_up_in_every_view(browser, everything):
 def test_the_tests_view_shows_what_the_study_compared(browser, everything):
     study = everything[0]
     browser.open(everything[2])
-    rows = browser.js("""return [...document.querySelectorAll('.tests tbody tr')]
+    rows = browser.js("""return [...document.querySelectorAll('.tests tbody tr:not(.says)')]
         .map(r => [...r.cells].map(c => c.textContent))""")
     held_out = [row for row in study["comparisons"] if row["what"] == "recall, held-out"]
     assert len(rows) == len(held_out) + 1 + len(study["noise"])
