@@ -126,14 +126,16 @@ const unitOf = metric => own(metrics.get(metric), "unit") || "";
 const RECALLS = [["recall_heldout", "held-out recall"], ["recall_seen", "seen recall"],
   ["recall_novel", "novel recall"]];
 const SHARES = [["displaced", "displaced"], ["relearned", "re-learned"]];
+const spoken = name => ({ heldout: "held-out", lr: "learning rate" })[name] || name.replaceAll("_", " ");
 const isShare = metric => unitOf(metric) === "share"
   || (unitOf(metric) === "" && (FRACTIONS.includes(metric) || RECALLS.some(([name]) => name === metric)));
 const minus = text => text.replace(/^-/, "−");
-export const fixed = (v, digits) => minus(v.toFixed(digits));
+const isZero = v => Math.abs(v) < 1e-9;                     // but for the rounding of a mean, which has no side
+export const fixed = (v, digits) => minus((isZero(v) ? 0 : v).toFixed(digits));
 // As many digits that no value reads as 0 unless it is 0: on which side of 0 an interval ends is what decides.
 export function digitsFor(values, least) {
   let digits = least;
-  while (digits < 9 && values.some(v => v !== 0 && Number(v.toFixed(digits)) === 0)) digits++;
+  while (digits < 6 && values.some(v => !isZero(v) && Number(v.toFixed(digits)) === 0)) digits++;
   return digits;
 }
 export function plain(v, digits = 3, least = 1) {
@@ -148,7 +150,7 @@ const steady = v => plain(v, 3, 3);                         // 0.150 under 0.142
 const two = v => typeof v === "number" ? fixed(v, 2) : plain(v);
 const tenths = v => typeof v === "number" ? fixed(100 * v, digitsFor([100 * v], 1)) + " %" : plain(v);
 const percent = v => typeof v === "number" ? fixed(100 * v, Math.abs(v) < 0.1 && v !== 0 ? 1 : 0) + " %" : plain(v);
-export const signed = (v, digits = 2) => (v > 0 ? "+" : v < 0 ? "−" : "") + Math.abs(v).toFixed(digits);
+export const signed = (v, digits = 2) => (isZero(v) ? "" : v > 0 ? "+" : "−") + Math.abs(v).toFixed(digits);
 const count = (n, word) => `${plain(n)} ${word}${n === 1 ? "" : "s"}`;
 const raised = digits => [...digits].map(d => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join("");
 export const probability = p => typeof p !== "number" ? plain(p) : p >= 0.001 ? minus(String(Number(p.toPrecision(2))))
@@ -190,6 +192,8 @@ function words(v) {
   if (Array.isArray(v)) return v.map(inner).join(", ") || "none";
   return Object.entries(v).map(([k, u]) => `${k} ${inner(u)}`).join(", ") || "none";
 }
+// Among models that are shown together, a repair needs not name again what was repaired, if that is shown too.
+const briefly = (m, shown) => isRepaired(m) && shown.includes(parent(m)) ? `+ ${m.tag || m.id}` : m.label;
 const settingsOf = m => m.operation?.parameters ? words(m.operation.parameters) : "";
 
 // The test that decides whether a repair is confirmed, and a sentence where it differs from the interval.
@@ -204,6 +208,17 @@ export function differing(m) {
   if (yes && ends[0] <= 0)
     return `The gain is confirmed (${p}), though the interval reaches 0: it also holds the error of what was lost.`;
   return "";
+}
+
+// What is to be said of a repair beside its numbers: nothing, where a gain is confirmed and the interval says so too.
+function remark(m) {
+  const test = testOf(m), why = differing(m), yes = own(sure, m.id);
+  if (yes || yes === null || !interval(m, "displaced")) return yes === null ? m.verdict || "" : why;
+  if (test && test.p_holm < 0.05) return "Held-out facts are lost further.";
+  const lost = value(reference(m), "recall_heldout") - value(parent(m), "recall_heldout");
+  const share = test && number(test.detectable) !== null && lost > 0 ? test.detectable / lost : null;
+  return [why || "No gain is shown.",
+    share !== null && `A share of ${percent(share)} would be found four times in five.`].filter(Boolean).join(" ");
 }
 
 // ---------------------------------------------------------------------------------------------- 3. Sets of facts
@@ -288,7 +303,8 @@ export function scaleOf(values, [from, to], logarithmic = false) {
 }
 export function steps(low, high) {
   const rough = (high - low) / 6, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 5].find(s => s * power >= rough) || 10), start = Math.ceil(low / step - 1e-9);
+  const able = power < 1 ? [1, 2, 2.5, 5] : [1, 2, 5], step = power * (able.find(s => s * power >= rough) || 10);
+  const start = Math.ceil(low / step - 1e-9);
   return Array.from({ length: Math.floor(high / step + 1e-9) - start + 1 },
     (_, k) => Number(((start + k) * step).toPrecision(12)));
 }
@@ -560,10 +576,11 @@ function estimate(m, v, ends, axis, hollow = false) {
   const at = axis(v), off = at < 0 || at > 1;
   const mark = off ? path(at > 1 ? "M0,-5L7,0L0,5Z" : "M0,-5L-7,0L0,5Z", paint) : svg("circle", { r: 3.8, ...paint });
   const cap = u => line(across(axis(u)), 6, across(axis(u)), 14, { class: "ci" });
+  const wide = ends && axis(ends[1]) - axis(ends[0]) > 0.09;                // inside the dot, caps would only darken it
   return [
     svg("svg", { x: across(at), y: 10, overflow: "visible", class: "dot" }, mark),
     ends && line(across(axis(ends[0])), 10, across(axis(ends[1])), 10, { class: "ci" }),
-    ends && ends.filter(u => axis(u) >= 0 && axis(u) <= 1).map(cap),
+    wide && ends.filter(u => axis(u) >= 0 && axis(u) <= 1).map(cap),
   ];
 }
 const ofHundred = v => v === 1 ? "100 %" : String(100 * v);
@@ -579,7 +596,8 @@ function blend(share) {
   const high = (100 * Math.max(0, Math.min(1, share))).toFixed(1);
   return `color-mix(in oklab, var(--high) ${high}%, var(--low))`;
 }
-function heat({ corner = "", rows, cols, values, low, high, inside = v => plain(v), hints = () => null }) {
+// A row that is `first` opens a group: a gap stands above it.
+function heat({ corner = "", rows, cols, values, low, high, inside = plain, hints = () => null, first = [] }) {
   const cell = (v, i, j) => {
     if (number(v) === null) return html("td.missing", v === null ? "–" : v);
     const share = high > low ? (v - low) / (high - low) : 0;
@@ -589,14 +607,17 @@ function heat({ corner = "", rows, cols, values, low, high, inside = v => plain(
   return html("div.scroll", { tabindex: 0, role: "group", "aria-label": corner || "heat map" }, html("table.heat",
     html("thead", html("tr", html(corner ? "th" : "td", { class: "corner" }, corner),
       cols.map(c => html("th", { scope: "col" }, c)))),
-    html("tbody", rows.map((r, i) => html("tr", html("th", { scope: "row" }, r),
+    html("tbody", rows.map((r, i) => html("tr", { class: first[i] ? "first" : null }, html("th", { scope: "row" }, r),
       values[i].map((v, j) => cell(v, i, j)))))));
 }
-function table(label, head, rows) {
+const ramp = (low, high) => html("p.note.key", html("span", low), html("span.ramp"), html("span", high));
+// The first column names the row; `texts` are the other columns that hold words, which begin under each other.
+function table(label, head, rows, texts = []) {
+  const kind = (tag, j) => !j || texts.includes(j) ? tag : `${tag}.n`;
   return html("div.scroll", { tabindex: 0, role: "group", "aria-label": label }, html("table",
-    html("thead", html("tr", head.map((h, j) => html(j ? "th.n" : "th", { scope: "col" }, h)))),
+    html("thead", html("tr", head.map((h, j) => html(kind("th", j), { scope: "col" }, h)))),
     html("tbody", rows.map(row => html("tr",
-      row.map((c, j) => j ? html("td.n", c) : html("th", { scope: "row" }, c)))))));
+      row.map((c, j) => j ? html(kind("td", j), c) : html("th", { scope: "row" }, c)))))));
 }
 // The table behind a picture: made when it is opened, and open again after the next drawing.
 const opened = new Set();
@@ -604,7 +625,7 @@ function behind(id, title, build) {
   const node = html("details", { id }, html("summary", title));
   node.addEventListener("toggle", () => {
     opened[node.open ? "add" : "delete"](id);
-    if (node.open && node.children.length === 1) node.append(build());
+    if (node.open && node.children.length === 1) node.append(...[build()].flat());
   });
   node.open = opened.has(id);
   return node;
@@ -648,11 +669,11 @@ function verdictOf(c) {
   const shares = SHARES.filter(([n]) => rows.some(m => Object.hasOwn(m.metrics, n)));
   const head = (label, axis) => html("th", { scope: "col" }, label, ticksOf(axis, [0, 0.5, 1], ofHundred));
   const row = m => {
-    const says = [m.verdict, differing(m)].filter(Boolean).join(". ").replace(/\.\. /, ". ");
+    const says = isRepaired(m) ? remark(m) : m.verdict;
     return [html("tr", { "data-m": m.index, class: says ? "said" : null },
       html("th", { scope: "row" }, named(m, m.tag || m.id)),
       shares.map(([metric, label]) => isRepaired(m) ? fractionCell(m, metric, label) : html("td.half.none")),
-      recalls.map(([metric, label]) => recallCell(m, metric, label, c))),
+      recalls.map(([metric, label]) => recallCell(m, metric, label, c, m === rows[0]))),
     says && html("tr.says", html("td"), html("td", { colspan: recalls.length + shares.length }, says))];
   };
   const texts = (study.verdicts || []).filter(v => v.base === c.id), inRows = rows.some(m => m.verdict);
@@ -663,7 +684,7 @@ function verdictOf(c) {
       html("tbody", rows.map(row)))];
 }
 // Recall: the bar is the model, the shaded band what the damage took, between the two rules of dense and compressed.
-function recallCell(m, metric, label, compressed) {
+function recallCell(m, metric, label, compressed, first) {
   const v = value(m, metric), ends = interval(m, metric);
   const dense = value(reference(m), metric), low = value(compressed, metric);
   const lost = dense !== null && low !== null && dense > low;
@@ -671,7 +692,8 @@ function recallCell(m, metric, label, compressed) {
     ends && html("span.ends", range(metric, ends)),
     v !== null && strip(rulesOf(whole, [0, 0.5, 1]),
       lost && rect(across(low), 0, across(dense - low), 20, { class: "lost" }),
-      rect(0, 8, across(v), 4, { fill: colour(m) }), estimate(m, v, ends, whole)));
+      rect(0, 8, across(v), 4, { fill: colour(m) }), estimate(m, v, ends, whole)),
+    first && pageWidth < 660 && ticksOf(whole, [0, 0.5, 1], ofHundred));
 }
 function fractionCell(m, metric, label) {
   const v = value(m, metric), ends = interval(m, metric);
@@ -710,8 +732,11 @@ function knowledgeTable() {
       + "held-out people, in nats, split into knowledge and the rest, format."),
     html("table.verdict.stack", html("thead", html("tr", html("th", { scope: "col" }, "model"),
       shares.map(s => head(s, fraction, [0, 0.5, 1], ofHundred)), gains.map(g => head(g, nats, ticks, v => plain(v))))),
-    html("tbody", rows.map(m => html("tr", { "data-m": m.index }, html("th", { scope: "row" }, named(m)),
-      shares.map(([n, label]) => fractionCell(m, n, label)), gains.map(g => gain(m, g))))))];
+    html("tbody", rows.map((m, k) => [
+      parent(m) !== parent(rows[k - 1] || m) || !k ? html("tr.break", html("th", { scope: "rowgroup",
+        colspan: 1 + shares.length + gains.length }, named(parent(m)))) : null,
+      html("tr", { "data-m": m.index }, html("th", { scope: "row" }, named(m, m.tag || m.id)),
+        shares.map(([n, label]) => fractionCell(m, n, label)), gains.map(g => gain(m, g)))])))];
 }
 
 // ------------------------------------------------------------------------------------------------------ 8. Trade-offs
@@ -740,7 +765,10 @@ function drawTradeoffs() {
     html("div.group", { role: "group", "aria-label": "What dragging does" }, drag("select"), drag("zoom"),
       button("zoom-out", "whole picture", () => choose({ zoom: "" }, ["tradeoffs"]), !chosen.zoom)));
   const both = models.filter(m => value(m, chosen.x) !== null && value(m, chosen.y) !== null);
-  const points = both.map(m => ({ m, label: m.label, x: value(m, chosen.x), y: value(m, chosen.y) }));
+  // Where all selected repairs are of one model, the note below says which, and their names are short.
+  const bases = [...new Set(selected().filter(isRepaired).map(parent))], base = bases.length === 1 && bases[0];
+  const nameIn = m => base && isSelected(m) && parent(m) === base ? m.tag || m.id : m.label;
+  const points = both.map(m => ({ m, label: nameIn(m), x: value(m, chosen.x), y: value(m, chosen.y) }));
   if (!points.length) {
     fill(part("tradeoffs", "figure"), missing(`${nameOf(chosen.x)} with ${nameOf(chosen.y)}`));
     fill(part("tradeoffs", ".behind"));
@@ -748,25 +776,30 @@ function drawTradeoffs() {
   }
   const rivals = points.filter(p => !isControl(p.m));       // damage by construction competes with nothing
   const best = front(rivals, goodness(chosen.x), goodness(chosen.y));
-  const kinds = [...new Map(models.map(m => [`${roleOf(m)} ${operationName(m)}`, m])).values()];
+  const kinds = [...new Map(both.map(m => [`${roleOf(m)} ${operationName(m)}`, m])).values()];
   const kindOf = m => operationName(m) + (isControl(m) && isRepaired(m) ? ", of a control" : "");
   fill(part("tradeoffs", "figure"), scatter(points, best),
     html("ul.keys", kinds.map(m => html("li.key", icon(m), kindOf(m)))),
-    unnamed(points), absent(both));
+    unnamed(points, base), absent(both));
   fill(part("tradeoffs", ".behind"), behind("trade-table", "The picture as a table", () => table("Trade-offs",
     ["model", nameOf(chosen.x), nameOf(chosen.y), "on the front"],
     points.map(p => [p.m.label, withInterval(p.m, chosen.x), withInterval(p.m, chosen.y),
       best.includes(p) ? "yes" : ""]))));
 }
-function unnamed(points) {
-  const n = points.filter(p => p.named === false).length;
-  const said = [!chosen.zoom && tied(points) && "Models of nearly the same value across stand side by side.",
-    n > 0 && `${count(n, "point")} without a name, for want of room: point at one, or zoom in.`].filter(Boolean);
+function unnamed(points, base) {
+  const without = points.filter(p => p.named === false), n = without.length;
+  const rings = points.filter(p => isSelected(p.m)).sort((a, b) => a.px - b.px).map(p => p.label);
+  const whose = base && points.some(p => p.label !== p.m.label) ? `the selected repairs of ${base.label}` : "the selected";
+  const listed = without.some(p => isSelected(p.m)) && rings.length < 12;
+  const said = [rings.length > 0 && `Ringed: ${whose}${listed ? `, from left to right ${rings.join("; ")}` : ""}.`,
+    chosen.y === "displaced" && "Hollow: the corrected test does not confirm a gain.",
+    !chosen.zoom && tied(points) && "Models of nearly the same value across stand side by side.",
+    n > 0 && `${count(n, "point")} without a name, for want of room: touch one, or zoom in.`].filter(Boolean);
   return said.length > 0 && html("p.note", said.join(" "));
 }
 // Which models are not in the picture, and why.
 function absent(both) {
-  const left = models.filter(m => !both.includes(m)), names = list => list.map(m => m.label).join(", ");
+  const left = models.filter(m => !both.includes(m)), names = list => list.map(m => m.label).join("; ");
   const little = left.filter(m => [chosen.x, chosen.y].some(n => undivided(m, n)));
   const other = left.filter(m => !little.includes(m));
   const lacking = n => nameOf(n) + (FRACTIONS.includes(n) ? " (they are no repairs)" : "");
@@ -776,7 +809,7 @@ function absent(both) {
     little.length > 0 && html("p.note", `Not shown, since ${TOO_LITTLE}: ${names(little)}.`)];
 }
 function scatter(points, best) {
-  const width = pageWidth, height = Math.min(560, Math.max(380, width * 0.5));
+  const width = pageWidth, height = width < 660 ? 480 : Math.min(560, width * 0.5);
   const zoom = chosen.zoom ? chosen.zoom.split(" ").map(Number) : null;
   // A share far outside, which a small denominator makes, would flatten all others: it becomes an arrow at the edge.
   const hold = (metric, v) => isShare(metric) ? Math.max(-0.5, Math.min(1.5, v)) : v;
@@ -949,7 +982,7 @@ function mapPlan({ rows, columns }) {
   const width = pageWidth, narrow = width < 640;
   const step = Math.min(84, Math.max(15, width * (narrow ? 0.38 : 0.46) / columns.length));
   const tilted = columns.some(c => textWidth(operationName(c.m)) > step - 6), crowded = tilted && step < 19;
-  const top = tilted && !crowded ? 66 : 30;                 // tilted heads 19 apart are as far apart as lines of text
+  const top = tilted && !crowded ? 84 : 30;                 // tilted heads 19 apart are as far apart as lines of text
   const x = new Map(columns.map((c, j) => [c.column, 18 + j * step])), spots = new Map();
   let y = top - 14;
   for (const r of rows) spots.set(r.m, [x.get(r.column), y += r.depth < 2 ? 34 : 26]);        // air between families
@@ -968,7 +1001,7 @@ function drawMap() {
   const heads = plan.crowded ? [] : all.columns.map((c, j) => svg("text.muted", {
     "text-anchor": tilted || j === 0 ? "start" : "middle",
     transform: `translate(${tilted || j ? plan.x(c) : 2} ${top - 10})` + (tilted ? " rotate(-45)" : "") },
-    shorten(operationName(c.m), 80)));
+    shorten(operationName(c.m), 112)));
   const titles = plan.shown.map((n, j) => text(edge + (j + 1) * wide - (narrow ? 0 : 100), top - 10,
     shorten(nameOf(n), narrow ? 110 : 150), { class: "muted", "text-anchor": "end" }));
   const both = m => isSelected(m) && isSelected(parent(m));
@@ -1068,12 +1101,12 @@ function differences() {
   const keys = [...new Set(list.flatMap(m => Object.keys(m.operation?.parameters || {})))];
   const lacks = (m, metric) => measured(m, metric) === null && !undivided(m, metric);
   const columns = [["made from", m => parent(m)?.label ?? "nothing"], ["by", operationName],
-    ...keys.map(key => [key, m => words(own(m.operation?.parameters, key) ?? "–")]),
+    ...keys.map(key => [spoken(key), m => words(own(m.operation?.parameters, key) ?? "–")]),
     ...study.metrics.map(n => [nameOf(n.name), m => lacks(m, n.name) ? "–" : withInterval(m, n.name)])];
   const differ = columns.map(([name, of]) => [name, list.map(of)]).filter(([, row]) => new Set(row).size > 1);
   const same = columns.filter(([name]) => !differ.some(d => d[0] === name)).map(([name]) => name);
   return [table("What differs", ["model", ...differ.map(([name]) => name)],
-    list.map((m, i) => [named(m), ...differ.map(([, row]) => row[i])])),
+    list.map((m, i) => [named(m, briefly(m, list)), ...differ.map(([, row]) => row[i])])),
   same.length > 0 && html("p.note", `The same in all: ${same.join(", ")}.`)];
 }
 
@@ -1102,56 +1135,85 @@ function testTable(shown, noise, what) {
   const scaled = repairs.length ? repairs : shown, sizes = scaled.flatMap(row => [row.difference, row.detectable]);
   const far = 1.06 * Math.max(0.01, ...numbers([...sizes, ...noise.map(row => row.difference)]).map(Math.abs));
   const axis = onAxis(-far, far), floor = Math.max(0, ...noise.map(row => Math.abs(row.difference)));
+  const even = steps(0, far).at(-1), said = v => v ? signed(100 * v, Number.isInteger(100 * even) ? 0 : 1) : "0";
+  const ticks = () => ticksOf(axis, [-even, 0, even], said);
   const picture = (m, row, yes) => strip(
-    rect(across(axis(-floor)), 2, across(floor / far), 16, { class: "floor" }), rulesOf(axis, [0]),
+    rect(across(axis(-floor)), 2, across(floor / far), 16, { class: "floor" }), rulesOf(axis, [-even, 0, even]),
     number(row.detectable) !== null && row.detectable < far && [-row.detectable, row.detectable].map(v =>
       line(across(axis(v)), 5, across(axis(v)), 15, { class: "seen" })),
     estimate(m || models[0], row.difference, null, axis, !yes));
   const cell = (label, inside) => html("td.n.third", { "data-label": label }, inside);
+  const tested = row => number(row.p_holm) !== null, all = shown.map(row => byId.get(row.model));
   const one = row => {
-    const m = byId.get(row.model), tested = number(row.p_holm) !== null, yes = tested && row.p_holm < 0.05;
-    const about = [(what === "any" || !tested) && row.what,
-      row.base !== row.model && `against ${byId.get(row.base)?.label ?? row.base}`, `${plain(row.items)} items`];
-    return html("tr", { "data-m": m?.index },
-      html("th", { scope: "row" }, m ? named(m) : row.model, html("span.sub", about.filter(Boolean).join(", "))),
-      html("td.wide", { "data-label": "difference, points" }, picture(m, row, yes)),
+    const m = byId.get(row.model), yes = tested(row) && row.p_holm < 0.05, short = m && tested(row) && briefly(m, all);
+    const about = [(what === "any" || !tested(row)) && row.what, row.base !== row.model && short === m?.label
+      && `against ${byId.get(row.base)?.label ?? row.base}`, short === m?.label && `${plain(row.items)} items`];
+    const why = m && what === HELD_OUT && tested(row) && differing(m);
+    return [html("tr", { "data-m": m?.index, class: why ? "said" : null },
+      html("th", { scope: "row" }, m ? named(m, short || m.label) : row.model,
+        html("span.sub", about.filter(Boolean).join(", "))),
+      html("td.wide", { "data-label": "difference, points" }, picture(m, row, yes), pageWidth < 660 && ticks()),
       cell("points", points(row.difference)), cell("gained", plain(row.gained)), cell("lost", plain(row.lost)),
       cell("p", probability(row.p)),
-      cell("corrected p", tested ? html(yes ? "b" : "span", probability(row.p_holm)) : "–"),
-      cell("could be seen", number(row.detectable) === null ? "–" : `±${(100 * row.detectable).toFixed(1)}`));
+      cell("corrected p", tested(row) ? html(yes ? "b" : "span", probability(row.p_holm)) : "–"),
+      cell("could be seen", number(row.detectable) === null ? "–" : `±${(100 * row.detectable).toFixed(1)}`)),
+    why && html("tr.says", html("td"), html("td", { colspan: 7 }, why))];
   };
-  const picked = ["difference, points", ticksOf(axis, [-far / 1.06, 0, far / 1.06], v => v === 0 ? "0" : points(v))];
-  return [html("table.tests.stack",
-    heads("model", picked, "points", "gained", "lost", "p", "corrected p", "could be seen"),
-    html("tbody", shown.map(one), noise.length > 0 && html("tr.break",
-      html("th", { colspan: 8, scope: "colgroup" }, "Where nothing should differ: the noise floor")), noise.map(one))),
-  html("p.note", "Filled: the corrected p is below 0.05. An arrow: beyond the axis. Shaded: the largest difference of "
-    + "the noise floor. Ticks: what could be seen. A test counts the flips between two models. An interval of displaced "
-    + "also carries the error of what was lost, so the two can differ.")];
+  const head = () => heads("model", ["difference, points", ticks()], "points", "gained", "lost", "p", "corrected p",
+    "could be seen");
+  const tableOf = rows => html("table.tests.stack", head(), html("tbody", rows));
+  const floors = noise.length > 0 && [html("tr.break",
+    html("th", { colspan: 8, scope: "colgroup" }, "Where nothing should differ: the noise floor")), noise.map(one)];
+  // On a phone every row is a block: what was repaired opens its group.
+  const ofGroup = row => byId.get(row.model) ? repaired(byId.get(row.model)).label : row.model;
+  const folded = [...new Set(shown.map(ofGroup))].map((name, k) => {
+    const build = () => tableOf(shown.filter(row => ofGroup(row) === name).map(one));
+    return k ? behind(`tests-${k}`, name, build) : build();
+  });
+  const drawn = pageWidth >= 660 ? tableOf([shown.map(one), floors]) : [folded,
+    floors && behind("tests-noise", "Where nothing should differ: the noise floor", () => tableOf(noise.map(one)))];
+  return [drawn,
+    html("p.note", "Filled: the corrected p is below 0.05. An arrow: beyond the axis. Shaded: the largest difference "
+      + "of the noise floor. Short strokes: what could be seen. A test counts the flips between two models. An "
+      + "interval of displaced also carries the error of what was lost, so the two can differ.")];
 }
 function pairTable() {
   if (!study.pairs?.length) return null;
+  const find = (base, id) => byId.get(id) || models.find(m => m.tag === id && parent(m)?.tag === base);
   const name = (base, id) => {                             // by its id, or by its tag and that of what was repaired
-    const m = byId.get(id) || models.find(m => m.tag === id && parent(m)?.tag === base);
-    return m ? named(m) : [base, id].filter(Boolean).join(" + ");
+    const m = find(base, id);
+    return m ? named(m, m.tag || m.id) : id;
   };
+  const on = pair => find(pair.base, pair.a) ? parent(find(pair.base, pair.a)).label : pair.base;
+  const ends = numbers(study.pairs.flatMap(pair => [pair.difference, ...(pair.interval || [])]));
+  const far = 1.06 * Math.max(0.1, ...ends.map(Math.abs)), axis = onAxis(-far, far), even = steps(0, far).at(-1);
+  const bar = pair => html("div.bar-cell", strip(rulesOf(axis, [-even, 0, even]),
+    number(pair.difference) !== null && estimate(find(pair.base, pair.a) || models[0], pair.difference,
+      numbers(pair.interval || []).length === 2 ? pair.interval : null, axis)));
+  const ticks = html("div.bar-cell", ticksOf(axis, [-even, 0, even], v => v ? signed(100 * v, 0) : "0"));
   return [html("h3", "Repair against repair"),
-    html("p.note", "Difference of the displaced shares, with its 95 % interval; non-inferior: the interval lies above "
-      + "the margin of −5 points that was stated before the run."),
-    table("Repair against repair", ["repair", "against", "difference, points", "verdict"], study.pairs.map(pair =>
-      [name(pair.base, pair.a), name(pair.base, pair.b), [points(pair.difference), span(pair.interval)],
-        pair.verdict]))];
+    html("p.note", "Difference of the displaced shares, repair minus the one it is compared with, and its 95 % "
+      + "interval. Superior: the interval lies above 0. Non-inferior: above the margin of −5 points that was stated "
+      + "before the run. Inferior: below 0, and not above the margin. Else undecided."),
+    table("Repair against repair", ["on", "repair", "against", "difference, points", ["drawn", ticks], "verdict"],
+      study.pairs.map(pair => [on(pair), name(pair.base, pair.a), name(pair.base, pair.b),
+        [points(pair.difference), span(pair.interval)], bar(pair), pair.verdict]), [1, 2, 4, 5])];
 }
 function claimTable() {
   if (!study.claims?.length) return null;
   return [html("h3", "What was claimed before the run"),
-    table("Claims", ["claim", "estimate", "p", "corrected p", "verdict"], study.claims.map(c =>
+    table("Claims", ["claim", "difference, points", "p", "corrected p", "verdict"], study.claims.map(c =>
       [[html("b", c.name), html("span.sub.claim", c.statement)],
-        [typeof c.estimate === "number" ? tenths(c.estimate) : plain(c.estimate), span(c.interval)],
-        probability(c.p), probability(c.p_holm), html("b", c.verdict)]))];
+        [typeof c.estimate === "number" ? points(c.estimate) : plain(c.estimate), span(c.interval)],
+        probability(c.p), probability(c.p_holm), html("b", c.verdict)]), [4])];
 }
 
 // --------------------------------------------------------------------------------------------------- 11. By attribute
+
+const TASKS = { trained: "the answer to a question put as everybody's facts were told",
+  unseen: "the same, put as the facts of other people only were told", "four-way": "the right value among four",
+  hard: "among values of people who are alike", "last word": "the last word of a passage",
+  continuation: "the true sentence among four" };
 
 function drawAttributes() {
   const able = models.filter(m => m.attributes), asked = models.filter(m => m.tasks);
@@ -1160,23 +1222,29 @@ function drawAttributes() {
   const split = splits.includes(chosen.tasks) ? chosen.tasks : usual;
   const score = (m, task) => Object.values(own(own(m.tasks, task), split) || {})[0];    // the task's first measurement
   fill(part("attributes", ".controls"), splits.length > 1 && picker("tasks-split", "people of the tasks",
-    splits.map(s => [s, s]), split, v => choose({ tasks: v }, ["attributes"])));
-  fill(part("attributes", "figure"), html("div.small-multiples",
-    html("div", able.length ? scores("recall", able, "attributes", (m, n) => own(m.attributes, n))
-      : missing("Recall by attribute")),
-    asked.length > 0 && html("div", scores(`tasks, ${split}`, asked, "tasks", score))));
+    splits.map(s => [s, spoken(s)]), split, v => choose({ tasks: v }, ["attributes"])));
+  const recalls = scoresOf(able, "attributes", (m, n) => own(m.attributes, n)), tasks = scoresOf(asked, "tasks", score);
+  const all = numbers([...recalls.found, ...tasks.found].flat().map(v => v[0]));
+  const low = Math.floor(10 * Math.min(1, ...all)) / 10, high = Math.max(1, ...all);
+  const known = tasks.names.filter(n => own(TASKS, n));
+  fill(part("attributes", "figure"), all.length > 0 && ramp(percent(low), percent(high)), html("div.small-multiples",
+    html("div", able.length ? scores("recall", recalls, low, high) : missing("Recall by attribute")),
+    asked.length > 0 && html("div", scores(`tasks, ${spoken(split)}`, tasks, low, high))),
+  known.length > 0 && html("p.note", known.map(n => `${n}: ${TASKS[n]}`).join("; ") + "."));
 }
-// A heat map of [mean, low, high] of each model and name; `of` finds them.
-function scores(corner, list, key, of) {
+// What `of` finds of each model and name: [mean, low, high].
+function scoresOf(list, key, of) {
   const names = [...new Set(list.flatMap(m => Object.keys(m[key])))];
-  const found = list.map(m => names.map(n => of(m, n) || [null])), all = numbers(found.flat().map(v => v[0]));
+  return { list, names, found: list.map(m => names.map(n => of(m, n) || [null])) };
+}
+function scores(corner, { list, names, found }, low, high) {
   const hints = (i, j) => {
     const [mean, ...ends] = found[i][j];
     return numbers(ends).length === 2 ? `${list[i].label}, ${names[j]}\n${tenths(mean)} (${shareRange(ends)})` : null;
   };
-  const values = found.map(row => row.map(v => v[0] ?? null));
-  return heat({ corner, rows: list.map(m => named(m)), cols: names, values,
-    low: Math.min(0, ...all), high: Math.max(1, ...all), inside: percent, hints });
+  return heat({ corner, rows: list.map(m => named(m, briefly(m, list))), cols: names,
+    values: found.map(row => row.map(v => v[0] ?? null)), low, high, inside: percent, hints,
+    first: list.map(m => !isRepaired(m)) });
 }
 
 // ----------------------------------------------------------------------------------------------- 12. Dose and response
@@ -1219,8 +1287,13 @@ function drawSweeps() {
   const role = repairs ? "repaired" : "compressed";
   const panels = [...new Set(found.map(p => p.panel))];
   const width = panels.length > 1 && pageWidth > 900 ? (pageWidth - 36) / 2 : Math.min(pageWidth, 820);
-  fill(part("sweeps", "figure"), html("div.small-multiples", panels.map(panel => html("div", panel && html("h3", panel),
-    lines(found.filter(p => p.panel === panel), { width, role, x, y })))));
+  const what = measure === "displaced" ? "came back on people whom no repair read about"
+    : "came back on seen people beyond what was displaced";
+  const about = "A panel for each repair. A mark is one compressed model: to the right what it lost, upwards the "
+    + `share of it that ${what}.`;
+  fill(part("sweeps", "figure"), damage && html("p.note", about),
+    html("div.small-multiples", panels.map(panel => html("div", panel && html("h3", panel),
+      lines(found.filter(p => p.panel === panel), { width, role, x, y })))));
   fill(part("sweeps", ".behind"), behind("sweep-table", "The lines as a table", () => table("Sweep",
     ["series", ...(damage ? ["repair", "level"] : repairs ? ["model", "repair"] : []), x.name, y.name,
       "95 % interval"],
@@ -1234,7 +1307,7 @@ function lines(found, { width, role, x: across, y: up }) {
     mark: MARKS[k % MARKS.length], points: found.filter(p => p.series === name).sort((a, b) => a.x - b.x) }));
   const height = Math.max(280, Math.min(400, width * 0.55));
   const y = scaleOf(up.values, [height - 50, 30]), left = Math.max(...y.ticks.map(t => textWidth(up.text(t)))) + 14;
-  const room = Math.max(...series.map(s => textWidth(s.name))) + 20, narrow = room > width * 0.36;
+  const room = Math.max(...series.map(s => textWidth(s.name))) + 50, narrow = room > width * 0.36;
   const box = { left, right: width - (narrow ? 10 : room), top: 30, bottom: height - 50 };
   const x = scaleOf(across.values, [box.left, box.right], across.log);
   const held = v => Math.max(box.top - 4, Math.min(box.bottom + 4, y(v))), hue = `var(--${role})`;
@@ -1249,10 +1322,10 @@ function lines(found, { width, role, x: across, y: up }) {
   const level = (s, p) => p.panel && p.level !== s.name ? `${p.level}, ` : "";
   const said = (s, p) => [`${s.name}, ${level(s, p)}${across.name} ${across.text(p.x)}`,
     `${up.name} ${up.text(p.mean)}` + (p.low === null ? "" : ` (${up.text(p.low)} to ${up.text(p.high)})`)].join("\n");
-  const ends = series.map(s => held(s.points.at(-1).mean)), places = apart(ends, 15);
-  const name = (s, k) => [Math.abs(places[k] - ends[k]) > 6
-    && line(x(s.points.at(-1).x) + 6, ends[k], box.right + 8, places[k], { class: "leader" }),
-  text(box.right + 10, places[k] + 4, s.name, { class: "halo" })];
+  const places = apart(series.map(s => held(s.points.at(-1).mean)), 15);                 // in the order of their ends
+  const name = (s, k) => [line(box.right + 6, places[k], box.right + 36, places[k], stroke(s)),
+    svg("g", { transform: `translate(${box.right + 21} ${places[k]})` }, mark(s)),
+    text(box.right + 42, places[k] + 4, s.name, { class: "halo" })];
   const drawn = series.map((s, k) => [path("M" + s.points.map(p => [x(p.x), held(p.mean)]).join("L"), stroke(s)),
     s.points.map(p => hint(svg("g", { transform: `translate(${x(p.x)} ${held(p.mean)})` }, mark(s)), said(s, p))),
     !narrow && name(s, k)]);
@@ -1305,7 +1378,8 @@ function drawBehaviours() {
   const back = button("facts-back", "← previous", () => turn({ page: String(page - 1) }), page === 1);
   const on = button("facts-on", "next →", () => turn({ page: String(page + 1) }), page === pages);
   fill(place, !shown.length && html("p.missing", none),
-    html("div.controls", html("span", { id: "facts-found", role: "status" }, list.length ? said : "No such fact."),
+    html("div.controls.found",
+      html("span", { id: "facts-found", role: "status" }, list.length ? said : "No such fact."),
       pages > 1 && html("div.group", back, on)),
     html("div.scroll", { tabindex: 0, role: "group", "aria-label": "Facts" }, factTable(rows, shown, list)));
   fill(part("behaviours", ".flips"), flips(shown, pool));
@@ -1318,7 +1392,7 @@ function drawFilters(options, filter, pool) {
       v => choose({ of: v, page: "1" })),
     picker("facts-show", "show", options.map(f => [f.key, `${f.words} (${plain(size(pool, f.set))})`]),
       filter.key, v => turn({ show: v })),
-    picker("facts-split", "people", [["", "all"], ...splits.map(s => [s, s])], chosen.split,
+    picker("facts-split", "people", [["", "all"], ...splits.map(s => [s, spoken(s)])], chosen.split,
       v => turn({ split: v }))];
   let search = document.getElementById("search");
   if (!search) {                                            // put in place once: moving the box would lose its caret
@@ -1347,6 +1421,8 @@ function drawChange(shown, list) {
     picker("change-of", "change Δ in", modelOptions(able), m.id, v => turn({ change: v })),
     box("from", "from"), box("to", "to"),
     button("change-all", "all changes", () => turn({ from: "", to: "" }), chosen.from === "" && chosen.to === "")),
+  html("p.note", "Facts by the change of the right answer's log-probability, in nats. Heights are square roots of "
+    + "counts; the last bars hold all beyond. Drag over it to keep a range."),
   changes([...moved.values()], low, high, `Change of the right answer's log-probability in ${m.label}`));
   const inside = i => moved.has(i) && moved.get(i) >= low && moved.get(i) <= high;
   return low === -Infinity && high === Infinity ? list : list.filter(inside);
@@ -1375,34 +1451,37 @@ function changes(values, low, high, label) {
 function factTable(rows, shown, list) {
   const head = (key, label, below, m = null) => {
     const up = chosen.sort === key, down = chosen.sort === `-${key}`, next = up ? `-${key}` : down ? "" : key;
-    return html("th", { scope: "col", "data-m": m?.index, "aria-sort": up ? "ascending" : down ? "descending" : null },
+    return html("th", { scope: "col", "data-m": m?.index, "data-name": label, "aria-sort": up ? "ascending" : down ? "descending" : null },
       button(`sort-${key}`, [label, up ? " ↑" : down ? " ↓" : ""], () => turn({ sort: next })), below);
   };
-  const share = m => {
+  const alike = m => briefly(m, shown), share = m => {
     const known = shareRight(m, list);
     return html("span.sub", known === null ? "nobody can know" : `${percent(known)} right`);
   };
   return html("table.answers.stack",
     html("thead", html("tr", head("question", "question"), head("gold", "right answer"),
-      shown.map(m => head(`m${m.index}`, m.label, share(m), m)))),
+      shown.map(m => head(`m${m.index}`, alike(m), share(m), m)))),
     html("tbody", rows.map(i => html("tr",
-      html("td", facts[i].question, html("span.sub", `${facts[i].split} · ${facts[i].attribute}`)),
-      html("td.inline", { "data-label": "right answer" }, facts[i].gold), shown.map(m => answerCell(m, i))))));
+      html("td", facts[i].question, html("span.sub", `${spoken(facts[i].split)} · ${facts[i].attribute}`)),
+      html("td.inline", { "data-label": "right answer" }, facts[i].gold),
+      shown.map(m => answerCell(m, i, alike(m)))))));
 }
-function answerCell(m, i) {
+function answerCell(m, i, name) {
   const change = m === root(m) ? null : gain(m, i), log = logprob(m, i);
   const tenth = v => typeof v === "number" ? fixed(v, 1) : plain(v);                    // as finely as they are kept
   const moved = change !== null ? `Δ ${signed(change, 1)}` : log !== null && `log p ${tenth(log)}`;
-  return html("td.half", { "data-label": m.label },
+  return html("td.half", { "data-label": name },
     html(correct(m, i) ? "span.right" : "span.wrong", answer(m, i) || "(nothing)"), moved && html("span.sub", moved));
 }
 function flips(shown, pool) {
   if (shown.length < 2) return html("p.missing", "Select two models or more to compare them.");
   const values = shown.map(a => shown.map(b => a === b ? null : size(rightOf(a), pool, rightOf(b))));
   const inside = (n, i, j) => html("button", { id: `flip-${shown[i].index}-${shown[j].index}`, type: "button",
-    "aria-label": `${n} facts: ${shown[i].label} right, ${shown[j].label} wrong` }, String(n));
-  return heat({ corner: "right ↓ wrong →", rows: shown.map(m => named(m)), cols: shown.map(m => m.label), values,
-    low: 0, high: Math.max(1, ...values.flat()), inside });
+    "aria-label": `${n} facts: ${shown[i].label} right, ${shown[j].label} wrong` }, plain(n));
+  const most = Math.max(1, ...values.flat());
+  const names = shown.map(m => briefly(m, shown));
+  return [ramp("0", count(most, "fact")), heat({ corner: "right ↓ wrong →",
+    rows: shown.map((m, k) => named(m, names[k])), cols: names, values, low: 0, high: most, inside })];
 }
 
 // --------------------------------------------------------------------------------------------------------- 14. Layers
@@ -1437,19 +1516,21 @@ function drawLayers() {
 function layerTable(m) {
   const most = Math.max(0, ...numbers(m.layers.map(l => l.relative_output_error)));
   const kinds = [                                           // key, head, cell; a key that no layer has is left out
-    ["shape", "out × in", l => (l.shape || []).join(" × ")],
-    ["bits", "bits", l => plain(l.bits)],
-    ["zeros", "zeros", l => meter(l.zeros, 1, percent(l.zeros))],
-    ["weight_change", "relative weight change", l => steady(l.weight_change)],
-    ["histogram", "weight changes", l => l.histogram ? histogram(l.histogram) : "not measured"],
     ["relative_output_error", "relative output error",
       l => meter(l.relative_output_error, most, steady(l.relative_output_error))],
-    ["error_before", "error before", l => steady(l.error_before)],
-    ["error_after", "error after", l => steady(l.error_after)],
+    ["weight_change", "relative weight change", l => steady(l.weight_change)],
+    ["histogram", "weight changes", l => l.histogram ? histogram(l.histogram) : "not measured"],
+    ["zeros", "zeros", l => meter(l.zeros, 1, percent(l.zeros))],
+    ["bits", "bits", l => plain(l.bits)],
+    ["shape", "out × in", l => (l.shape || []).join(" × ")],
+    ["error_before", "error, simplest method", l => steady(l.error_before)],
+    ["error_after", "error, this method", l => steady(l.error_after)],
     ["damp", "damping", l => steady(l.damp)],
   ].filter(([key]) => m.layers.some(l => own(l, key) !== null));
   return [table(`Layers of ${m.label}`, ["layer", ...kinds.map(k => k[1])],
     m.layers.map(l => [html("code", l.name), ...kinds.map(k => k[2](l))])),
+    html("p.note", "Error: of the layer's output on the calibration text, squared; relative: its root, as a share of "
+      + "the output's size. The simplest method rounds to nearest, or drops the smallest weights."),
     m.layers.some(l => l.histogram) && html("p.note", "Weight changes: after minus before, weight by weight, in units "
       + "of the layer's root mean square weight. Heights are square roots of counts: a peak of untouched weights would "
       + "else hide the others.")];
@@ -1458,8 +1539,9 @@ function layerTable(m) {
 function errors(able) {
   const names = [...new Set(able.flatMap(m => m.layers.map(l => l.name)))];
   const values = names.map(n => able.map(m => own(m.layers.find(l => l.name === n), "relative_output_error")));
-  return heat({ corner: "layer", rows: names.map(n => html("code", n)), cols: able.map(m => m.label), values, low: 0,
-    high: Math.max(0, ...numbers(values.flat())), inside: steady });
+  const most = Math.max(0, ...numbers(values.flat()));
+  return [ramp("0", plain(most)), heat({ corner: "layer", rows: names.map(n => html("code", n)),
+    cols: able.map(m => m.label), values, low: 0, high: most, inside: steady })];
 }
 function similarity() {
   const c = inQuestion(), known = m => m.similarity && (m.similarity.attention || m.similarity.output);
@@ -1477,9 +1559,9 @@ function similarity() {
   const all = numbers(grids.flatMap(g => g.values.flat())), low = Math.min(...all), high = Math.max(...all);
   return [
     html("p.note", "A row is a layer, a column a head, the last column the layer's output; 1 is the same as dense."),
-    html("p.note.key", html("span", plain(low)), html("span.ramp"), html("span", plain(high))),
+    ramp(plain(low), plain(high)),
     html("div.small-multiples", grids.map(({ m, ...grid }) => html("div",
-      html("h4", { "data-m": m.index }, icon(m), m.label),
+      html("h4", { "data-m": m.index }, icon(m), briefly(m, some)),
       heat({ ...grid, corner: "layer", low, high, inside: two }))))];
 }
 
@@ -1508,7 +1590,11 @@ function prompts(taken, byAttribute) {
   const sum = row => numbers(row).reduce((s, v) => s + v, 0);
   const share = row => row.map(v => number(v) === null || !sum(row) ? null : v / sum(row));
   const rows = [["all questions", taken], ...Object.entries(byAttribute)];
+  const most = Math.max(0, ...numbers(taken)), top = taken.indexOf(most);
   return [
+    sum(taken) > 0 && html("p", most === sum(taken) ? `All ${plain(most)} questions took prompt ${top}.`
+      : `Prompt ${top} was taken most: by ${percent(most / sum(taken))} of ${plain(sum(taken))} questions.`),
+    ramp("0 %", "100 %"),
     heat({ corner: "prompt", rows: rows.map(([name, row]) => `${name} (${plain(sum(row))})`),
       cols: taken.map((_, k) => String(k)), values: rows.map(([, row]) => share(row)),
       low: 0, high: 1, inside: percent }),
@@ -1517,13 +1603,20 @@ function prompts(taken, byAttribute) {
 // The rule beside its floors and ceilings: what other ways to choose reach with the same prompts and questions.
 function choices(m, selectors) {
   const say = (ends, f) => numbers(ends || []).length === 2 ? ends.map(f).join(" to ") : "not measured";
-  const bar = ({ recall, interval: ends }) => strip(rulesOf(whole, [0, 0.5, 1]),
-    number(recall) !== null && estimate(m, recall, numbers(ends || []).length === 2 ? ends : null, whole));
-  const ticks = html("div.bar-cell", ticksOf(whole, [0, 0.5, 1], ofHundred));
-  const head = ["choice", "held-out recall", ["drawn", ticks], "95 % interval",
-    "points over the paper's rule", "extra passes"];
-  return table("Ways to choose", head, selectors.map(s => [s.name, tenths(s.recall), html("div.bar-cell", bar(s)),
-    say(s.interval, tenths), say(s.over_rule, points), plain(s.extra_passes)]));
+  const all = numbers(selectors.flatMap(s => [s.recall, ...(s.interval || [])]));        // dots may leave out 0
+  const low = Math.floor(10 * Math.min(1, ...all)) / 10, high = Math.ceil(10 * Math.max(low + 0.1, ...all)) / 10;
+  const axis = onAxis(low, high), marks = [low, (low + high) / 2, high];
+  const bar = ({ recall, interval: ends }) => strip(rulesOf(axis, marks),
+    number(recall) !== null && estimate(m, recall, numbers(ends || []).length === 2 ? ends : null, axis));
+  const ticks = html("div.bar-cell", ticksOf(axis, marks, v => v === high ? percent(v) : plain(100 * v)));
+  const head = ["choice", "held-out recall", ["drawn", ticks], "points over the paper's rule", "extra passes"];
+  const over = s => s.over_rule?.every(v => v === 0) ? "the same answers" : say(s.over_rule, points);
+  const row = (s, k) => [s.name, [tenths(s.recall), span(s.interval)], html("div.bar-cell", bar(s)), k ? over(s) : "–",
+    plain(s.extra_passes)];
+  return [table("Ways to choose", head, selectors.map(row)),
+  html("p.note", "Oracle: for each question a prompt that answers it, if there is one, picked with the answer known. "
+    + "Its floor: the same freedom among prompts that were never trained. Points over the paper's rule: the 95 % interval "
+    + "of the difference. Extra passes: how often the model runs besides, for one question.")];
 }
 function cloud(m, all) {
   const points = all.filter(p => numbers(p).length === 2);
@@ -1545,7 +1638,7 @@ function cloud(m, all) {
 
 function drawMade() {
   const pairs = object => Object.keys(object || {}).length > 0 && html("dl",
-    Object.entries(object).map(([k, v]) => [html("dt", k), html("dd", words(v))]));
+    Object.entries(object).map(([k, v]) => [html("dt", spoken(k)), html("dd", words(v) || "none")]));
   const block = (title, inside) => html("div", html("h3", title), inside || missing(title));
   const times = study.times || [], most = Math.max(0, ...numbers(times.map(t => t.seconds)));
   const timed = () => table("Times", ["step", "took", "made or reused"],
@@ -1553,13 +1646,16 @@ function drawMade() {
   const example = o => models.find(m => m.operation?.name === o.name) || o.name;
   const better = { true: "higher is better", false: "lower is better" };
   fill(part("made", "figure"), html("div.columns",
-    block("Run", pairs({ command: study.command ?? "not recorded", created: study.created ?? "not recorded",
-      took: seconds(study.seconds), seed: study.seed ?? "not recorded", models: models.length, facts: facts.length })),
+    block("Run", pairs({ command: study.command ?? "not recorded",
+      created: study.created?.replace("T", " ") ?? "not recorded",
+      took: seconds(study.seconds), seed: study.seed ?? "not recorded", models: plain(models.length),
+      facts: plain(facts.length) })),
     block("Times", times.length > 12 ? behind("times-table", count(times.length, "step"), timed)
       : times.length > 0 && timed()),
     block("Versions", pairs(study.versions)),
     block("Settings", pairs(study.settings)),
-    block("Operations", html("dl", [...operations.values()].map(o =>
+    block("Operations", html("dl", [...operations.values()].filter(o => models.some(m => m.operation?.name === o.name))
+      .map(o =>
       [html("dt", html("span.key", icon(example(o)), o.name)), html("dd", o.description || "")]))),
     block("Measurements", html("dl", study.metrics.map(n => [html("dt", nameOf(n.name)), html("dd", n.description || "",
       html("span.sub", [n.unit, better[n.higher_is_better]].filter(Boolean).join(", ")))])))));

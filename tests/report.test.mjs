@@ -17,6 +17,19 @@ test("an interval shows on which side of 0 it ends", () => {
   assert.equal(report.signed(0), "0.00");
 });
 
+test("the rounding of a mean of draws has no side of 0", () => {
+  assert.equal(report.fixed(-1e-15, report.digitsFor([-1e-15], 1)), "0.0");
+  assert.equal(report.shareRange([-2e-17, 0.031]), "0.0 to 3.1");
+  assert.equal(report.signed(-3e-17), "0.00");
+  assert.equal(report.fixed(-0.04, 1), "−0.0", "but a number that rounds to 0 keeps its side");
+});
+
+test("ticks are round numbers, five to nine of them; quarters only below 1", () => {
+  assert.deepEqual(report.steps(-0.2, 1.1), [0, 0.25, 0.5, 0.75, 1]);
+  assert.deepEqual(report.steps(0, 14), [0, 5, 10]);
+  assert.deepEqual(report.steps(1.5, 8.5), [2, 4, 6, 8]);
+});
+
 test("probabilities keep two digits, and small ones their power", () => {
   assert.equal(report.probability(0.0123), "0.012");
   assert.equal(report.probability(1), "1");
