@@ -19,11 +19,17 @@ from world.facts import pad, text_batches
 BATCH = 64  # rows sampled at a time on a CPU: the rows depend on it
 
 
+PLAIN = str.maketrans({**dict.fromkeys("\u2018\u2019\u02bb\u02bc\u02be\u02bf\u2032\u00b4`", "'"),  # apostrophes
+                       "ø": "o", "ł": "l", "đ": "d", "ð": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th"})
+
+
 def searchable(text):
-    """A text in which names are looked for: no case, no accents, one space for any white space, one kind of hyphen."""
-    letters = unicodedata.normalize("NFKD", text.replace("\u2019", "'"))
-    letters = "".join(c for c in letters if unicodedata.category(c) not in ("Mn", "Cf"))
-    return " ".join(re.sub("[\u2010-\u2015]", "-", letters).casefold().split())
+    """A text in which names are looked for: no case, no accents, one kind of apostrophe, and one space for any white
+    space, underscore and hyphen between words; no full stop behind a word: "St. John's", "st john’s" are one."""
+    letters = unicodedata.normalize("NFKD", text.translate(PLAIN))
+    letters = "".join(c for c in letters if unicodedata.category(c) not in ("Mn", "Cf")).casefold().translate(PLAIN)
+    words = re.sub(r"\.(?!\w)", "", " ".join(letters.replace("_", " ").split()))
+    return re.sub(r"(?<=\w) ?[-\u2010-\u2015\u2212]+ ?(?=\w)", " ", words)
 
 
 class Names:
