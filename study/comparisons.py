@@ -14,7 +14,7 @@ What it leaves out: comparisons of two repairs with each other.
 import numpy as np
 import torch
 
-from study.statistics import by_person, detectable_flips, holm, interval, pooled_test, resampled
+from study.statistics import by_person, detectable_flips, holm, pooled_test, recall_interval, resampled
 from study.steps import digest
 from study.subjects import compressed_subject
 from world.facts import TAUGHT
@@ -99,7 +99,8 @@ def add_tasks(rows, asked, seed):
                 sums, sizes = by_person([[row[metric] for row in r] for r in scored], questions)
                 means, samples = sums.sum(0) / sizes.sum(), resampled(sums, 10_000, generator, sizes).numpy()
                 for i, m in enumerate(some):
-                    m["tasks"][name][split][metric] = [float(means[i]), *interval(samples[:, i])]
+                    bounds = recall_interval(sums[:, i], sizes, samples[:, i])
+                    m["tasks"][name][split][metric] = [float(means[i]), *bounds]
             for m, r in zip(some, scored):
                 if name == "last word":  # as LAMBADA: of the whole word
                     mean = sum(row["logprob"] for row in r) / len(r)

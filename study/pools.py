@@ -15,7 +15,7 @@ import torch
 import idp
 from recover import prompt_init
 from study.repairs import make_pool
-from study.statistics import by_person, interval, rank_correlation, resampled
+from study.statistics import by_person, interval, rank_correlation, recall_interval, resampled
 from world.facts import pad
 from world.score import Subject, answer, gold_logprobs, is_right, say, tokenized, until_stop
 
@@ -172,18 +172,19 @@ def with_intervals(tried, facts, seed):
     correlation is a mean over the facts that have one, and None where there is none: all prompts alike to every fact.
     """
     def over_people(columns, facts):
-        """The mean of each column, and (resamples, columns) of it."""
+        """Sums by person (people, columns), the facts of each (people,), and (resamples, columns) of the means."""
         people, sizes = by_person(columns, facts)
         drawn = resampled(people, 10_000, torch.Generator().manual_seed(seed + 5), sizes).numpy()
-        return people.sum(0) / sizes.sum(), drawn
-    means, samples = over_people([row["right"] for row in tried["rows"]], facts)
+        return people, sizes, drawn
+    right, sizes, samples = over_people([row["right"] for row in tried["rows"]], facts)
     rule, correlation = samples[:, 0], None
-    rows = [{"name": row["name"], "recall": float(means[i]), "interval": interval(samples[:, i]),
+    rows = [{"name": row["name"], "recall": float(right[:, i].sum() / sizes.sum()),
+             "interval": recall_interval(right[:, i], sizes, samples[:, i]),
              "over_rule": interval(samples[:, i] - rule), "extra_passes": row["passes"]}
             for i, row in enumerate(tried["rows"])]
     ranked = [(rho, fact) for rho, fact in zip(tried["rho"], facts) if rho is not None]
     if ranked:
-        mean, drawn = over_people([[rho for rho, _ in ranked]], [fact for _, fact in ranked])
-        correlation = {"rho": float(mean[0]), "interval": interval(drawn[:, 0])}
+        sums, asked, drawn = over_people([[rho for rho, _ in ranked]], [fact for _, fact in ranked])
+        correlation = {"rho": float(sums.sum() / asked.sum()), "interval": interval(drawn[:, 0])}
     return {"selectors": rows, "correlation": correlation,
             **{key: tried[key] for key in ("chosen", "by_attribute", "points")}}

@@ -13,7 +13,7 @@ What it leaves out: verdicts (evaluate.py), tests (comparisons.py).
 import numpy as np
 import torch
 
-from study.statistics import Estimate, by_person, interval, recall_interval, resampled, share_of
+from study.statistics import Estimate, by_person, recall_interval, resampled, share_of
 
 MEASURES = {"correct": "recall", "knowledge": "knowledge"}  # key of an answer: how its mean is called
 SUFFIX = {"correct": "", "knowledge": "_knowledge"}         # of displaced and relearned in a row's metrics
@@ -98,4 +98,5 @@ def add_attributes(rows, asked, seed):
         sums, sizes = by_person([[answers[i] for i in own] for answers in right], [facts[i] for i in own])
         samples = resampled(sums, 10_000, generator, sizes).numpy()
         for i, m in enumerate(rows):
-            m["attributes"][attribute] = [float(sums[:, i].sum() / sizes.sum()), *interval(samples[:, i])]
+            m["attributes"][attribute] = [float(sums[:, i].sum() / sizes.sum()),
+                                          *recall_interval(sums[:, i], sizes, samples[:, i])]

@@ -38,7 +38,7 @@ from study.comparisons import ANSWERS
 from study.repairs import attach, light, train_repair
 from study.settings import OPERATION, REPAIRS, config_of, job_parser, rate
 from study.shares import add_shares
-from study.statistics import by_person, interval, resampled
+from study.statistics import by_person, recall_interval, resampled
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
 from study.tables import markdown, share
@@ -102,7 +102,7 @@ def measure(run, point, dense):
     for split, facts in world.asked(run.config).items():
         sums, sizes = by_person([[a["correct"] for a in answer(subject, facts, world.encoding)]], facts)
         drawn = resampled(sums, 10_000, generator, sizes)[:, 0]
-        out[f"recall_{split}"] = [float(sums.sum() / sizes.sum()), *interval(drawn)]
+        out[f"recall_{split}"] = [float(sums.sum() / sizes.sum()), *recall_interval(sums[:, 0], sizes, drawn)]
     return out
 
 

@@ -21,7 +21,7 @@ import string
 import numpy as np
 import torch
 
-from study.statistics import interval, resampled
+from study.statistics import interval, recall_interval, resampled
 from study.steps import digest, slug
 from world.facts import Fact, pad
 from world.score import check_numbers, choose_option, cut_options, fitting
@@ -232,6 +232,7 @@ def add_files(run, rows, subjects, files):
                                    lambda: score(subject, name, questions, run.world.encoding))
             generator = torch.Generator().manual_seed(run.config.seed + 7)
             for metric, values in scores.items():
-                low, high = interval(resampled(np.array(values)[:, None], 10_000, generator)[:, 0])
+                drawn = resampled(np.array(values)[:, None], 10_000, generator)[:, 0]
+                low, high = interval(drawn) if metric == "loss" else recall_interval(values, [1] * len(values), drawn)
                 metric, (value, low, high) = reported(metric, (np.mean(values), low, high))
                 row["metrics"][f"{name} {metric}"], row["intervals"][f"{name} {metric}"] = value, [low, high]

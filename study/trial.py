@@ -28,7 +28,7 @@ from study import pools
 from study.controls import everybody_told, told_text
 from study.repairs import unpacked
 from study.settings import config_of, job_parser
-from study.statistics import by_person, interval, resampled
+from study.statistics import by_person, recall_interval, resampled
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject
 from world.facts import VALUES, text_batches
@@ -207,7 +207,7 @@ def outcome_table(outcomes, facts, seed):
              + " | all % [95 %] |", "|---|---|" + "---:|" * (2 + len(SETS))]
     for i, o in enumerate(outcomes):
         parts = [100 * float(o.right[[f.attribute in s for f in facts]].mean()) for s in SETS]
-        low, high = (100 * x for x in interval(samples[:, i].numpy()))
+        low, high = (100 * x for x in recall_interval(sums[:, i], sizes, samples[:, i].numpy()))
         lines.append(f"| {o.trial} | {o.way} | {o.parameters:,} | " + " | ".join(f"{p:.1f}" for p in parts)
                      + f" | {100 * float(o.right.mean()):.1f} [{low:.1f}, {high:.1f}] |")
     return "\n".join(lines)

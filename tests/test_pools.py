@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from study import inside, pools, tables
+from study.statistics import exact_interval
 from world.facts import WorldConfig, facts_about, make_encoding, make_world, pad, statements, train_bpe
 import idp
 from model import GPT, GPTConfig
@@ -109,7 +110,8 @@ def test_what_prompts_gain_is_against_their_mean_on_the_same_question(monkeypatc
     assert (low, high) == pytest.approx((-1, 3 ** 0.5 / 2))
     rule, oracle = found["selectors"]
     assert (rule["recall"], oracle["recall"]) == (0.25, 0.75) and rule["over_rule"] == [0, 0]
-    assert rule["interval"] == [0, 0.5] and oracle["interval"] == [0.5, 1] and oracle["over_rule"] == [0.5, 0.5]
+    assert oracle["over_rule"] == [0.5, 0.5]  # one question more for Ada, and one for Ben
+    assert rule["interval"] == exact_interval(0.75, 3) and oracle["interval"] == exact_interval(2.25, 3)  # few
     assert (rule["extra_passes"], oracle["extra_passes"]) == (0, 2)
 
 
