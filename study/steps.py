@@ -168,11 +168,12 @@ def file_name(name):
 
 
 def digest_of(path):
-    """sha256 of a file's bytes, its report's included, or of all files of a folder; None where there is nothing."""
+    """sha256 of a file's bytes, its report's included, or of the files in a folder, what lies deeper aside; None where
+    there is nothing."""
     if not os.path.exists(path):
         return None
     files = [path, path + LAYERS] if os.path.exists(f"{path}{LAYERS}") else [path]
-    files = files if os.path.isfile(path) else sorted(pathlib.Path(path).iterdir())
+    files = files if os.path.isfile(path) else sorted(filter(pathlib.Path.is_file, pathlib.Path(path).iterdir()))
     total = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:

@@ -261,6 +261,20 @@ def test_a_step_whose_maker_is_killed_is_made_by_the_next(tmp_path):
     assert second.communicate("", timeout=60)[0] == "making\nsecond\n"
 
 
+def test_a_folder_is_known_by_the_files_in_it(tmp_path):
+    """A checkpoint's folder may hold folders: .cache of a download, other formats. A report beside it is none of it."""
+    (tmp_path / "m" / ".cache").mkdir(parents=True)
+    (tmp_path / "m" / "config.json").write_text("{}")
+    first = steps.digest_of(tmp_path / "m")
+    (tmp_path / "m" / ".cache" / "x").write_text("1")
+    (tmp_path / "m" / "broken").symlink_to(tmp_path / "nowhere")
+    assert steps.digest_of(tmp_path / "m") == first is not None
+    (tmp_path / "m" / "config.json").write_text("{ }")
+    second = steps.digest_of(tmp_path / "m")
+    (tmp_path / "m" / "weights").write_text("2")
+    assert len({first, second, steps.digest_of(tmp_path / "m")}) == 3 and steps.digest_of(tmp_path / "n") is None
+
+
 def test_where_there_are_no_locks_everything_else_works(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
