@@ -319,6 +319,8 @@ def open_folder(path, tokenizer):
     read yet."""
     file = os.path.join(path, "config.json")
     settings = Settings(file, read_json(file))
+    if os.path.exists(os.path.join(path, "adapter_config.json")):  # transformers would load the base that it names
+        raise ValueError(f"{path}: adapter_config.json beside config.json: move one of the two to a folder of its own")
     family = settings.get("model_type", str)
     known = {"gpt2": gpt2_config, "opt": opt_config, "llama": llama_config, "mistral": mistral_config,
              "qwen2": qwen2_config}

@@ -248,6 +248,13 @@ def test_the_whole_file_counts_before_an_index_of_shards(tmp_path):
     assert torch.equal(load_pretrained(folder)[0].wte.weight, others["transformer.wte.weight"])
 
 
+def test_an_adapter_in_a_models_own_folder_is_refused(tmp_path):
+    """Transformers would load the base that the adapter names, and the adapter; neither is what the folder's model is."""
+    folder = write_folder(tmp_path / "m", "gpt2")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other"}')
+    assert "adapter_config.json beside config.json" in refusal(folder)
+
+
 def test_of_two_rotary_bases_the_one_among_the_rotary_settings_counts(tmp_path):
     """As in transformers; files of two versions at once have both."""
     folder = write_folder(tmp_path / "m", "llama", rope_theta=77.0)
