@@ -33,8 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from engine.losses import inputs
 from model import GPT, GPTConfig
-from recover import inputs
 
 
 class PromptPool(nn.Module):

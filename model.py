@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from engine import rotary
 from engine.cache import Cache
 from engine.norm import RMSNorm
+from engine.rotary import rope_table
 
 
 @dataclass
@@ -80,25 +81,6 @@ class GPTConfig:
     @property
     def head_size(self):
         return self.n_embd // self.n_head
-
-
-def rope_table(config):
-    """cos and sin of every angle, (context, 2, hs / 2).
-
-    Position t turns pair i by the angle t * theta^(-2i / hs).
-    """
-    hs = config.head_size
-    pair = torch.arange(0, hs, 2, dtype=torch.float64)
-    frequency = config.rope_theta ** (-pair / hs)  # (hs / 2,)
-    s = config.rope_scaling
-    if s:  # Llama 3: slow rotations are slowed by `factor`, fast ones kept, those between blended
-        turns = s["original_context"] * frequency / (2 * math.pi)  # in the original context
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
-    position = torch.arange(config.context, dtype=torch.float64)
-    angle = position[:, None] * frequency  # (context, hs / 2)
-    return torch.stack([angle.cos(), angle.sin()], dim=1).float()  # (context, 2, hs / 2)
 
 
 def rotate(x, cos, sin):

@@ -30,7 +30,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.muon import Muon
+from engine.losses import add_targets, distillation, next_token, objective, text_loss
+from engine.muon import make_optimizers
 from engine.wrapping import Wrapper, unwrap, with_tensor, wrap, wrapped
 from model import GPT, Cache, GPTConfig
 
@@ -228,59 +229,6 @@ def prefix_init(model, prompt):
     return torch.stack([kv[:, 0] for kv in cache.kv])
 
 
-# ---- losses: logits (B, T, V) and the batch they came from -> (B, T), one loss a token, in nats
-
-def inputs(batch):
-    """The ids (B, T) that a model reads of a batch: ids (B, T + 1), or a tuple of `add_targets`."""
-    return (batch[0] if isinstance(batch, tuple) else batch)[:, :-1]
-
-
-def next_token(logits, batch):
-    """Cross-entropy of the token that follows."""
-    ids = batch[0] if isinstance(batch, tuple) else batch
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    return loss.view(logits.shape[:2])  # (B, T)
-
-
-@torch.no_grad()
-def add_targets(teacher, batches, k=64):
-    """[(ids (B, T + 1), log-probabilities (B, T, k), their tokens (B, T, k))]: the teacher's k
-    likeliest next tokens, computed once a batch, however many students read them.
-    """
-    out = []
-    for ids in batches:
-        log_p = F.log_softmax(teacher(ids[:, :-1]).float(), dim=-1)  # (B, T, V)
-        out.append((ids, *log_p.topk(min(k, log_p.shape[-1]), dim=-1)))
-    return out
-
-
-def distillation(logits, batch):
-    """KL(teacher || student) over the teacher's k likeliest tokens and one bucket for the rest."""
-    _, log_p, tokens = batch
-    log_q = F.log_softmax(logits.float(), dim=-1).gather(-1, tokens)  # (B, T, k)
-    p, q = log_p.exp(), log_q.exp()
-    rest_p, rest_q = (1 - p.sum(-1)).clamp_min(1e-6), (1 - q.sum(-1)).clamp_min(1e-6)  # (B, T)
-    return (p * (log_p - log_q)).sum(-1) + rest_p * (rest_p / rest_q).log()
-
-
-def objective(forward, losses=next_token):
-    """What `fit` trains on: batch -> scalar, the mean of `losses` of the logits forward(ids)."""
-    return lambda batch: losses(forward(inputs(batch)), batch).mean()
-
-
-def text_loss(model):
-    """`objective(model)` for a GPT, 256 tokens at a time: the logits (B, T, V), by far the largest
-    tensor of a step, never lie in memory as a whole. Not for a second derivative.
-    """
-    pieces = nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-
-    def loss(ids):
-        x, following = model.norm(model.hidden(ids[:, :-1])), ids[:, 1:]  # (B, T, C), (B, T)
-        return F.linear_cross_entropy(x.flatten(0, 1), model.lm_head.weight, following.flatten(),
-                                      options=pieces)
-    return loss
-
-
 # ---- the one training loop
 
 @dataclass
@@ -309,23 +257,6 @@ class FitConfig:
 
 
 KEEP = 50  # steps between two copies of the parameters that `fit` can go back to
-
-
-def make_optimizers(model, parameters, config):
-    """[AdamW], or with config.muon [AdamW, Muon], which takes the matrices of the blocks."""
-    blocks = {id(p) for p in model.blocks.parameters() if p.dim() == 2} if config.muon > 0 else ()
-    hidden = [p for p in parameters if id(p) in blocks]
-    rest = [p for p in parameters if id(p) not in blocks]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
-    optimizers = []
-    if groups:
-        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in rest)  # one pass over memory
-        optimizers.append(torch.optim.AdamW(groups, config.lr, config.betas, fused=fused))
-    if hidden:
-        optimizers.append(Muon(hidden, config.muon, config.weight_decay))
-    return optimizers
 
 
 def fit(model, parameters, batches, loss=None, config=None, progress=None):

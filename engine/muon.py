@@ -64,3 +64,20 @@ def orthogonal(G, steps=5):
             S = X @ X.mT if i + 1 < steps else None
     X = X.mT if tall else X
     return X.reshape(*shape, m, n)
+
+
+def make_optimizers(model, parameters, config):
+    """[AdamW], or with config.muon [AdamW, Muon], which takes the matrices of the blocks."""
+    blocks = {id(p) for p in model.blocks.parameters() if p.dim() == 2} if config.muon > 0 else ()
+    hidden = [p for p in parameters if id(p) in blocks]
+    rest = [p for p in parameters if id(p) not in blocks]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    optimizers = []
+    if groups:
+        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in rest)  # one pass over memory
+        optimizers.append(torch.optim.AdamW(groups, config.lr, config.betas, fused=fused))
+    if hidden:
+        optimizers.append(Muon(hidden, config.muon, config.weight_decay))
+    return optimizers

@@ -1,14 +1,36 @@
 """
-q, k and v while their weights are trained on a CPU: one product, and a rotation that multiplies complex numbers.
+The table of rotary angles; and q, k and v while their weights are trained on a CPU: one product, and a rotation that
+multiplies complex numbers.
 
 Where both members of a pair (a, b) stand side by side, as a + ib, turning it is multiplying it by cos + i sin: one pass
 over memory instead of four, forward and backward alike. So the rows of q's and k's weights are put into that order
 first. Attention does not notice, as both are reordered alike; but keys in a cache have the plain order, so that all who
 read or write one take the plain form, `Attention.qkv`. tests/test_model.py holds the two together.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+def rope_table(config):
+    """cos and sin of every angle, (context, 2, hs / 2).
+
+    Position t turns pair i by the angle t * theta^(-2i / hs).
+    """
+    hs = config.head_size
+    pair = torch.arange(0, hs, 2, dtype=torch.float64)
+    frequency = config.rope_theta ** (-pair / hs)  # (hs / 2,)
+    s = config.rope_scaling
+    if s:  # Llama 3: slow rotations are slowed by `factor`, fast ones kept, those between blended
+        turns = s["original_context"] * frequency / (2 * math.pi)  # in the original context
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / s["factor"]
+    position = torch.arange(config.context, dtype=torch.float64)
+    angle = position[:, None] * frequency  # (context, hs / 2)
+    return torch.stack([angle.cos(), angle.sin()], dim=1).float()  # (context, 2, hs / 2)
 
 
 def trains(attention, x):

@@ -156,7 +156,7 @@ def pack4(codes):
 # ---- sitting 3: repair it (recover.py, idp.py)
 
 def distillation(logits, log_p, tokens):
-    """10. The loss of a repair, 20 minutes. (recover.py: distillation)
+    """10. The loss of a repair, 20 minutes. (engine/losses.py: distillation)
 
     logits (B, T, V) of the student; of the teacher its k likeliest tokens (B, T, k) and their log-probabilities log_p
     (B, T, k) -> (B, T) in nats: KL(teacher || student) = sum of p log(p / q) over these tokens, and over one bucket for

@@ -54,8 +54,9 @@ def main_table(results):
         name = name_of(m) + (" *" if m.get("confirmed") else "")
         rows.append([name, f"{m['metrics']['extra_parameters']:,}", *cells])
     head = ["model", "params", "held-out recall %", "displaced %", "re-learned %"]
-    return markdown(head, rows) + "\n\n* the corrected test confirms a gain on held-out people; params: what a repair adds" + (
-        f"; over {results['settings']['seeds']} draws" if several else "")
+    draws = f"; over {results['settings']['seeds']} draws" if several else ""
+    return (markdown(head, rows) + "\n\n* the corrected test confirms a gain on held-out people; params: what a repair "
+            f"adds{draws}")
 
 
 def cost_table(results):

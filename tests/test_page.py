@@ -325,7 +325,8 @@ def test_what_was_displaced_at_least_is_said_of_every_compressor():
                 low, m["confirmed"] = ends[base]
                 m["metrics"]["displaced"], m["intervals"]["displaced"] = 0.95, [low, 0.99]
     said = page.at_least(study)
-    assert said.startswith("Of what was lost at least this was displaced: 70 % after GPTQ 3 bits, 40 % after RTN 3 bits, ")
+    assert said.startswith("Of what was lost at least this was displaced: "
+                           "70 % after GPTQ 3 bits, 40 % after RTN 3 bits, ")
     assert "none shown after SparseGPT 50 %" in said and "90 %" not in said and "GPTQ 5 bits" not in said
     study["models"] = [m for m in study["models"] if m["id"] in ("dense", "rtn-3") or m.get("base") == "rtn-3"]
     assert page.at_least(study) == "", "the headline has said it"

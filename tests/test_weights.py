@@ -249,7 +249,7 @@ def test_the_whole_file_counts_before_an_index_of_shards(tmp_path):
 
 
 def test_an_adapter_in_a_models_own_folder_is_refused(tmp_path):
-    """Transformers would load the base that the adapter names, and the adapter; neither is what the folder's model is."""
+    """Transformers would load the base that the adapter names, and the adapter; neither is the folder's model."""
     folder = write_folder(tmp_path / "m", "gpt2")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other"}')
     assert "adapter_config.json beside config.json" in refusal(folder)
