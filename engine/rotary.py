@@ -38,9 +38,11 @@ def trains(attention, x):
 
     Frozen ones are not put together: the copy of their weights would have to be kept until the gradient of x is known.
     """
-    return torch.is_grad_enabled() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and all(
-        type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.dtype == torch.float32
-        and not layer._forward_pre_hooks for layer in (attention.q, attention.k, attention.v))
+    layers = attention.q, attention.k, attention.v
+    return (torch.is_grad_enabled() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+            and all(type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.dtype == torch.float32
+                    and not layer._forward_pre_hooks for layer in layers)
+            and len({layer.bias is None for layer in layers}) == 1)
 
 
 def qkv(attention, x, positions):

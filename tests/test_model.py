@@ -202,6 +202,9 @@ def test_q_k_v_of_training_are_the_plain_ones(name):
     hook.remove()
     attention.q.weight.requires_grad_(False)
     assert not rotary.trains(attention, x)
+    attention.q.weight.requires_grad_(True)
+    attention.k.bias = None if attention.k.bias is not None else torch.nn.Parameter(torch.ones(len(attention.k.weight)))
+    assert not rotary.trains(attention, x)  # a bias beside layers without one, as `merge_biases` may leave
 
 
 # ---- the model
