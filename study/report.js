@@ -190,7 +190,7 @@ function words(v) {
   if (v === null || typeof v !== "object") return v === null ? "none" : String(v);
   const inner = u => u !== null && typeof u === "object" ? `(${words(u)})` : words(u);
   if (Array.isArray(v)) return v.map(inner).join(", ") || "none";
-  return Object.entries(v).map(([k, u]) => `${k} ${inner(u)}`).join(", ") || "none";
+  return Object.entries(v).map(([k, u]) => `${spoken(k)} ${inner(u)}`).join(", ") || "none";
 }
 // Among models that are shown together, a repair needs not name again what was repaired, if that is shown too.
 const briefly = (m, shown) => isRepaired(m) && shown.includes(parent(m)) ? `+ ${m.tag || m.id}` : m.label;
@@ -787,13 +787,14 @@ function drawTradeoffs() {
       best.includes(p) ? "yes" : ""]))));
 }
 function unnamed(points, base) {
-  const without = points.filter(p => p.named === false), n = without.length;
-  const rings = points.filter(p => isSelected(p.m)).sort((a, b) => a.px - b.px).map(p => p.label);
-  const whose = base && points.some(p => p.label !== p.m.label) ? `the selected repairs of ${base.label}` : "the selected";
+  const drawn = points.filter(p => p.named !== undefined), without = drawn.filter(p => !p.named), n = without.length;
+  const rings = drawn.filter(p => isSelected(p.m)).sort((a, b) => a.px - b.px).map(p => p.label);
+  const short = base && points.some(p => p.label !== p.m.label);
+  const whose = short ? `the selected repairs of ${base.label}` : "the selected";
   const listed = without.some(p => isSelected(p.m)) && rings.length < 12;
   const said = [rings.length > 0 && `Ringed: ${whose}${listed ? `, from left to right ${rings.join("; ")}` : ""}.`,
     chosen.y === "displaced" && "Hollow: the corrected test does not confirm a gain.",
-    !chosen.zoom && tied(points) && "Models of nearly the same value across stand side by side.",
+    tied(drawn) && "Models of nearly the same value across stand side by side.",
     n > 0 && `${count(n, "point")} without a name, for want of room: touch one, or zoom in.`].filter(Boolean);
   return said.length > 0 && html("p.note", said.join(" "));
 }
@@ -825,9 +826,9 @@ function scatter(points, best) {
     p.flat = interval(p.m, chosen.x)?.map(v => x(hold(chosen.x, v)));
     p.high = interval(p.m, chosen.y)?.map(v => y(hold(chosen.y, v)));
   }
-  if (!zoom && tied(points)) spreadOut(points, box);
   const seen = p => p.px >= left && p.px <= box.right && p.py >= box.top && p.py <= box.bottom;
-  const here = zoom ? points.filter(seen) : points;
+  const here = zoom ? points.filter(seen) : points, side = tied(here);
+  if (side) spreadOut(here, box, zoom ? 60 : 14);
   const stairs = best.filter(p => here.includes(p));
   const steps = stairs.map((p, k) => k ? `H${p.px}V${p.py}` : `M${p.px},${p.py}`).join("");
   const inWidth = v => Math.max(left, Math.min(box.right, v));
@@ -847,12 +848,13 @@ function scatter(points, best) {
     path(steps, { id: "front", fill: "none", stroke: "var(--muted)", "stroke-width": 1.2 }),
     dotted, labels(here, stairs, box), order.map(dot), bars);
   brush(canvas, box, last => {
-    if (chosen.drag === "zoom") {
-      const ends = [x.invert(last.left), x.invert(last.right), y.invert(last.bottom), y.invert(last.top)];
+    const caught = here.filter(p => p.px >= last.left && p.px <= last.right && p.py >= last.top && p.py <= last.bottom);
+    if (chosen.drag === "zoom") {                           // points that stand side by side are not at their values
+      const xs = side && caught.length ? caught.map(p => p.x) : [x.invert(last.left), x.invert(last.right)];
+      const ends = [Math.min(...xs), Math.max(...xs), y.invert(last.bottom), y.invert(last.top)];
       choose({ zoom: ends.map(v => Number(v.toPrecision(5))).join(" ") }, ["tradeoffs"]);
       return;
     }
-    const caught = here.filter(p => p.px >= last.left && p.px <= last.right && p.py >= last.top && p.py <= last.bottom);
     select([...(last.shift || chosen.several ? selected() : []), ...caught.map(p => p.m)]);
   });
   return canvas;
@@ -860,8 +862,9 @@ function scatter(points, best) {
 // Where most models share their value across with another, as repairs of one size do, those of nearly the same value
 // stand side by side: groups that would overlap become one, in the order of their values.
 const tied = points => 2 * points.filter(p => points.some(q => q !== p && q.x === p.x)).length > points.length;
-export function spreadOut(points, { left, right }) {
-  const step = Math.min(14, 0.5 * (right - left) / points.length), half = g => (g.length - 1) / 2 * step;
+export function spreadOut(points, { left, right }, widest = 14) {
+  const step = Math.min(widest, (widest > 14 ? 0.9 : 0.5) * (right - left) / points.length);
+  const half = g => (g.length - 1) / 2 * step;
   const middle = g => g.reduce((sum, p) => sum + p.px, 0) / g.length;
   const groups = [];
   for (const p of [...points].sort((a, b) => a.px - b.px)) {
@@ -1195,17 +1198,17 @@ function pairTable() {
     html("p.note", "Difference of the displaced shares, repair minus the one it is compared with, and its 95 % "
       + "interval. Superior: the interval lies above 0. Non-inferior: above the margin of −5 points that was stated "
       + "before the run. Inferior: below 0, and not above the margin. Else undecided."),
-    table("Repair against repair", ["on", "repair", "against", "difference, points", ["drawn", ticks], "verdict"],
-      study.pairs.map(pair => [on(pair), name(pair.base, pair.a), name(pair.base, pair.b),
-        [points(pair.difference), span(pair.interval)], bar(pair), pair.verdict]), [1, 2, 4, 5])];
+    table("Repair against repair", ["on", "repair", "against", "verdict", "difference, points", ["drawn", ticks]],
+      study.pairs.map(pair => [on(pair), name(pair.base, pair.a), name(pair.base, pair.b), pair.verdict,
+        [points(pair.difference), span(pair.interval)], bar(pair)]), [1, 2, 3, 5])];
 }
 function claimTable() {
   if (!study.claims?.length) return null;
   return [html("h3", "What was claimed before the run"),
-    table("Claims", ["claim", "difference, points", "p", "corrected p", "verdict"], study.claims.map(c =>
-      [[html("b", c.name), html("span.sub.claim", c.statement)],
+    table("Claims", ["claim", "verdict", "difference, points", "p", "corrected p"], study.claims.map(c =>
+      [[html("b", c.name), html("span.sub.claim", c.statement)], html("b", c.verdict),
         [typeof c.estimate === "number" ? points(c.estimate) : plain(c.estimate), span(c.interval)],
-        probability(c.p), probability(c.p_holm), html("b", c.verdict)]), [4])];
+        probability(c.p), probability(c.p_holm)]), [1])];
 }
 
 // --------------------------------------------------------------------------------------------------- 11. By attribute
@@ -1283,7 +1286,7 @@ function drawSweeps() {
     text: damage || name === "sparsity" ? sayShare : plain, values: found.map(p => p.x) };
   const held = v => share ? Math.max(-0.5, Math.min(1.5, v)) : v;                       // see scatter()
   const y = { name: nameOf(measure), text: share ? sayShare : plain,
-    values: found.flatMap(p => numbers([p.mean, p.low, p.high]).map(held)) };
+    values: [...(repairs ? [0] : []), ...found.flatMap(p => numbers([p.mean, p.low, p.high]).map(held))] };
   const role = repairs ? "repaired" : "compressed";
   const panels = [...new Set(found.map(p => p.panel))];
   const width = panels.length > 1 && pageWidth > 900 ? (pageWidth - 36) / 2 : Math.min(pageWidth, 820);
@@ -1451,7 +1454,8 @@ function changes(values, low, high, label) {
 function factTable(rows, shown, list) {
   const head = (key, label, below, m = null) => {
     const up = chosen.sort === key, down = chosen.sort === `-${key}`, next = up ? `-${key}` : down ? "" : key;
-    return html("th", { scope: "col", "data-m": m?.index, "data-name": label, "aria-sort": up ? "ascending" : down ? "descending" : null },
+    return html("th", { scope: "col", "data-m": m?.index, "data-name": label,
+      "aria-sort": up ? "ascending" : down ? "descending" : null },
       button(`sort-${key}`, [label, up ? " ↑" : down ? " ↓" : ""], () => turn({ sort: next })), below);
   };
   const alike = m => briefly(m, shown), share = m => {
@@ -1615,8 +1619,8 @@ function choices(m, selectors) {
     plain(s.extra_passes)];
   return [table("Ways to choose", head, selectors.map(row)),
   html("p.note", "Oracle: for each question a prompt that answers it, if there is one, picked with the answer known. "
-    + "Its floor: the same freedom among prompts that were never trained. Points over the paper's rule: the 95 % interval "
-    + "of the difference. Extra passes: how often the model runs besides, for one question.")];
+    + "Its floor: the same freedom among prompts that were never trained. Points over the paper's rule: the 95 % "
+    + "interval of the difference. Extra passes: how often the model runs besides, for one question.")];
 }
 function cloud(m, all) {
   const points = all.filter(p => numbers(p).length === 2);
@@ -1696,8 +1700,16 @@ function draw(views = Object.keys(VIEWS)) {
   if (here && document.activeElement?.id !== here) document.getElementById(here)?.focus({ preventScroll: true });
 }
 function goTo(view) {
-  document.getElementById(view)?.scrollIntoView();
+  const place = document.getElementById(view);
   document.getElementById(`${view}-h`)?.focus({ preventScroll: true });
+  // The views above it are laid out a few frames later, when they come near: it is where it was asked to be only then.
+  let frames = 10, top = null;
+  const settle = () => {
+    if (place.getBoundingClientRect().top !== top) place.scrollIntoView();
+    top = place.getBoundingClientRect().top;
+    if (frames-- > 0) requestAnimationFrame(settle);
+  };
+  if (place) settle();
 }
 function drawHeader() {
   const { hypothesis, name } = study, verdicts = study.verdicts || [], claims = study.claims || [];
@@ -1727,7 +1739,10 @@ function drawNavigation() {
   fill(document.querySelector("nav"), [...links.values()]);
   const watcher = new IntersectionObserver(seen => {
     const now = seen.find(s => s.isIntersecting);
-    if (now) for (const [view, link] of links) link.setAttribute("aria-current", String(view === now.target));
+    if (!now) return;
+    for (const [view, link] of links) link.setAttribute("aria-current", String(view === now.target));
+    const here = links.get(now.target), nav = here.parentNode;                      // on a phone the bar is long
+    nav.scrollLeft = here.offsetLeft - nav.offsetLeft - 60;
   }, { rootMargin: "-25% 0px -70% 0px" });                  // a view is current while it crosses a line near the top
   views.forEach(view => watcher.observe(view));
 }

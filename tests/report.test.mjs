@@ -138,6 +138,9 @@ test("points of nearly one value stand side by side, in their order and inside",
   now.slice(1).forEach((px, k) => assert.ok(px - now[k] >= 13.9, `${k}: ${now}`));
   assert.ok(now.every(px => px >= 60 && px <= 1000));
   now.forEach((px, k) => assert.ok(Math.abs(px - at[k]) <= 30));
+  const zoomed = [100, 100, 100].map(px => ({ px }));
+  report.spreadOut(zoomed, { left: 60, right: 1000 }, 60);
+  assert.deepEqual(zoomed.map(p => p.px), [66, 126, 186], "further apart where there is room");
 });
 
 test("the front is what no other beats", () => {

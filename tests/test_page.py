@@ -783,7 +783,8 @@ def test_the_front_is_what_no_model_beats(browser, small):
 
 
 def test_brushing_selects_what_lies_inside(browser, small):
-    browser.open(f"{small[2]}{BYTES}&view=tradeoffs")
+    browser.open(f"{small[2]}{BYTES}")
+    browser.js("document.querySelector('#tradeoffs figure').scrollIntoView({ block: 'center' })")
     dots = browser.js("""return [...document.querySelectorAll('#tradeoffs .pick')].map(n => {
         const box = n.querySelector('path').getBoundingClientRect();
         return [+n.id.slice(4), box.x + box.width / 2]; })""")
@@ -794,6 +795,32 @@ def test_brushing_selects_what_lies_inside(browser, small):
     browser.drag((left + 4, top + 2), (middle, bottom - 2))
     inside = sorted(i for i, x in dots if x < middle)
     assert 0 < len(inside) < len(dots) and selection(browser) == [f"map-{i}" for i in inside]
+
+
+def test_zooming_into_points_that_stand_side_by_side(browser, everything):
+    """Their values across are the same or nearly: the zoom is at their values, and they stand further apart in it."""
+    def places():
+        found = browser.js("""return [...document.querySelectorAll('#tradeoffs .pick')].map(n => {
+            const box = n.querySelector('.mark').getBoundingClientRect();
+            return [n.id, box.x + box.width / 2, box.y + box.height / 2]; })""")
+        return {name: (x, y) for name, x, y in found}
+    browser.open(everything[2] + "#drag=zoom&view=tradeoffs")
+    time.sleep(0.4)
+    browser.js("document.querySelector('#tradeoffs figure').scrollIntoView({ block: 'center' })")
+    before = places()
+    study = everything[0]
+    wanted = [f"dot-{i}" for i, m in enumerate(study["models"]) if m.get("kind") == "repaired"
+              and m["metrics"]["extra_parameters"] == 768 and f"dot-{i}" in before]
+    xs, ys = zip(*(before[name] for name in wanted))
+    browser.drag((min(xs) - 10, min(ys) - 12), (max(xs) + 10, max(ys) + 12))
+    after = places()
+    assert len(wanted) > 5 and set(wanted) <= set(after)
+    xs = sorted(after[name][0] for name in wanted)
+    assert min(b - a for a, b in zip(xs, xs[1:])) > 20
+    labels = "return document.querySelectorAll('#tradeoffs .label').length"
+    assert browser.js(labels) > len(wanted) / 2
+    browser.js("document.getElementById('zoom-out').click()")
+    assert places().keys() == before.keys()
 
 
 def test_filters_search_sort_and_flips(browser, small):
@@ -945,7 +972,7 @@ def test_back_goes_back(browser, everything):
 def test_a_link_leads_to_its_view(browser, usual, everything, width):
     look(browser, width)
     browser.open(everything[2])
-    for view in ("made", "attributes", "verdict"):
+    for view in ("tests", "made", "attributes", "verdict"):
         browser.js("document.querySelector(`nav a[href='#view=${arguments[0]}']`).click()", view)
         time.sleep(0.4)
         top, end = browser.js("""const at = document.querySelector(`#${arguments[0]} h2`).getBoundingClientRect();
