@@ -314,9 +314,10 @@ function decades(low, high) {
   return values.filter(v => Math.log10(v) >= low && Math.log10(v) <= high);
 }
 // Names beside their points, in the order given. A name is put only where it is nearer to its own point than to any
-// other, on no other name or point and, if it can be, on no line; one that stands off has a leader. Else it gets none.
-export function placeLabels(points, box, width, lines = []) {
-  const high = 13, taken = [], leaders = [];
+// other, on no other name or point, on nothing `taken` and, if it can be, on no line; one that stands off has a leader.
+// Else it gets none.
+export function placeLabels(points, box, width, lines = [], taken = []) {
+  const high = 13, leaders = [];
   const meets = (a, b) => a[0] < b[2] && a[2] > b[0] && a[1] < b[3] && a[3] > b[1];
   const within = (v, low, high) => Math.max(low, Math.min(high, v));
   const nearest = ([left, top, right, bottom], p) => [within(p.px, left, right), within(p.py, top, bottom)];
@@ -846,7 +847,8 @@ function scatter(points, best) {
     rect(left, box.top, box.right - left, box.bottom - box.top, { fill: "transparent" }),
     axes(box, x, y, nameOf(chosen.x), nameOf(chosen.y), t => tick(chosen.x, t), t => tick(chosen.y, t)),
     path(steps, { id: "front", fill: "none", stroke: "var(--muted)", "stroke-width": 1.2 }),
-    dotted, labels(here, stairs, box), order.map(dot), bars);
+    dotted, labels(here, stairs, box, y.ticks.map(t => [left - 10 - textWidth(tick(chosen.y, t)), y(t) - 9, left - 4,
+      y(t) + 8])), order.map(dot), bars);
   brush(canvas, box, last => {
     const caught = here.filter(p => p.px >= last.left && p.px <= last.right && p.py >= last.top && p.py <= last.bottom);
     if (chosen.drag === "zoom") {                           // points that stand side by side are not at their values
@@ -904,7 +906,7 @@ function dot({ m, px, py, off, y }) {
   said);
 }
 // The selected are named first, then the front, then the rest; one without room is left to the hint, and said.
-function labels(points, best, box) {
+function labels(points, best, box, ticks) {
   const stairs = best.slice(1).flatMap((b, k) => {
     const a = best[k];
     return [[Math.min(a.px, b.px), a.py - 1, Math.max(a.px, b.px), a.py + 1],
@@ -914,7 +916,8 @@ function labels(points, best, box) {
     flat && [flat[0], py - 1, flat[1], py + 1], high && [px - 1, high[1], px + 1, high[0]]].filter(Boolean));
   const order = [...points].sort((a, b) => isSelected(b.m) - isSelected(a.m) || best.includes(b) - best.includes(a));
   for (const p of order) p.r = isSelected(p.m) ? 13 : 8;
-  const placed = placeLabels(order, { ...box, right: box.right + 6 }, textWidth, [...stairs, ...bars]);
+  const room = { ...box, left: 0, right: box.right + 6 };
+  const placed = placeLabels(order, room, textWidth, [...stairs, ...bars], ticks);
   order.forEach((p, k) => { p.named = placed[k] !== null; });
   return placed.map((found, k) => {
     const { m, label } = order[k], side = found && beside(found, order[k]), on = isSelected(m);
