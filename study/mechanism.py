@@ -26,9 +26,10 @@ import torch
 from recover import LINEARS, add_lora
 from study.repairs import attach, shared_copy, unpacked
 from study.settings import config_of, job_parser
-from study.statistics import by_person, interval, resampled
+from study.statistics import Estimate, by_person, resampled, share_of
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject
+from study.tables import share
 from world.score import Subject, answer
 from world.small import World
 
@@ -133,13 +134,16 @@ def facts_to_ask(run):
 
 
 def returned(dense, damaged, repaired, run, seed=31):
-    """{split: [share, low, high]} of what the damage took that a repair without training brings back."""
+    """{split: [share, low, high]} of what the damage took that a repair without training brings back; None where the
+    damage took nothing for sure.
+    """
     out, generator = {}, torch.Generator().manual_seed(seed)
     for split, facts in facts_to_ask(run).items():
         sums, sizes = by_person([right[split].tolist() for right in (dense, damaged, repaired)], facts)
-        drawn = resampled(sums, 10_000, generator, sizes)  # (10000, 3)
-        share = float((sums[:, 2] - sums[:, 1]).sum() / (sums[:, 0] - sums[:, 1]).sum())
-        out[split] = [share, *interval(((drawn[:, 2] - drawn[:, 1]) / (drawn[:, 0] - drawn[:, 1])).numpy())]
+        drawn = resampled(sums, 10_000, generator, sizes).numpy()  # (10000, 3)
+        whole, less, back = (Estimate(float(sums[:, i].sum() / sizes.sum()), drawn[:, i]) for i in range(3))
+        found = share_of(back - less, whole - less)
+        out[split] = [found.value, *found.interval()] if found else None
     return out
 
 
@@ -165,8 +169,8 @@ def compressor_table(run, dense):
         lora = attach(model, "lora", RANK, correct_directions(model, dense.model, calibration))
         means, directions = (returned(before, after, recalled(subject, run), run) for subject in
                              (Subject(correct_means(model, dense.model, calibration)), lora))
-        cells = [f"{100 * float(after['heldout'].mean()):.1f}"] + [f"{100 * share:.1f}" for share in shape.values()]
-        cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in share))
-                  for share in (means["heldout"], directions["heldout"], directions["seen"])]
+        cells = [f"{100 * float(after['heldout'].mean()):.1f}"] + [f"{100 * part:.1f}" for part in shape.values()]
+        cells += [share(found) if found else "too little was lost"
+                  for found in (means["heldout"], directions["heldout"], directions["seen"])]
         lines.append(f"| {tag} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,4 +1,6 @@
 """The shape of output errors, against cases in which it is known, and corrections against the best there can be."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from model import GPT, GPTConfig
 from recover import add_lora
 from study import mechanism
 from study.repairs import attach, shared_copy
+from test_tables import cells
 
 
 def normal(*shape, seed=0):
@@ -111,3 +114,43 @@ def test_the_shape_of_an_error(damaged):
     dense, model, ids = damaged
     shape = mechanism.error_shape(model, dense, ids, rank=3)
     assert 0 < shape["mean"] < shape["first"] + 1e-9 < shape["directions"] < 1 and 0 < shape["error"] < 1
+
+
+def test_the_shares_of_one_layer_are_those_of_its_outputs(damaged, monkeypatch):
+    """Inputs on four axes of energies 16, 4, 1 and 0.25, an error of the first weight's size on two of them."""
+    X = torch.tensor([[4.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0.5]])
+    layer, W = torch.nn.Linear(4, 4, bias=False), torch.diag(torch.tensor([2.0, 1, 1, 1]))
+    layer.weight.data = W - torch.diag(torch.tensor([1.0, 0, 2, 0]))  # off by 4 on the first, by 2 on the third
+    monkeypatch.setattr(mechanism, "walk", lambda *given: [(layer, W, X)])
+    shape = mechanism.error_shape(None, None, None, rank=1)
+    assert shape["error"] == pytest.approx((16 + 4) / (64 + 4 + 1 + 0.25))
+    assert shape["first"] == shape["directions"] == pytest.approx(16 / 20)
+    assert shape["mean"] == pytest.approx((1 + 0.25) / (20 / 4))  # the mean error is (1, 0, 0.5, 0)
+    assert shape["inputs"] == pytest.approx(16 / 21.25)
+    assert mechanism.error_shape(None, None, None, rank=2)["inputs"] == pytest.approx(20 / 21.25)
+
+
+def test_what_comes_back_is_a_share_of_what_was_lost(monkeypatch):
+    """Twenty people of two facts: dense knows all, the damaged model half, the corrected one three quarters of it; of
+    seen facts nothing was lost, and there is no share to give."""
+    facts = [SimpleNamespace(person=i // 2) for i in range(40)]
+    run = SimpleNamespace(world=SimpleNamespace(facts=lambda split, people: facts))
+    all_, half = torch.ones(40), torch.tensor([1.0, 0.0] * 20)
+    more = half.clone()
+    more[1:20:2] = 1.0  # ten people know their second fact again
+    found = mechanism.returned(*({"heldout": of, "seen": all_} for of in (all_, half, more)), run)
+    share, low, high = found["heldout"]
+    assert share == pytest.approx(0.5) and found["seen"] is None
+    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20**0.5, abs=0.03) and high == pytest.approx(1 - low, abs=0.03)
+
+
+def test_the_table_says_where_too_little_was_lost(monkeypatch):
+    world = SimpleNamespace(calibration=lambda config: None)
+    run = SimpleNamespace(world=world, config=SimpleNamespace(compressions=["RTN 8 bits"]))
+    shape = dict.fromkeys(("error", "mean", "first", "directions", "inputs"), 0.25)
+    for name, value in (("compressed_subject", SimpleNamespace(model=None)), ("unpacked", None), ("attach", None),
+                        ("error_shape", shape), ("recalled", {"heldout": torch.ones(4)}), ("correct_means", None),
+                        ("correct_directions", None), ("returned", {"heldout": None, "seen": [0.5, 0.25, 0.75]})):
+        monkeypatch.setattr(mechanism, name, lambda *given, value=value: value)
+    line = mechanism.compressor_table(run, SimpleNamespace(model=None)).splitlines()[-1]
+    assert cells(line) == ["RTN 8 bits", "100.0", *["25.0"] * 5, *["too little was lost"] * 2, "50.0 [25.0, 75.0]"]
