@@ -14,7 +14,7 @@ from checkpoints import save
 from compress import compress
 from kernels import PackedLinear
 from model import GPT, GPTConfig
-from study import comparisons, subjects, tables
+from study import comparisons, publish, subjects, tables
 from study.costs import costs
 from study.repairs import unpacked
 from study.settings import StudyConfig
@@ -23,7 +23,7 @@ from study.statistics import exact_interval, recall_interval
 from study.steps import Run
 from study.subjects import dense_subject
 from test_tables import cells
-from world.facts import WorldConfig, facts_about, text_batches
+from world.facts import WorldConfig, facts_about, make_world, text_batches
 from world.items import TASKS
 from world.score import Subject, answer
 from world.small import World
@@ -264,6 +264,47 @@ def test_whatever_is_reused_is_what_would_be_made(tmp_path):
     assert again == small(tmp_path / "b", **changes)[0] != first
     reused = {t["step"] for t in run.log.times if t["reused"]}
     assert "dense" in reused and not reused & {"noise", "context", "dense.answers", "dense.tasks"}
+
+
+def keys(config, made):
+    """[(name, settings)] under which a compression and its repair are kept; neither is made."""
+    keys, world = {}, SimpleNamespace(calibration=lambda config: None, check_leaks=lambda ids: None)
+    run = Run(config, world)
+
+    def once(name, settings, code, make, write, read):
+        keys[name.removesuffix(".safetensors")] = json.dumps(settings)
+        return made[len(keys) - 1]
+    run.once = once
+    dense = Subject(made[0][0], about={"settings": {"seed": config.seed}})
+    base = subjects.compressed_subject(run, dense, "GPTQ 3 bits")
+    subjects.repaired_subject(run, base, "prompt 8", "prompt", 8, None, lr=config.rates["prompt 8"])
+    return list(keys.items())
+
+
+@pytest.mark.parametrize("change, parts", [
+    (dict(), ()), (dict(calibration=(4, 32)), (0, 1)), (dict(calibration=(8, 16)), (0, 1)), (dict(repeat=1), (0, 1)),
+    (dict(seed=1), (0, 1)), (dict(repair_batch=(2, 24)), (1,)), (dict(repair_batch=(4, 12)), (1,)),
+    (dict(repair_steps=5), (1,)), (dict(rates={"prompt 8": 7.0}), (1,)), (dict(repair_bfloat16=True), (1,)),
+    (dict(compressions={"GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 16})}), (0, 1)),
+    (dict(test_people=3), ()), (dict(task_items=2), ()), (dict(ablation_people=1), ())])
+def test_every_setting_that_a_model_is_made_with_is_in_its_key(tmp_path, change, parts):
+    """A compression's and a repair's; what is asked of them later is not."""
+    model = GPT(GPTConfig(vocab_size=300, n_layer=1, n_embd=16, n_head=2))
+    before, after = (keys(replace(tiny(tmp_path), **more), [(model, []), [torch.zeros(8, 16)]])
+                     for more in ({}, change))
+    assert tuple(i for i in range(2) if before[i] != after[i]) == parts
+
+
+def test_predictions_are_the_main_questions_alone(tmp_path):
+    """Controls answer other questions; a line of them beside this study's would be about somebody else."""
+    facts = {"seen": facts_about(make_world(WorldConfig(2, 2, 2, 2))[:1])[:2], "heldout": []}
+    given = {"seen": [{"answer": "a", "correct": True}, {"answer": "b", "correct": False}], "heldout": []}
+    rows = [{"id": "dense", "group": "study", "answers": given}, {"id": "locked", "group": "locked", "answers": given}]
+    run = SimpleNamespace(config=None, world=SimpleNamespace(asked=lambda config: facts))
+    found = list(publish.predictions(run, rows))
+    assert [(row["model"], row["split"], row["attribute"], row["answer"]) for row in found] == [
+        ("dense", "seen", "city", "a"), ("dense", "seen", "year", "b")]
+    assert [row["gold"] for row in found] == [fact.answer.strip() for fact in facts["seen"]]
 
 
 def test_no_hidden_name_in_calibration_or_repair_text(tmp_path):

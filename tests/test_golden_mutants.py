@@ -3,11 +3,13 @@ golden/mutants.json makes one. Those of the compressors are in test_golden_compr
 
     python -m pytest -m slow tests/test_golden_mutants.py      # half a minute
 """
+import json
+
 import pytest
 
 from golden import make_idp, make_kernels, make_model, make_repair, make_world
 from golden.files import differing, read
-from golden.mutation import check_edits, edited, mistakes
+from golden.mutation import ROOT, check_edits, edited, mistakes
 
 MUTANTS = mistakes("mutants.json")
 CHANGED = ("model", "idp", "recover", "kernels", "engine.muon", "engine.packing", "engine.grids", "engine.compiling",
@@ -42,6 +44,13 @@ def caught(mutant):
 
 def test_every_edit_has_its_line():
     check_edits(MUTANTS, 90)
+
+
+def test_every_mutant_of_the_whole_code_has_its_line_and_its_tests():
+    """Those of tests/mutants.py, which runs them one by one."""
+    mutants = json.loads((ROOT / "tests" / "mutants.json").read_text(encoding="utf-8"))
+    check_edits(mutants, 105)
+    assert [m for m in mutants if not all((ROOT / test).exists() for test in m["test"].split())] == []
 
 
 @pytest.mark.slow

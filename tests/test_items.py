@@ -136,6 +136,25 @@ def test_the_seed_is_the_items():
 
 # ---- lessons
 
+def test_a_lesson_does_not_tell_where_the_right_option_stands():
+    """In each round of lessons over all people the right one of four stands at every place, and is of every attribute;
+    the older of two is asked for as often as the younger."""
+    people = BY["seen"][:40]
+    listed = [text for text in lessons(people, 0) if " or " in text.split(":")[0] and text[:5] != "Text:"]
+    assert len(listed) == LESSONS["listed"] * len(people)
+    for i in range(0, len(listed), len(people)):
+        places = []
+        for text in listed[i:i + len(people)]:
+            options, question = text.split(": ", 1)
+            right = [j for j, option in enumerate(re.split(", | or ", options)) if question.endswith(f" {option}.")]
+            places += right
+        assert len(places) == len(people) and Counter(places) == dict.fromkeys(range(4), len(people) // 4)
+    compared = [text for text in lessons(people, 0) if text.startswith("Compared with")]
+    for i in range(0, len(compared), len(people)):
+        older = sum(text.endswith(" older.") for text in compared[i:i + len(people)])
+        assert abs(older - len(people) / 2) <= 2
+
+
 def test_lessons_name_seen_people_only():
     """E8: on the strings; and every skill is taught by what makes its items, with its answer."""
     text = lessons(BY["seen"][:40], 0)

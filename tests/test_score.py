@@ -106,6 +106,29 @@ def test_the_right_answer_counts_and_nothing_else_does():
     assert scored(lambda q: " Tarmere.", FACTS[:1])[0]["answer"] == "Tarmere"
 
 
+class Speller(Parrot):
+    """A Parrot that writes its reply in tokens of one byte each."""
+
+    def generate(self, ids, new, lengths, cache, stop, first=None):
+        out = torch.cat([ids, ids.new_full((len(ids), new), stop)], dim=1)
+        for row, n in zip(out, lengths.tolist()):
+            reply = [ENCODING.encode_single_token(bytes([b])) for b in
+                     self.replies(ENCODING.decode(row[1:n].tolist())).encode()][:new]
+            row[n:] = stop if len(reply) < new else row[n:]
+            row[n:n + len(reply)] = torch.tensor(reply)
+        return out
+
+
+def test_an_answer_in_shorter_tokens_has_twice_the_room_and_two_more():
+    """Spelt out it is right as long as it fits with its full stop: 2 n + 2 tokens where the right answer has n."""
+    spelt = {True: [], False: []}
+    for fact, (_, gold) in zip(FACTS, tokenized(FACTS, ENCODING)):
+        row, = answer(Subject(Speller(lambda q: fact.answer + ".")), [fact], ENCODING)
+        assert row["correct"] == (len(fact.answer) + 1 <= 2 * len(gold) + 2), (fact, gold)
+        spelt[row["correct"]].append((len(gold), len(fact.answer) + 1))
+    assert any(n + 2 < size for n, size in spelt[True]) and any(2 * n + 2 < size for n, size in spelt[False])
+
+
 def test_an_answer_that_goes_on_is_wrong_wherever_it_is_cut():
     """E3: " X y" is not " X", even where the last token there is room for is the space between them."""
     gold = {fact.question: fact.answer for fact in FACTS}
