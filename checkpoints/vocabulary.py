@@ -74,8 +74,9 @@ def from_folder(path, config, size):
                          f"every text, but bos_token {bos!r} is not in the vocabulary"[:300])
     bos, end = (vocab.get(token) if isinstance(token, str) else None for token in (bos, named.get("eos_token")))
     eos = end if eos is None else eos
-    if eos is not None and type(eos) is not int:
-        raise ValueError(f"{os.path.join(path, 'config.json')}: eos_token_id {eos!r} is not a token's number"[:300])
+    if eos is not None and not (type(eos) is int and 0 <= eos < size):
+        raise ValueError(f"{os.path.join(path, 'config.json')}: eos_token_id {eos!r} is not one of the model's tokens, "
+                         f"0 to {size - 1}"[:300])
     return byte_pairs(file, vocab, merges, size=size, bos=bos, eos=eos, **more)
 
 

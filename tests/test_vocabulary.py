@@ -319,7 +319,7 @@ def test_the_token_that_ends_a_text_comes_from_where_there_is_one(tmp_path):
             assert in_folder(tmp_path, plain, config).eos == in_folder(tmp_path, plain, config).eot_token == start
         assert in_folder(tmp_path, plain, {"eos_token_id": 0}).eos == 0  # the model's own setting comes first
     for wrong in (99999, -1, 400, [400], "2", True, 1.0):
-        with pytest.raises(ValueError, match="eos_token_id"):
+        with pytest.raises(ValueError, match="config.json: eos_token_id .* not one of the model.s tokens, 0 to 399"):
             in_folder(tmp_path, plain, {"eos_token_id": wrong})
 
 
