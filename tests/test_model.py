@@ -489,6 +489,19 @@ def test_generation_is_the_loop(name):
     assert torch.equal(model.generate(ids, 4), torch.stack([model.generate(row[None], 4)[0] for row in ids]))
 
 
+@pytest.mark.parametrize("P", [1, 2, 5])
+def test_generation_behind_a_prompt_for_each_row(P):
+    """(B, P, C): every row goes on as alone behind its own prompt, whether P is less than B, B or more."""
+    model, ids, lengths = gpt(), tokens(2, 6), torch.tensor([6, 3])
+    prompts = torch.randn(2, P, 32, generator=torch.Generator().manual_seed(2))
+    cache = model.new_cache(2, P + 6 + 4)  # just the room that this takes
+    out = model.generate(ids, 4, lengths, prompt=prompts, cache=cache)
+    assert torch.equal(out, model.generate(ids, 4, lengths, prompt=prompts))
+    for b, n in enumerate(lengths.tolist()):
+        alone = model.generate(ids[b:b + 1, :n], 4, prompt=prompts[b])
+        assert out[b, :n + 4].tolist() == alone[0].tolist()
+
+
 def test_generation_goes_on_from_a_cache():
     model, ids = gpt(), tokens(2, 9)
     cache = model.new_cache(2, 13)
