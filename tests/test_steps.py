@@ -55,7 +55,7 @@ def test_a_damaged_result_or_mark_is_made_again(tmp_path, damage):
 
 def test_a_step_knows_the_files_that_its_code_imports():
     found = steps.sources("idp")
-    assert {"idp.py", "recover.py", "model.py"} <= found.keys() and "evaluate.py" not in found
+    assert {"idp.py", "model.py", "engine/rotary.py"} <= found.keys() and "evaluate.py" not in found
     assert "world/score.py" in steps.sources("world.score") and all(found.values())
     assert "engine/refit.py" in steps.sources("compress")  # imported in a function
     assert "checkpoints/compression.py" not in steps.sources("compress")  # in `main`, which no step calls
