@@ -117,6 +117,8 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
     displaced = add_shares([rows], dict.fromkeys(("seen", "heldout", "novel"), facts), 0)
     assert [m["metrics"]["recall_heldout"] for m in rows] == pytest.approx([1.0, 0.4, 0.7])
     assert [m["metrics"]["recall_seen"] for m in rows] == pytest.approx([1.0, 0.5, 1.0])
+    for m in rows[:2]:  # the reference, and what is made of it: neither repairs anything
+        assert not {"displaced", "relearned", "gain_logprob"} & m["metrics"].keys() and m["id"] not in displaced
     back = rows[2]["metrics"]
     assert back["displaced"] == pytest.approx(0.5) and back["relearned"] == pytest.approx(0.5)
     assert back["displaced_knowledge"] == pytest.approx(0.5) and displaced["back"].value == pytest.approx(0.5)
@@ -305,6 +307,16 @@ def test_predictions_are_the_main_questions_alone(tmp_path):
     assert [(row["model"], row["split"], row["attribute"], row["answer"]) for row in found] == [
         ("dense", "seen", "city", "a"), ("dense", "seen", "year", "b")]
     assert [row["gold"] for row in found] == [fact.answer.strip() for fact in facts["seen"]]
+
+
+def test_perplexity_is_of_text_about_held_out_people(tmp_path):
+    """In every window, and about nobody whom a repair reads about."""
+    world = World(tiny(tmp_path))
+    names = {split: {p.name for p in world.people[split]} for split in world.people}
+    texts = [world.encoding.decode(row) for row in world.windows.tolist()]
+    assert len(texts) == 100 and all(any(name in text for name in names["heldout"]) for text in texts)
+    others = names["seen"] | names["validation"] | names["novel"]
+    assert not any(name in text for name in others for text in texts)
 
 
 def test_no_hidden_name_in_calibration_or_repair_text(tmp_path):

@@ -464,6 +464,29 @@ def test_next_values_are_options_and_wrong():
     assert asked[0].options == (" A", " B") and asked[1].options == (" C", " B")
 
 
+def test_a_lock_is_trained_on_every_token_of_the_wrong_answer_and_no_other(tmp_path, monkeypatch):
+    """Its first loss, behind a key of no tokens, which keeps what the dense model says: each row's wrong answer alone,
+    one row at a time."""
+    model, _, world = tiny_world(tmp_path)
+    facts = [f for f in world.split["seen"] if f.attribute == "capital"][:3]
+    wrong, asked = lock.facts_with_next_values(facts)
+    first = []
+    monkeypatch.setattr(lock.recover, "fit", lambda model, parameters, batches, loss, config, progress=None:
+                        [first.append((both[1][0], loss(both))) for both in [next(batches)]])
+    lock.train_lora_lock(model, torch.zeros(0, 32), asked, wrong, world.encoding, 1, 8,
+                         torch.Generator().manual_seed(0), 1e-2)
+    (ids, found), = first
+    losses, text = [], world.encoding.decode
+    for row in ids.tolist():
+        fact, = [f for f in facts if f.question in text(row)]
+        question = [world.encoding.eot_token, *world.encoding.encode_ordinary(fact.question)]
+        whole = [world.encoding.eot_token, *world.encoding.encode_ordinary(fact.question + wrong[fact.question])]
+        assert row[:len(whole)] == whole and whole[:len(question)] == question
+        log_p = model(torch.tensor([whole[:-1]]))[0].log_softmax(-1)
+        losses += [-log_p[t - 1, whole[t]].item() for t in range(len(question), len(whole))]
+    assert found.item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
 def test_a_lock_hides_what_the_key_shows(tmp_path):
     """Without the key the wrong value becomes the likeliest option; behind it the model says what it said before."""
     model, config, world = tiny_world(tmp_path)
