@@ -103,5 +103,5 @@ def headline(rows):
     best = max(sure, key=lambda m: m["metrics"]["displaced"])
     value, (low, high) = best["metrics"]["displaced"], best["intervals"]["displaced"]
     return (f"Part of what compression took was displaced: {len(sure)} of {len(repaired)} repairs bring back facts "
-            f"that they never read about, at most {value:.0%} [{low:.0%}, {high:.0%}] "
-            f"({best['tag']} on {tags[best['base']]}).")
+            f"that they never read about, most of all {best['tag']} on {tags[best['base']]}: "
+            f"{value:.0%} [{low:.0%}, {high:.0%}].")

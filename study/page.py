@@ -84,7 +84,7 @@ def at_least(study):
         f"{100 * low:.0f} % after {base}" if low else f"none shown after {base}" for low, base in found) + "."
 
 
-def sentence(text):
+def as_sentence(text):
     """As markup; a number and its % stay on one line."""
     return figure.escape(text.replace(" %", "\u00a0%"))
 
@@ -221,8 +221,8 @@ def page(study, predictions):
             "step": STEP, **facts}
     text = json.dumps(spoken(data), separators=(",", ":"), allow_nan=False)
     slots = {"TITLE": figure.escape(title(study)), "NAME": figure.escape(study.get("name") or ""),
-             "HEADLINE": sentence(study.get("headline") or ""), "BEST": sentence(best_repair(study)),
-             "LEAST": sentence(at_least(study)),
+             "HEADLINE": as_sentence(study.get("headline") or ""), "BEST": as_sentence(best_repair(study)),
+             "LEAST": as_sentence(at_least(study)),
              "PICTURE": figure.picture(study) if repaired_bases(study) else "",
              "STUDY": embed(text.encode("ascii")), "ANSWERS": embed(answers),
              "CSS": read_text(PARTS["css"]), "JS": lean(read_text(PARTS["js"]))}
