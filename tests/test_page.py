@@ -286,7 +286,7 @@ def test_the_headline_counts_confirmed_repairs():
     share, (low, high) = best["metrics"]["displaced"], best["intervals"]["displaced"]
     assert claims.headline(rows) == (
         f"Part of what compression took was displaced: {found} of 20 repairs bring back facts that they never read "
-        f"about, at most {share:.0%} [{low:.0%}, {high:.0%}] (LoRA rank 8 on RTN 3 bits).")
+        f"about, most of all LoRA rank 8 on RTN 3 bits: {share:.0%} [{low:.0%}, {high:.0%}].")
     for m in repairs:
         m["confirmed"] = False
     assert claims.headline(rows).startswith("None of 20 repairs brings back held-out facts")
