@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from engine.compiling import (NARROW, compile_enabled, compile_failure, compiled, loaded, or_eager,
-                              ready, recording, use_compile, written_out)
+                              ready, use_compile, written_out)
 from engine.grids import Quantized
 from engine.packing import (CELL, LANES, LAYOUT, Packed, pack, pack_sparse, pieces, place_bits,
                             stored_bits, unpack)
@@ -206,12 +206,12 @@ def _run(f, x, packed):
     """f(x, packed), compiled at the first call for such x, layout and number of threads."""
     names = [name for name in Packed.TENSORS if getattr(packed, name) is not None]
     tensors = [x, *(getattr(packed, name) for name in names)]
-    key = (f, x.shape, x.dtype, x.device, packed.words.shape, packed.words.stride(),
+    key = (f.__name__, x.shape, x.dtype, x.device, packed.words.shape, packed.words.stride(),
            packed[len(Packed.TENSORS):], len(tensors), torch.get_num_threads())
     if key not in ready:
         def function(x, *given):
             return f(x, packed._replace(**dict(zip(names, given))))
-        ready[key] = compiled(function, tensors)
+        ready[key] = compiled(function, tensors, key)
     return ready[key](tensors)[0]
 
 
@@ -272,7 +272,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out): x Wᵀ + bias."""
-        if recording():  # part of a larger graph, such as a block's
+        if torch.compiler.is_compiling():  # part of a larger graph, such as a block's
             rows = x.reshape(-1, self.in_features)
             y = _fused(rows, self.packed) if len(rows) <= few(self.packed) else \
                 F.linear(rows, _dequantized(x, self.packed))

@@ -123,8 +123,9 @@ class Attention(nn.Module):
             qkv = rotary.qkv(self, x, positions) if fast else self.qkv(x, positions)
         q, k, v = qkv
         if past is not None:
-            slots = positions[:, None, :, None].expand(2, *k.shape)  # (2, B, nkv, T, hs)
-            past.scatter_(3, slots, torch.stack([k, v]).to(past.dtype))  # in place
+            row = torch.arange(B, device=x.device)[:, None]  # (B, 1)
+            new = torch.stack([k, v]).permute(1, 3, 0, 2, 4)  # (B, T, 2, nkv, hs)
+            past[:, row, :, positions] = new.to(past.dtype)  # in place
             k, v = past  # each (B, nkv, S, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.n_kv_head != self.n_head)

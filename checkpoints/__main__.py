@@ -18,7 +18,9 @@ from checkpoints.adapters import CONFIG, load_adapter, read_adapter
 from checkpoints.compression import parameters
 from checkpoints.gguf import read_header
 from checkpoints.weights import list_folder, list_safetensors
+from engine.decode import choose_decode
 from engine.device import add_device, device_of
+from kernels import PackedLinear
 
 
 def show_tensors(path):
@@ -56,6 +58,8 @@ def show_model(path, text, tokens, device, dtype):
     if encoding is not None:
         bos = getattr(encoding, "bos", None)
         ids = torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(text)], device=device)
+        if any(isinstance(layer, PackedLinear) for layer in model.modules()):
+            print(choose_decode(model, tokens))
         print(encoding.decode(model.generate(ids, tokens)[0].tolist()))
 
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from checkpoints.weights import read_model
 from compress import rtn
-from engine.decode import compile_decode, worth_compiling
+from engine.decode import choose_decode
 from engine.device import add_device, device_of
 from engine.script import guard
 from kernels import PackedLinear, pack
@@ -94,9 +94,7 @@ def go_on(arguments):
         models = {f"dense, {args.dtype}": dense, **models}
     for name, model in models.items():
         if name.startswith("packed"):
-            enabled, why = worth_compiling(model, args.tokens, args.compile)
-            compile_decode(model, enabled)
-            print(why)
+            print(choose_decode(model, args.tokens, args.compile))
         out, rate, first = write(model, ids, args.tokens)
         held = {t.data_ptr(): t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers())}
         print(f"{name:16s} {rate:8.1f} tokens/s after {first:.1f} s, blocks of {sum(held.values()) / 1e6:.1f} MB\n"

@@ -1,15 +1,26 @@
 """
 How a function becomes machine code, once for each kind of input, and what happens where that is not possible.
 
-What it does: `compiled` hands a function to Inductor, the compiler of torch.compile; `ready` keeps the code of this
-process, Inductor's own cache on the disk keeps it for the next one; `or_eager` calls it, and on a machine without a C++
-compiler warns once, with the reason, and computes the same in eager PyTorch. `use_compile` is the one switch.
+What it does: `compiled` hands a function to AOTInductor, torch's compiler ahead of time, and keeps the machine code in a
+file, so that the next process only loads it; `ready` keeps what this process has loaded; `or_eager` calls it, and on a
+machine without a C++ compiler warns once, with the reason, and computes the same in eager PyTorch. `use_compile` is the
+one switch.
 
 What it leaves out: which functions are compiled (kernels.py, engine/decode.py).
+
+Why not `torch.compile`: it records the function anew in every process. SmolLM2-135M's shape at 4 bits, one busy thread
+of a CPU with AVX512, code on the disk: the first token after 25 s and 31.9 ms a token, against 6.9 s and 29.8 ms here
+(medians, in turns; torch.compile with fullgraph, dynamic=False and skip_all_guards_unsafe, a block at a time). With
+nested_compile_region on the block, which makes a token one call, torch 2.13 loses the constants of the region.
 """
+import functools
+import hashlib
+import os
+import pathlib
 import warnings
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 # Inductor's own limits would store the long expression of the fused loop half-way, and write it out again for each of
@@ -21,6 +32,7 @@ OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 <<
            # as wide as torch's own kernels, so that ATEN_CPU_CAPABILITY=avx2 gives the narrow code on every machine
            "cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())}
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"  # 16 registers of 8 floats, not 32 of 16
 
 ready = {}  # {all that the code takes for granted: compiled code}
@@ -30,7 +42,6 @@ class _State:
     """The one switch, and why compilation was given up, if it was."""
     enabled = False
     failure = None
-    tracing = False  # a larger graph, such as a block's, is being recorded
 
 
 def use_compile(enabled):
@@ -50,41 +61,51 @@ def compile_failure():
     return _State.failure
 
 
-def recording():
-    """Whether a larger graph is being recorded: then a layer writes out its own operations, and calls no other code."""
-    return _State.tracing
+class Function(nn.Module):
+    """A function of tensors as a module, which torch.export wants."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, tensors):
+        """f of a list of tensors."""
+        return self.f(*tensors)
 
 
-def compiled(f, tensors, dynamic=()):
-    """f(*tensors) compiled for tensors such as these: called with a list of them, it returns a tuple of one.
+def compiled(f, tensors, key, dynamic=()):
+    """f(*tensors) compiled for tensors such as these: called with a list of them, it returns a list of one.
 
-    dynamic  {number of a tensor: its dimension that may have any size}
+    key      all that the code takes for granted: it names the file. Nothing is looked at again when the code is called
+    dynamic  {number of a tensor: its dimension that may have any size}, the same size for all of them
 
-    This is torch.compile(f) by hand: record the operations, hand them to Inductor. What is left out stands between a
-    caller and the code: a dozen Python calls that find out, every time, whether the code fits. While weights stream
-    through the cache, Python's own data has to come from memory too, and a small product takes no longer than that. So
-    the caller has to know that the code fits: see what kernels.run and engine/decode.py take for a key of `ready`.
+    Recording f and compiling it takes a minute, loading the code a few hundredths of a second.
     """
-    from torch._inductor.compile_fx import compile_fx_inner  # here, as these imports take a second
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-    mode, dynamic = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), dict(dynamic)
-    sizes = [[DimDynamic.DYNAMIC if dynamic.get(i) == d else DimDynamic.STATIC for d in range(t.dim())]
-             for i, t in enumerate(tensors)]
-    fakes = [mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(size)) for t, size in zip(tensors, sizes)]
-    # f runs once, on shapes without numbers, and each operation is recorded, also the one that writes into a cache in
-    # place: made functional, as is usual, it would copy the whole cache twice a token
-    _State.tracing = True
-    try:
-        graph = make_fx(lambda *given: (f(*given),), select_decomp_table())(*fakes)
-    finally:
-        _State.tracing = False
-    # the last two let the code be kept on the disk
-    with torch._inductor.config.patch(OPTIONS), torch._functorch.config.patch(bundled_autograd_cache=False), \
-            torch._guards.tracing(torch._guards.TracingContext(mode)):
-        return compile_fx_inner(graph, fakes).current_callable
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # here, as its import takes a second
+    path = os.path.join(cache_dir(), f"knowledge-{digest(key)}.pt2")
+    if not os.path.exists(path):
+        sizes = [{dict(dynamic)[i]: torch.export.Dim("slots")} if i in dict(dynamic) else {} for i in range(len(tensors))]
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns of itself
+            program = torch.export.export(Function(f), (tensors,), dynamic_shapes=(sizes,))
+            part = f"{path}.{os.getpid()}.pt2"
+            torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=dict(OPTIONS))
+        os.replace(part, path)
+    # called directly, the package would read a description of its arguments at every call
+    return torch._inductor.aoti_load_package(path).loader.boxed_run
+
+
+def digest(key):
+    """A fingerprint of a key and of what else decides about the code: torch, the CPU's registers, our own source."""
+    ours = [source(str(path)) for path in (ROOT / "kernels.py", *sorted(ROOT.glob("engine/*.py")))]
+    machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), OPTIONS
+    return hashlib.sha256(repr((key, machine, ours)).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def source(path):
+    """A fingerprint of a file of source."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
 
 
 def written_out(x):

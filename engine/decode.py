@@ -8,14 +8,16 @@ every layer. Keys, values and the token's position stay in tensors: the loop of 
     model = compile_decode(model)      # model.generate(...) from now on
 """
 import copy
+import inspect
 import weakref
 
 import torch
 import torch.nn as nn
 
-from engine.compiling import compiled, or_eager, ready
+from engine.compiling import compiled, or_eager, ready, source
 
-UNPACK, COMPILE = 4e-9, 5  # seconds to unpack a weight in eager code; to compile a block, or to read it from the disk
+# seconds to unpack a weight in eager code, and to compile a block and a head: python -m tests.bench_kernels --model smollm2
+UNPACK, COMPILE = 4e-9, 60
 ROWS = 4  # most rows of a batch that compiled code is made for; more take the eager way
 
 
@@ -73,7 +75,7 @@ class Decoder:
                 def function(*tensors):
                     return torch.func.functional_call(step, dict(zip(held, tensors)), tensors[len(held):])
                 dynamic = {len(held) + i: dim for i, dim in ((2, 3), (3, 3))}  # mask and cache: of any length
-                ready[key] = compiled(function, [*held.values(), *given], dynamic)
+                ready[key] = compiled(function, [*held.values(), *given], key, dynamic)
             self.known[name] = list(held.values()), ready[key]
         tensors, code = self.known[name]
         return code([*tensors, *given])[0]
@@ -85,15 +87,16 @@ def layout(t):
 
 
 def kind(module):
-    """All that compiled code takes for granted of a module: its parts, their plain attributes, their tensors' layout.
+    """All that compiled code takes for granted of a module: its parts, the source of their classes, their plain
+    attributes, their tensors' layout.
     """
     plain = (int, float, str, tuple, type(None))
-    parts = [(name, type(m), *((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
-             for name, m in module.named_modules()]
+    parts = [(name, type(m).__qualname__, source(inspect.getfile(type(m))),
+              *((k, v) for k, v in vars(m).items() if isinstance(v, plain))) for name, m in module.named_modules()]
     tensors = [(name, t.shape, t.stride(), t.dtype, t.device)
                for named in (module.named_parameters, module.named_buffers)
                for name, t in named(remove_duplicate=False)]
-    return hash((tuple(parts), tuple(tensors)))
+    return tuple(parts), tuple(tensors)
 
 
 def compile_decode(model, enabled=True):
@@ -109,16 +112,20 @@ def compile_decode(model, enabled=True):
     return model
 
 
-def worth_compiling(model, tokens, asked=None):
-    """(whether to compile, a line that says why) for a packed model that will write so many tokens.
-
-    asked  True or False: what the caller wants; None: compile where the time of the compiler is earned back
-    """
+def worth_compiling(model, tokens):
+    """Whether a packed model that will write so many tokens earns back the time of the compiler."""
     weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "packed"))
+    return UNPACK * weights * tokens > COMPILE
+
+
+def choose_decode(model, tokens, asked=None):
+    """Let a model that will write so many tokens do it the faster way; returns a line that says which, and why.
+
+    asked  True or False: what the caller wants; None: compiled where a packed model earns the compiler's time back
+    """
+    compile_decode(model, asked if asked is not None else worth_compiling(model, tokens))
+    chosen = "compiled" if "step" in vars(model) else "not compiled"
     if asked is not None:
-        return asked, f"{'compiled' if asked else 'not compiled'}, as asked"
-    spent = UNPACK * weights * tokens
-    pays = spent > COMPILE
-    more = "more" if pays else "less"
-    return pays, (f"{'compiled' if pays else 'not compiled'}: unpacking {weights:,} weights for each of {tokens} "
-                  f"tokens is {more} work than compiling")
+        return f"{chosen}, as asked"
+    return f"{chosen}: for {tokens} tokens the weights are unpacked in " + (
+        "more" if "step" in vars(model) else "less") + f" time than the {COMPILE} s of the compiler"

@@ -15,7 +15,7 @@ import recover
 from checkpoints import load, save
 from checkpoints.writing import go_on, packed_model
 from engine import compiling, decode, packing
-from engine.decode import compile_decode, worth_compiling
+from engine.decode import choose_decode, compile_decode
 from engine.grids import Quantized
 from engine.packing import LANES, to_words
 from kernels import Packed, PackedLinear, from_spec, matmul, pack, pack_sparse, unpack
@@ -198,7 +198,7 @@ def test_compiled_equals_eager_without_recompiling():
     assert kernels.compile_failure() is None
 
 
-def test_compiled_code_is_kept_on_the_disk_and_fits():
+def test_compiled_code_is_kept_on_the_disk_and_fits(monkeypatch):
     """What a process compiled the next one finds; rows of a longer weight lie apart in memory, and are not mixed up."""
     p = pack(quantized(40, 4200, 4, 600))
     rows = p.rows(0, 2)
@@ -207,19 +207,30 @@ def test_compiled_code_is_kept_on_the_disk_and_fits():
     whole = rows._replace(**{name: t.contiguous() for name in Packed.TENSORS if (t := getattr(rows, name)) is not None})
     assert whole.words.shape == rows.words.shape and whole.words.stride() != rows.words.stride()
     x = torch.randn(1, 4200, generator=torch.Generator().manual_seed(0))
-    for _ in range(2):
+    for export in (torch.export.export, None):  # the second time nothing is recorded
         compiling.ready.clear()
-        torch._dynamo.utils.counters.clear()
+        monkeypatch.setattr(torch.export, "export", export)
         for part in (whole, rows):
             assert relative_error(matmul(x, part), x, p.dequantize()[:32]) < 1e-6
-    assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] == 2
+
+
+def test_code_made_of_other_source_has_another_file(monkeypatch):
+    block, wider = (model.Block(model.GPTConfig(n_embd=n)) for n in (32, 48))
+    key = decode.kind(block)
+    names = {compiling.digest(key), compiling.digest(decode.kind(wider))}
+    with monkeypatch.context() as changed:  # a file of engine/ is another
+        changed.setattr(compiling, "source", lambda path: "other")
+        names.add(compiling.digest(key))
+    monkeypatch.setattr(decode, "source", lambda path: "other")  # the file of a block's classes is another
+    names.add(compiling.digest(decode.kind(block)))
+    assert len(names) == 4
 
 
 def test_compiled_code_is_given_only_what_it_was_made_for(monkeypatch):
     """Compiled code takes strides for granted: a cache whose keys lie otherwise in memory is compiled anew."""
     made = []
 
-    def compiled(function, tensors, dynamic):
+    def compiled(function, tensors, key, dynamic):
         """Stands in for the compiler: refuses what is laid out otherwise than when it was made."""
         strides = [t.stride() for t in tensors[:-1]]  # the last, the cache, is of any length
 
@@ -387,8 +398,9 @@ def small_packed_model():
     return gpt
 
 
-def test_compiled_decode_writes_the_same_tokens(monkeypatch):
+def test_compiled_decode_writes_the_same_tokens(monkeypatch, tmp_path):
     """One compiled block serves every layer, every prompt and cache size; a wide batch takes the ordinary way."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where nothing is compiled yet
     gpt = small_packed_model()
     prompt = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     ids = torch.randint(0, 32, (6, 5), generator=torch.Generator().manual_seed(2))
@@ -508,5 +520,6 @@ def test_the_command_goes_on_with_a_text(tmp_path, capsys):
 
 def test_compiling_is_worth_it_for_much_work():
     gpt = small_packed_model()
-    assert not worth_compiling(gpt, 10)[0] and worth_compiling(gpt, 10**7)[0]
-    assert worth_compiling(gpt, 10, True)[0] and not worth_compiling(gpt, 10**7, False)[0]
+    for tokens, asked, compiles in ((10, None, False), (10**9, None, True), (10, True, True), (10**9, False, False)):
+        line = choose_decode(gpt, tokens, asked)
+        assert ("step" in vars(gpt)) is compiles and line.startswith("compiled" if compiles else "not compiled")
