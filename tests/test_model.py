@@ -489,6 +489,20 @@ def test_generation_is_the_loop(name):
     assert torch.equal(model.generate(ids, 4), torch.stack([model.generate(row[None], 4)[0] for row in ids]))
 
 
+def test_generation_that_does_not_fit_is_refused_before_anything_is_read():
+    """What the cache holds, a prompt, the text and all new tokens together; the cache is as it was."""
+    model, ids = gpt(), tokens(2, 9)
+    for P, new in ((0, 5), (2, 3), (3, 2)):
+        cache = model.new_cache(2, 13)
+        model(ids[:, :4], cache=cache)
+        kept = [kv.clone() for kv in cache.kv]
+        prompt = torch.zeros(P, 32) if P else None
+        with pytest.raises(ValueError, match=f"4 cached . {P} prompt . 5 text . {new} new tokens do not fit .* 13"):
+            model.generate(ids[:, 4:], new, prompt=prompt, cache=cache)
+        assert cache.used == 4 and all(torch.equal(a, b) for a, b in zip(kept, cache.kv))
+        model.generate(ids[:, 4:], new - 1, prompt=prompt, cache=cache)
+
+
 @pytest.mark.parametrize("P", [1, 2, 5])
 def test_generation_behind_a_prompt_for_each_row(P):
     """(B, P, C): every row goes on as alone behind its own prompt, whether P is less than B, B or more."""
