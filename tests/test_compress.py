@@ -14,8 +14,9 @@ from checkpoints import load, save
 from compress import calibrate, compress, gptq, gptq_loop, magnitude, rtn, sparsegpt, sparsegpt_loop, wanda
 from engine.columns import factor, inverse, sweep
 from engine.grids import grid
-from engine.layers import histogram
+from engine.layers import histogram, report_row
 from engine.refit import Narrowed, best_codes, best_scales, best_weights, narrower, refit, search
+from engine.settings import CompressConfig
 from model import GPT, GPTConfig
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 16), (17, 33), (8, 61), (24, 150)]
@@ -723,6 +724,17 @@ def test_histogram_by_hand():
 def test_report_names_more_damping():  # Q6
     _, report = compress(small_model(), tokens(1, 8), "gptq", bits=4, damp=0.0)
     assert all(r["retries"] > 0 and r["damp"] > 0 for r in report)
+
+
+def test_report_counts_the_rows_that_a_search_swept_twice():
+    """As many as lost more on narrowed grids than the widest ones cost on average."""
+    W, H = (t.float() for t in problem(64, 32))
+    config, factored = CompressConfig("gptq", 3, search=True), factor(H, 32)
+    swept = search(W, factored, 3)
+    counted = report_row(W, H, swept, swept, factored, config)["repeated_rows"]
+    chosen = Narrowed(W)
+    first = sweep(W, factored, 3, narrow=chosen)
+    assert counted == int((first.loss > chosen.expected()).sum()) > 0
 
 
 def test_quantizing_a_pruned_model_keeps_its_zeros():  # S4
