@@ -1,12 +1,9 @@
 """
 How a function becomes machine code, once for each kind of input, and what happens where that is not possible.
 
-What it does: `compiled` hands a function to AOTInductor, torch's compiler ahead of time, and keeps the machine code in a
-file, so that the next process only loads it; `ready` keeps what this process has loaded; `or_eager` calls it, and on a
-machine without a C++ compiler warns once, with the reason, and computes the same in eager PyTorch. `use_compile` is the
-one switch.
-
-What it leaves out: which functions are compiled (kernels.py, engine/decode.py).
+`compiled` hands a function to AOTInductor, torch's compiler ahead of time, and keeps the code in a file, so that the
+next process only loads it; `ready` keeps what this process has loaded; `or_eager` calls it, and without a C++ compiler
+warns once and computes the same in eager PyTorch. Which functions are compiled: kernels.py, engine/decode.py.
 
 Why not `torch.compile`: it records the function anew in every process. SmolLM2-135M's shape at 4 bits, one busy thread
 of a CPU with AVX512, code on the disk: the first token after 25 s and 31.9 ms a token, against 6.9 s and 29.8 ms here
@@ -24,8 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Inductor's own limits would store the long expression of the fused loop half-way, and write it out again for each of
-# a few groups, which takes minutes to compile; "fast" lets it multiply and add in one instruction. The assertions would
-# look at the sizes of all tensors at every call.
+# a few groups, which takes minutes to compile; "fast" lets it multiply and add in one instruction
 OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 << 20,
            "realize_acc_reads_threshold": 1 << 20, "unroll_reductions_threshold": 1,
            "size_asserts": False, "alignment_asserts": False, "cpp.enable_floating_point_contract_flag": "fast",
@@ -34,7 +30,6 @@ OPTIONS = {"realize_opcount_threshold": 1 << 20, "realize_reads_threshold": 1 <<
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"  # 16 registers of 8 floats, not 32 of 16
-
 ready = {}  # {all that the code takes for granted: compiled code}
 
 
@@ -45,9 +40,7 @@ class _State:
 
 
 def use_compile(enabled):
-    """Whether PackedLinear calls the fused matmul. Off at first: compiling takes seconds, a small model never earns
-    them back.
-    """
+    """Whether PackedLinear calls the fused matmul. Off at first: a small model never earns the compiler's time back."""
     _State.enabled = bool(enabled)
 
 
@@ -62,14 +55,13 @@ def compile_failure():
 
 
 class Function(nn.Module):
-    """A function of tensors as a module, which torch.export wants."""
+    """A function of a list of tensors as a module, which torch.export wants."""
 
     def __init__(self, f):
         super().__init__()
         self.f = f
 
     def forward(self, tensors):
-        """f of a list of tensors."""
         return self.f(*tensors)
 
 
@@ -82,9 +74,10 @@ def compiled(f, tensors, key, dynamic=()):
     Recording f and compiling it takes a minute, loading the code a few hundredths of a second.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # here, as its import takes a second
-    path = os.path.join(cache_dir(), f"knowledge-{digest(key)}.pt2")
+    path = os.path.join(cache_dir(), f"knowledge-{code_name(key)}.pt2")
     if not os.path.exists(path):
-        sizes = [{dict(dynamic)[i]: torch.export.Dim("slots")} if i in dict(dynamic) else {} for i in range(len(tensors))]
+        slots, dynamic = torch.export.Dim("slots"), dict(dynamic)
+        sizes = [{dynamic[i]: slots} if i in dynamic else {} for i in range(len(tensors))]
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns of itself
             program = torch.export.export(Function(f), (tensors,), dynamic_shapes=(sizes,))
@@ -95,7 +88,7 @@ def compiled(f, tensors, key, dynamic=()):
     return torch._inductor.aoti_load_package(path).loader.boxed_run
 
 
-def digest(key):
+def code_name(key):
     """A fingerprint of a key and of what else decides about the code: torch, the CPU's registers, our own source."""
     ours = [source(str(path)) for path in (ROOT / "kernels.py", *sorted(ROOT.glob("engine/*.py")))]
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), OPTIONS
@@ -118,9 +111,8 @@ def written_out(x):
 def loaded(words):
     """words (T, NB, ...), to be loaded in one instruction on every CPU.
 
-    In code for AVX2, Inductor copies 32-bit integers to the stack in two halves and loads them from there. That load
-    waits until both halves have left the store buffer: a third of the speed. A load under a mask has no copy; padding
-    that is cut off again makes every load one.
+    For AVX2, Inductor copies 32-bit integers to the stack in two halves, and loading them from there waits for both: a
+    third of the speed. A load under a mask has no copy; padding that is cut off again makes every load one.
     """
     if not NARROW:
         return words

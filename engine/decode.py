@@ -16,7 +16,8 @@ import torch.nn as nn
 
 from engine.compiling import compiled, or_eager, ready, source
 
-# seconds to unpack a weight in eager code, and to compile a block and a head: python -m tests.bench_kernels --model smollm2
+# seconds to unpack a weight in eager code, and to compile a block and a head:
+# python -m tests.bench_kernels --model smollm2
 UNPACK, COMPILE = 4e-9, 60
 ROWS = 4  # most rows of a batch that compiled code is made for; more take the eager way
 
@@ -62,9 +63,11 @@ class Decoder:
         return or_eager(self.compiled, self.eager, modules, *given)
 
     def eager(self, modules, *given):
+        """`run` in eager code."""
         return Together(modules)(*given)
 
     def compiled(self, modules, *given):
+        """`run` in compiled code, which is made or loaded at the first call."""
         name = id(modules[0])
         if name not in self.known:
             step = Together(modules)

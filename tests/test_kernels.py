@@ -217,12 +217,12 @@ def test_compiled_code_is_kept_on_the_disk_and_fits(monkeypatch):
 def test_code_made_of_other_source_has_another_file(monkeypatch):
     block, wider = (model.Block(model.GPTConfig(n_embd=n)) for n in (32, 48))
     key = decode.kind(block)
-    names = {compiling.digest(key), compiling.digest(decode.kind(wider))}
+    names = {compiling.code_name(key), compiling.code_name(decode.kind(wider))}
     with monkeypatch.context() as changed:  # a file of engine/ is another
         changed.setattr(compiling, "source", lambda path: "other")
-        names.add(compiling.digest(key))
+        names.add(compiling.code_name(key))
     monkeypatch.setattr(decode, "source", lambda path: "other")  # the file of a block's classes is another
-    names.add(compiling.digest(decode.kind(block)))
+    names.add(compiling.code_name(decode.kind(block)))
     assert len(names) == 4
 
 
