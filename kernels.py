@@ -89,7 +89,7 @@ STREAMS = 2 if NARROW else 4  # row blocks read side by side
 SUMS = 8  # of products, in all streams together: an addition takes four cycles, two start in each
 # codes from this bit up are shifted down, to use the masks of the lower ones
 HALF = {2: 16, 3: 15, 4: 16 if NARROW else 32, 8: 32}
-UNROLL = 32  # positions written out in the loop body; 1 / M of that for N:M
+UNROLL = 32 if NARROW else 16  # positions written out in the loop body; 1 / M of that for N:M
 CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
 
 
