@@ -16,8 +16,7 @@ import torch.nn as nn
 
 from engine.compiling import compiled, or_eager, ready, source
 
-# seconds to unpack a weight in eager code, and to compile a block and a head:
-# python -m tests.bench_kernels --model smollm2
+# estimates: seconds to unpack a weight in eager code, and to compile a block and a head
 UNPACK, COMPILE = 4e-9, 60
 ROWS = 4  # most rows of a batch that compiled code is made for; more take the eager way
 
