@@ -215,3 +215,11 @@ def test_numbers_in_a_picture_are_read_as_they_were_drawn():
         if m.get("kind") == "repaired" and m["intervals"]["displaced"][0] is not None:
             value = [m["metrics"]["displaced"], *m["intervals"]["displaced"]]
             assert drawn[m["id"], "displaced"] == [pytest.approx(100 * x, abs=0.051) for x in value]
+
+
+@pytest.mark.parametrize("ends, sure", [([0.1, 0.3], True), ([-0.3, -0.1], True), ([-0.1, 0.1], False)])
+def test_relearned_is_hollow_only_where_its_interval_holds_0(ends, sure):
+    model = {"id": "m", "metrics": {"displaced": 0.5, "relearned": sum(ends) / 2},
+             "intervals": {"displaced": [0.4, 0.6], "relearned": ends}}
+    displaced, relearned = [part for part in figure.row(model, {"id": "b"}, True, 10) if "circle" in part]
+    assert "hollow" not in displaced and ("hollow" not in relearned) == sure
