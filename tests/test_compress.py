@@ -845,6 +845,15 @@ def test_what_is_zero_stays_zero(method, settings, first, tmp_path):  # C3, S4
             assert int((W == 0).sum()) >= max(int(zeros.sum()), round(settings["sparsity"] * rows))
 
 
+def test_layers_that_are_no_targets_stay_known_as_pruned():
+    """One layer after the other: pruned, pruned, and then the first quantized."""
+    ids, names = tokens(), ("blocks.0.mlp.up", "blocks.2.attn.o")
+    first, _ = compress(small_model(), ids, "magnitude", sparsity=0.5, targets=names[:1])
+    both, _ = compress(first, ids, "magnitude", sparsity=0.5, targets=names[1:])
+    last, _ = compress(both, ids, "rtn", bits=4, targets=names[:1])
+    assert (first.pruned, both.pruned, last.pruned) == ({names[0]}, set(names), {names[1]})
+
+
 def test_zeros_that_were_there_count_among_those_asked_for():  # C3
     W, H = problem(16, 64)
     keep = magnitude(W, 0.3)

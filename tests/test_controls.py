@@ -90,6 +90,17 @@ def test_a_repair_reads_about_seen_people_only(scene, name):
         assert all(any(name in sentence for sentence in text) == (split == "seen") for name in names), split
 
 
+def test_a_controls_repair_reads_what_the_studys_own_reads_in_that_draw(scene):
+    """Given the study's own text: the rows of `repair_rows`, which are others in another draw."""
+    run, dense = scene
+    control, read = controls.Control(dense, dense, {}, run.world.repair_text), []
+    for k in (0, 1):
+        drawn = Run(replace(run.config, repair_steps=2, repeat=k), run.world, run.log)
+        read.append(torch.cat([batch[0] for batch in controls.control_batches(drawn, control)]))
+        assert torch.equal(read[-1], torch.cat(run.world.repair_rows(drawn.config)))
+    assert not torch.equal(*read)
+
+
 def test_strangers_are_told_to_nobody(scene):
     """They are people of the same kind, with other names than everybody of the world."""
     run, _ = scene

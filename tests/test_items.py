@@ -1,5 +1,6 @@
 """The items: what is asked is true, what is wrong is false, and nobody hidden is in a lesson; scores worked by hand."""
 import math
+import random
 import re
 from collections import Counter
 
@@ -88,6 +89,16 @@ def test_gold_options_are_true_and_the_others_false():
                 assert [option == " " + person.values[item.attribute] for option in item.options] == [
                     i == item.gold for i in range(4)]
                 assert all(option.strip() in VALUES[item.attribute] for option in item.options)
+
+
+@pytest.mark.parametrize("years", [(1950, 1960), (1960, 1950), (1950, 1959), (1959, 1950)])
+def test_a_comparison_needs_ten_years(years):
+    """Worked by hand: ten years apart are compared, nine are not."""
+    pair = [p._replace(values={**p.values, "year": str(year)}) for p, year in zip(PEOPLE, years)]
+    item = TASKS["comparison"].make(0, pair[0], pair, random.Random(0))  # even: about the older one
+    older, younger = sorted(pair, key=lambda p: p.values["year"])
+    assert item is None if abs(years[0] - years[1]) == 9 else (
+        item.question, item.answer) == (f"Compared with {younger.name}, {older.name} is", " older")
 
 
 def test_hard_options_are_close():

@@ -216,6 +216,13 @@ def test_every_family_is_the_loops(name):
         close(logits, naive(model, model.wte(row))[0])
 
 
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_the_norms_add_the_eps_of_the_config(name):
+    """An eps as large as the activations: what any other one gives is far away."""
+    model, ids = gpt(name, norm_eps=1.0), tokens(1, 5)
+    close(model(ids)[0], naive(model, model.wte(ids[0]))[0])
+
+
 @family
 def test_block_alone_is_causal_from_position_zero(name):
     model, ids = gpt(name), tokens(1, 7)

@@ -8,7 +8,7 @@ import torch
 
 from study import inside, pools, tables
 from study.statistics import exact_interval
-from world.facts import WorldConfig, facts_about, make_encoding, make_world, pad, statements, train_bpe
+from world.facts import VALUES, WorldConfig, facts_about, make_encoding, make_world, pad, statements, train_bpe
 import idp
 from model import GPT, GPTConfig
 from recover import prompt_init
@@ -144,6 +144,26 @@ def test_in_top_counts_the_gold_tokens_rank(scene):
                 logits = model(torch.tensor([whole[:-1]]))[0, -1]
                 assert bool(found) == (int((logits > logits[whole[-1]]).sum()) < M)
     assert got.all()
+
+
+def test_in_top_counts_the_right_options_rank(scene):
+    """Oracle: each option's log-probability from the whole sequence alone, token by token; four options, every M."""
+    model, _, encoding, facts = scene
+    asked, above = [], []
+    for fact in facts[:6]:
+        wrong = [" " + value for value in VALUES[fact.attribute] if " " + value != fact.answer][:3]
+        asked.append(fact._replace(options=(*wrong, fact.answer)))
+        question = [encoding.eot_token, *encoding.encode_ordinary(fact.question)]
+        sums = []
+        for option in asked[-1].options:
+            whole = [encoding.eot_token, *encoding.encode_ordinary(fact.question + option)]
+            with torch.no_grad():
+                log_p = model(torch.tensor([whole]))[0].log_softmax(-1)
+            sums.append(sum(log_p[t - 1, whole[t]].item() for t in range(len(question), len(whole))))
+        above.append(sum(p > sums[3] for p in sums[:3]))
+    assert len(set(above)) > 1
+    for M in (1, 2, 3, 4):
+        assert pools.in_top(Subject(model), asked, encoding, M).tolist() == [float(n < M) for n in above]
 
 
 def test_a_model_is_like_itself_and_only_itself(scene):

@@ -324,6 +324,19 @@ def test_only_the_biases_move_and_a_shared_layer_keeps_its_own():
         add_lora(model, 1) and add_biases(model)
 
 
+def test_a_shared_packed_layer_keeps_its_own_bias():
+    """Its bias is a buffer: a merged one is the new layer's alone, also where there was none before."""
+    for name in ("gpt2", "ours"):
+        model, x = packed(gpt(name)), torch.randn(3, 32, generator=seeded())
+        shared, layer = GPT(model.config), model.blocks[0].attn.o
+        shared.blocks[0].attn.o = layer
+        before = layer(x)
+        add_biases(shared, "o")[0].data.fill_(2.0)
+        merge_biases(shared)
+        close(shared.blocks[0].attn.o(x), before + 2, atol=1e-5)
+        assert model.blocks[0].attn.o is layer and torch.equal(layer(x), before)
+
+
 def test_gains_are_the_models_own():
     """One weight a norm, C each; another model with the same tensors does not see them move."""
     for name in ("ours", "gpt2"):

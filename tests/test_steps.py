@@ -138,7 +138,7 @@ def test_a_step_depends_on_the_code_of_its_world(tmp_path):
 def test_what_is_made_from_a_result_is_made_again_with_it(tmp_path):
     """Also where only code changed that the second step does not import: the digest of what it is made from is in its
     settings, a compressed model's report included."""
-    run, seen = tiny_run(tmp_path), []
+    run, seen, digests = tiny_run(tmp_path), [], []
     for first, report, second in (("a", "", 1), ("b", "", 2), ("b", "[]", 3), ("a", "[]", 4), ("a", "", 1)):
         (tmp_path / "first.json").write_text(first)
         (tmp_path / f"first.json{steps.LAYERS}").write_text(report) if report else (
@@ -146,7 +146,8 @@ def test_what_is_made_from_a_result_is_made_again_with_it(tmp_path):
         settings = steps.with_result({"seed": 0, "from": {"zero.json": "f"}}, str(tmp_path / "first.json"))
         assert settings["seed"] == 0 and settings["from"].keys() == {"zero.json", "first.json"}
         assert run.once_json(f"second-{second}", settings, (), lambda: seen.append(second) or second) == second
-    assert seen == [1, 2, 3, 4]
+        digests.append(settings["from"]["first.json"])
+    assert seen == [1, 2, 3, 4] and len(set(digests)) == 4 and digests[0] == digests[4]
 
 
 def test_a_step_interrupted_before_its_mark_is_not_taken_for_anothers(tmp_path):

@@ -304,6 +304,18 @@ def test_ids_beyond_the_vocabulary_are_shown_as_such(tmp_path):
     assert 380 not in encoding.encode("[PAD380]")
 
 
+def test_the_unknown_token_of_a_gguf_file_is_special():
+    """Type 2: the token where it is allowed, refused where nothing is said, its letters in ordinary text."""
+    metadata = as_metadata(GOLDEN["tokenizers"]["gpt2"])
+    metadata["tokenizer.ggml.tokens"].append("[UNK]")
+    metadata["tokenizer.ggml.token_type"].append(2)
+    encoding = vocabulary.from_gguf("x.gguf", {**metadata, "tokenizer.ggml.pre": "gpt-2"}, 400)
+    assert encoding.encode("[UNK]", allowed_special="all") == [380] and encoding.decode([380]) == "[UNK]"
+    assert 380 not in encoding.encode_ordinary("[UNK]")
+    with pytest.raises(ValueError, match="UNK"):
+        encoding.encode("[UNK]")
+
+
 def test_the_token_that_ends_a_text_comes_from_where_there_is_one(tmp_path):
     t = copy.deepcopy(GOLDEN["tokenizers"]["gpt2"])
     plain = json.loads(json.dumps(t).replace("<|endoftext|>", "<|im_end|>"))
