@@ -11,7 +11,7 @@ Competitors take turns in one process, round after round, on copies of the weigh
 cache: a model that writes one token after another finds none of its weights in a cache either. A turn is several calls,
 as a model makes them: the first ones still pay for the competitor before. The tables give medians of a call as ratios,
 and the share of the bandwidth that a plain sum over a large tensor reaches in the same turns.
-F.linear does not use a second thread for a single row, so a compiled float32 product stands in the tables as well.
+F.linear may or may not use a second thread for a single row; a compiled float32 product stands in the tables, too.
 
 Then whole models with random weights, which take the same time as trained ones: bytes in memory and on disk, tokens a
 second, and the time to the first token in a new process, its imports included: with an empty cache of compiled code
