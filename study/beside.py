@@ -1,10 +1,10 @@
 """
 A second process beside a study: it makes the study's models from the last one to the first.
 
-These models are so small that a second thread hardly helps: two threads train one in 0.9 of the time of one thread. Two
-processes of one thread each make two models in that time. So when the dense model is there, a second process starts; it
-goes through the list from its end, and the study meets it in the middle. Every step has a lock and is made once
-(study/steps.py), so nothing else has to be agreed on.
+These models are so small that two threads do not halve the time of a training step. Two processes of one thread each
+share no work that has to be waited for. So when the dense model is there, a second process starts; it goes through the
+list from its end, and the study meets it in the middle. Every step has a lock and is made once (study/steps.py), so
+nothing else has to be agreed on.
 
 What it leaves out: more than two processes; systems without locks between processes (Windows), where the study works
 alone.
