@@ -17,6 +17,7 @@ class World:
     name = "small world"
 
     def __init__(self, config):
+        self.made = {}  # what `tasks` has made
         people = make_world(config.world)
         self.people = {split: [p for p in people if p.split == split] for split in SPLITS}
         told = [p for p in people if p.split != "novel"]
@@ -43,11 +44,14 @@ class World:
         return {split: self.facts(split, config.test_people) for split in ("seen", "heldout", "novel")}
 
     def tasks(self, config):
-        """{task: {split: items}} of py that this GPT was prepared for."""
-        told = [p for split in SPLITS[:3] for p in self.people[split]]
-        return {name: {split: make_items(name, self.people[split], told, config.task_items, config.seed)
-                       for split in ("seen", "heldout", "novel")}
-                for name, task in TASKS.items() if config.skills or not task.skill}
+        """{task: {split: items}} of items.py that this GPT was prepared for, made at the first call."""
+        key = config.task_items, config.seed, config.skills
+        if key not in self.made:
+            told = [p for split in SPLITS[:3] for p in self.people[split]]
+            self.made[key] = {name: {split: make_items(name, self.people[split], told, config.task_items, config.seed)
+                                     for split in ("seen", "heldout", "novel")}
+                              for name, task in TASKS.items() if config.skills or not task.skill}
+        return self.made[key]
 
     def unrelated(self):
         """24 tokens (24,) of sentences about people that no question asked behind them is about."""
