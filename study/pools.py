@@ -49,6 +49,14 @@ def under_each(model, pool, facts, encoding):
             **scores(model, pool, filled, *pad([question for question, _ in rows], encoding, model.wte.weight.device))}
 
 
+@torch.no_grad()
+def right_under_each(model, pool, facts, encoding):
+    """(N, M) of `under_each` alone: 1.0 where a fact is answered right under a prompt."""
+    filled = idp.prefill(model, pool)
+    given = [answer(Subject(model, filled, always(m)), facts, encoding) for m in range(len(pool))]
+    return torch.tensor([[float(a["correct"]) for a in answers] for answers in given]).T
+
+
 def chosen_under_each(model, pool, filled, facts, encoding):
     """`under_each` for facts with options; "shares" has the options' probabilities, for each prompt a list of
     (options,) a fact."""
@@ -96,10 +104,10 @@ def selectors(encoding, model, pool, facts, validation, generator):
         **{f"prompt {m} alone": (right[:, m], 0) for m in range(M)},
         "best single on validation": (right[:, tuning["right"].mean(0).argmax()], 0),
         "most confident": (took(each["confidence"]), M - 1),
-        "all concatenated": (under_each(model, joined, facts, encoding)["right"][:, 0], 0),
+        "all concatenated": (right_under_each(model, joined, facts, encoding)[:, 0], 0),
         "ensemble of probabilities": (ensemble(model, pool, facts, encoding, each), M - 1),
         "oracle": (right.amax(1), M - 1),
-        "floor: oracle over an untuned pool": (under_each(model, untuned, facts, encoding)["right"].amax(1), M - 1),
+        "floor: oracle over an untuned pool": (right_under_each(model, untuned, facts, encoding).amax(1), M - 1),
         f"floor: compressed model, gold among its top {M}": (in_top(Subject(model), facts, encoding, M), 0),
     }
     return out, each

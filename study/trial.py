@@ -132,8 +132,8 @@ def two_locks(run, dense, how, progress=lambda *_: None):
         out.append(Outcome("two locks", way, parameters, right))
 
     def alone(way, prompt):
-        each = pools.under_each(model, idp.PromptPool([prompt]), facts, world.encoding)["right"]  # (N, 1)
-        add(way, prompt.numel(), each[:, 0])
+        right = pools.right_under_each(model, idp.PromptPool([prompt]), facts, world.encoding)  # (N, 1)
+        add(way, prompt.numel(), right[:, 0])
 
     def chosen(way, pool, wanted):
         """The pool under every choice that is `wanted`."""
@@ -182,7 +182,7 @@ def ceiling(run, dense, how, progress=lambda *_: None):
     def add(way, pool, routes):
         """Train the pool and ask each fact behind the prompt that `routes` (N,) gives it; right under each (N, M)."""
         train_pool(model, pool, "side_by_side", batches, how, progress(way, how.steps))
-        each = pools.under_each(model, pool, facts, world.encoding)["right"]  # (N, M)
+        each = pools.right_under_each(model, pool, facts, world.encoding)  # (N, M)
         out.append(Outcome(how.base, way, sum(p.numel() for p in pool.prompts), each.gather(1, routes[:, None])[:, 0]))
         return each
     for name, subject in (("dense", dense.model), ("unrepaired", model)):
