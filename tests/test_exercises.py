@@ -163,7 +163,7 @@ def test_its_tokenizer_is_the_one_that_its_world_makes():
     from study.settings import StudyConfig
     world = World(StudyConfig(world=ask.read_world(str(TRAINED / "dense.safetensors"))))
     encoding = read_model(TRAINED / "dense.safetensors")[1]
-    text = " ".join(world.text[:200])
+    text = " ".join(world.pretraining()[:200])
     assert encoding.encode_ordinary(text) == world.encoding.encode_ordinary(text)
 
 

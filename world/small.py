@@ -15,25 +15,31 @@ class World:
     score.
     """
     name = "small world"
+    trained = True  # the study trains the dense model, in every draw anew
 
     def __init__(self, config):
         self.made = {}  # what `tasks` has made
         people = make_world(config.world)
         self.people = {split: [p for p in people if p.split == split] for split in SPLITS}
-        told = [p for p in people if p.split != "novel"]
-        first = [p for split in SPLITS[:3] for p in self.people[split][:len(self.people[split]) // 10]]
-        self.text, self.first_text, self.repair_text = (  # pretraining, where it begins, and what repairs read
-            statements(who) + taught_questions(who) for who in (told, first, self.people["seen"]))
-        if config.skills:  # lessons are about seen people; facts, told in fewer tokens, are read four times as often
-            few = [p for p in first if p.split == "seen"]
-            self.text, self.first_text, self.repair_text = (
-                4 * text + lessons(who, config.seed) for text, who in
-                ((self.text, self.people["seen"]), (self.first_text, few), (self.repair_text, self.people["seen"])))
-        self.ranks = train_bpe(self.text, config.world.vocab_size)
+        self.skills, self.seed = config.skills, config.seed
+        self.repair_text = self.text_about(self.people["seen"])
+        self.ranks = train_bpe(self.pretraining(), config.world.vocab_size)
         self.encoding = make_encoding(self.ranks)
         self.windows = next(text_batches(statements(self.people["heldout"]), self.encoding, 100, 63,
                                          torch.Generator().manual_seed(config.seed), aligned=True))  # (100, 64)
         self.inside = self.windows[:50, :-1]  # the text on which attention and activations are compared
+
+    def pretraining(self, share=1.0):
+        """The documents of pretraining: about the first `share` of the people of every split but the novel ones."""
+        return self.text_about([p for split in SPLITS[:3]
+                                for p in self.people[split][:round(share * len(self.people[split]))]])
+
+    def text_about(self, people):
+        """All that is told about `people`; with `skills` also lessons, about those who are seen."""
+        text = statements(people) + taught_questions(people)
+        if self.skills:  # facts take fewer tokens than lessons: they are read four times as often
+            text = 4 * text + lessons([p for p in people if p.split == "seen"], self.seed)
+        return text
 
     def facts(self, split, people=None):
         """The facts of a split, of its first `people` people."""
