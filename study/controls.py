@@ -56,9 +56,13 @@ class ControlConfig:
     rank_one: float = 0.22           # Frobenius norm of what is added to a matrix, as a share of the matrix's own
     repairs: dict = field(default_factory=lambda: {  # tag: (kind, size, learning rate)
         "prompt 8": ("prompt", 8, 1e-1),
-        "LoRA rank 1": ("lora", 1, 3e-3),
+        "LoRA rank 1": ("lora", 1, 3e-3),        # of *rank one* alone: it can hold the exact inverse
         "LoRA rank 8": ("lora", 8, 3e-3),
     })
+
+    def repairs_of(self, name):
+        """The repairs of one control."""
+        return {tag: how for tag, how in self.repairs.items() if name == "rank one" or how[:2] != ("lora", 1)}
 
 
 class Control(NamedTuple):
@@ -235,4 +239,4 @@ def control_subjects(run, dense, name, how=None):
         return made
     return control, [control.reference, control.damaged,
                      *(repaired_subject(run, control.damaged, tag, kind, size, batches, lr=lr, code=("study.controls",))
-                       for tag, (kind, size, lr) in how.repairs.items())]
+                       for tag, (kind, size, lr) in how.repairs_of(name).items())]
