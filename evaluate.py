@@ -3,7 +3,7 @@ The study: train, compress, repair, and answer: is the knowledge forgotten or di
 
     python evaluate.py                  # the whole study: out/results.json, tables.md, report.html
     python evaluate.py --quick          # the same path through a smaller world, in a minute
-    python evaluate.py --seeds 3        # text and starts of compression and repair drawn 3 times
+    python evaluate.py --seeds 3        # three dense GPTs, each compressed and repaired anew
     python evaluate.py --full           # adds next-token twins, and pools trained in other ways
     python evaluate.py --size medium    # a second GPT, also taught to read, compare and follow
     python -m study                     # single steps, sweeps of one setting, the figure
@@ -32,6 +32,7 @@ is a row; then it passes over the finished rows for intervals, comparisons and v
 import argparse
 import sys
 from dataclasses import asdict
+from functools import partial
 
 from engine.script import guard  # before torch: Ctrl-C is one line
 
@@ -46,7 +47,8 @@ from study.repairs import light
 from study.settings import OPERATIONS, POOLS, StudyConfig, config_of, job_parser
 from study.shares import add_attributes, add_shares
 from study.steps import Run
-from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
+from study.subjects import (compressed_subject, dense_of_draw, dense_subject, repair_batches,
+                            repaired_subject)
 from study.taskfiles import add_files
 from world.score import Subject, answer, perplexity
 from world.small import World
@@ -91,7 +93,7 @@ def ask(run, subject, asked, group="study"):
 def kind_of(about):
     """The undamaged reference, a control, a compressed model, or a repair of one of these two."""
     if about["base"] is None:
-        return "dense" if about["id"] == "dense" else "reference"
+        return "dense" if about["tag"] == "dense" else "reference"
     if "kind" in about:
         return "repaired"
     return "control" if about["operation"]["name"] == "control" else "compressed"
@@ -110,47 +112,46 @@ def look_closer(run, row, subject, dense, base):
     if about.get("kind") == "idp" and people:
         tried = run.once_json(
             name + ".selectors", {**settings, "people": people}, ("study.pools", *ANSWERS),
-            lambda: pools.try_selectors(run, subject, base))
+            lambda: pools.try_selectors(run, subject, light(base)))
         row["idp"] = pools.with_intervals(tried, world.facts("heldout", people), config.seed)
 
 
-def own_group(run, dense):
-    """(Subjects, draws): the study's own models, and their rows for each draw of `--seeds`.
+def own_rows(run, dense):
+    """(rows, Subjects) of the study's own models in one draw of `--seeds`.
 
     The first draw has all that is measured, the others have what intervals need.
     """
-    asked, draws = run.world.asked(run.config), []
-    for k in range(run.config.seeds):
-        drawn, rows, made = run.draw(k), [], {}
-        for subject in every_model(drawn, dense):
-            row, made[subject.about["id"]] = ask(drawn, subject, asked), subject
-            if k == 0:
-                look_closer(run, row, subject, dense, made.get(row["base"]))
-            rows.append(row)
-        draws.append(rows)
-        if k == 0:
-            subjects = list(made.values())
-        for row, first in zip(rows, draws[0]):
-            row |= {"id": first["id"], "base": first["base"]}  # one model, drawn again
-    return subjects, draws
+    asked, rows, made = run.world.asked(run.config), [], {}
+    for subject in every_model(run, dense):
+        row, made[subject.about["id"]] = ask(run, subject, asked), subject
+        if run.config.repeat == 0:
+            look_closer(run, row, subject, dense, made.get(row["base"]))
+        rows.append(row)
+    return rows, list(made.values())
 
 
-def control_group(run, dense, name, make=control_subjects):
-    """[rows] of one control for each draw, and what they were asked.
-
-    The rows are its reference, the damaged model, the repairs.
+def control_rows(run, dense, name, make=control_subjects):
+    """(rows, facts) of one control in one draw: reference, damaged model, repairs; what was asked.
 
     make  (run, dense, name) -> (Control, its Subjects)
     """
-    draws = []
+    control, subjects = make(run, dense, name)
+    return [ask(run, subject, control.facts, name) for subject in subjects], control.facts
+
+
+def every_draw(run, dense, rows_of):
+    """([rows of each draw], what else the first draw gave) of rows_of(a draw's run, its dense).
+
+    A model has the same id in every draw.
+    """
+    draws, first = [], None
     for k in range(run.config.seeds):
         drawn = run.draw(k)
-        control, subjects = make(drawn, dense, name)
-        rows = [ask(drawn, subject, control.facts, name) for subject in subjects]
-        draws.append(rows)
-        for row, first in zip(rows, draws[0]):
-            row |= {"id": first["id"], "base": first["base"]}
-    return draws, control.facts
+        rows, more = rows_of(drawn, dense_of_draw(drawn, dense))
+        draws, first = [*draws, rows], first or more
+        for row, same in zip(rows, draws[0]):
+            row |= {"id": same["id"], "base": same["base"]}
+    return draws, first
 
 
 # ---- passes over the finished rows
@@ -214,10 +215,10 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
 
     files     {task: its questions} to ask of every model beside the facts, see study/taskfiles.py
     controls  the names of the kinds of damage that are known by construction, which `make_control`
-              makes (control_group)
+              makes (control_rows)
     """
     config, asked, seed = run.config, run.world.asked(run.config), run.config.seed
-    subjects, draws = own_group(run, dense)
+    draws, subjects = every_draw(run, dense, own_rows)
     rows, items = draws[0], task_items(run)
 
     displaced = add_shares(draws, asked, seed, config.endpoint)
@@ -231,7 +232,7 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         if m["kind"] == "repaired":
             m["similarity"]["nearer"] = inside.nearer(texts[m["id"]], texts[m["base"]], seed + 8)
     for name in controls:
-        known, facts = control_group(run, dense, name, make_control)
+        known, facts = every_draw(run, dense, partial(control_rows, name=name, make=make_control))
         add_shares(known, facts, seed)
         tests = comparisons(known, {})
         add_verdicts(known[0], tests)
@@ -260,12 +261,15 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
                        for name, what in OPERATIONS.items()]}
 
 
-def backwards(run, dense):
+def backwards(run):
     """Make and ask every model from the last to the first: what the second process does."""
-    for name in reversed(CONTROLS):
-        control_group(run, dense, name)
-    for tag in reversed(run.config.compressions):
-        own_group(run.only([tag], reversed(run.config.repairs)), dense)
+    for k in reversed(range(run.config.seeds)):
+        drawn = run.draw(k)
+        dense = dense_subject(drawn)
+        for name in reversed(CONTROLS):
+            control_rows(drawn, dense, name)
+        for tag in reversed(run.config.compressions):
+            own_rows(drawn.only([tag], reversed(run.config.repairs)), dense)
 
 
 def main():
@@ -277,7 +281,7 @@ def main():
     parser.add_argument("--full", action="store_true",
                         help="also the next-token twins, and pools trained in other ways")
     parser.add_argument("--seeds", type=int, default=StudyConfig.seeds, metavar="K",
-                        help="draw the text and starts of compression and repair K times")
+                        help="make everything K times, from the dense GPT on")
     parser.add_argument("--all-tasks", action="store_true",
                         help="ask every model every task of items.py, not a few")
     parser.add_argument("--backwards", action="store_true", help=argparse.SUPPRESS)
@@ -291,12 +295,13 @@ def main():
         run = Run(config, World(config))
         if args.backwards:  # beside another process, see study/beside.py
             beside.quietly(run)
-            return backwards(run, dense_subject(run))
+            return backwards(run)
         run.alone()
         run.describe_reuse()
         run.expect(progress.planned(run))
-        dense = dense_subject(run)
-        with beside.second_process(run, sys.argv[1:]):
+        with beside.second_process(run, sys.argv[1:]) as share_threads:
+            dense = dense_subject(run)
+            share_threads()
             results = study(run, dense)
         publish.publish(run, dense, results)
     guard(job)

@@ -129,7 +129,7 @@ def lock(run, dense):
 
 
 def lock_subjects(run, dense, name=TAG):
-    """The lock as a small study: (its Control, [reference, damaged, *repaired]); what evaluate.control_group asks."""
+    """The lock as a small study: (its Control, [reference, damaged, *repaired]); what evaluate.control_rows asks."""
     control, teacher, _ = lock(run, dense)
     batches = target_batches(run, teacher, dense.device)
     repairs = {tag: how for tag, how in run.config.repairs.items() if tag in REPAIRS}

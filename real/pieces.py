@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from evaluate import ask, control_group, own_group
+from evaluate import ask, control_rows, every_draw, own_rows
 from real import lock
 from real.rates import find_rates
 from study.subjects import compressed_subject, repair_batches
@@ -51,10 +52,8 @@ def make_piece(run, dense, tag, repairs, rates=False):
     run = narrowed(run, tag, repairs)
     if rates:
         set_rates(run, dense, tag == lock.TAG)
-    if tag == lock.TAG:
-        control_group(run, dense, tag, lock.lock_subjects)
-    else:
-        own_group(run, dense)
+    rows_of = partial(control_rows, name=tag, make=lock.lock_subjects) if tag == lock.TAG else own_rows
+    every_draw(run, dense, rows_of)
 
 
 def set_rates(run, dense, locked):

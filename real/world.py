@@ -88,6 +88,7 @@ class RealWorld:
     dense  the undamaged model's Subject, which writes the text unless there is a file
     text   path of a text file to read instead
     """
+    trained = False  # the dense model is given, the same in every draw
 
     def __init__(self, run, dense, encoding, facts, text=None):
         config = run.config

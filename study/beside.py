@@ -2,9 +2,9 @@
 A second process beside a study: it makes the study's models from the last one to the first.
 
 These models are so small that two threads do not halve the time of a training step. Two processes of one thread each
-share no work that has to be waited for. So when the dense model is there, a second process starts; it goes through the
-list from its end, and the study meets it in the middle. Every step has a lock and is made once (study/steps.py), so
-nothing else has to be agreed on.
+share no work that has to be waited for. So a second process goes through the list from its end, and the study meets it
+in the middle. Every step has a lock and is made once (study/steps.py), so nothing else has to be agreed on. Where there
+is one dense model, both need it first: the study trains it on all threads, while the other one waits.
 
 What it leaves out: more than two processes; systems without locks between processes (Windows), where the study works
 alone.
@@ -39,21 +39,28 @@ class Unheard(steps.Log):
 
 @contextlib.contextmanager
 def second_process(run, arguments):
-    """While open, `evaluate.py` with these arguments and --backwards runs beside us; each has half of the threads.
+    """While open, `evaluate.py` with these arguments and --backwards runs beside us, on half of the threads.
 
-    With one thread (OMP_NUM_THREADS=1) there is no second process.
+    Gives a function: from its call on we have only the other half, too. With several draws that is so from the start,
+    as each process has a dense model of its own to train. With one thread (OMP_NUM_THREADS=1) there is no second
+    process.
     """
     threads = torch.get_num_threads()
     if threads < 2 or not steps.fcntl:
-        yield
+        yield lambda: None
         return
-    torch.set_num_threads(threads // 2)
+
+    def share_threads():
+        """Leave the other half to the second process."""
+        torch.set_num_threads(threads // 2)
+    if run.config.seeds > 1:
+        share_threads()
     script = os.path.join(steps.ROOT, "evaluate.py")
     process = subprocess.Popen([sys.executable, script, *arguments, "--backwards"], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": str(threads // 2)}, start_new_session=True)
     run.log.hands = 2
     try:
-        yield
+        yield share_threads
     finally:
         process.terminate()
         process.wait()

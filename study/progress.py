@@ -24,9 +24,11 @@ def planned(run):
     if config.full:
         twins = [(f"{tag}, next token", kind) for tag, kind in repairs]
         repairs += [*((tag, kind) for tag, (kind, _) in POOLS.items()), *twins]
-    plan = {"dense": model_files("dense", config.pretrain.steps * rows * tokens / TOKENS, asking, closer(run, "dense"))}
     draws = {f", draw {k + 1}" if k else "": run.draw(k).config for k in range(config.seeds)}
+    plan = {}
     for words, drawn in draws.items():
+        plan["dense" + words] = model_files("dense" + drawn.draw_suffix, config.pretrain.steps * rows * tokens / TOKENS,
+                                            asking, {} if drawn.repeat else closer(run, "dense"))
         for tag in config.compressions:
             base = slug(tag) + drawn.draw_suffix
             plan[tag + words] = model_files(base, 1.5, asking, {} if drawn.repeat else closer(run, tag))
@@ -60,6 +62,6 @@ def control_files(config, name, asking):
     """{file: seconds} of one control in one draw: it, its repairs, and what they and its reference answer."""
     how, (made, before) = ControlConfig(), TAGS[name]
     reference, damaged = (slug(tag) + config.draw_suffix for tag in (before, name))
-    repairs = {f"{damaged}-{slug(tag)}": REPAIR * config.repair_steps for tag in how.repairs}
+    repairs = {f"{damaged}-{slug(tag)}": REPAIR * config.repair_steps for tag in how.repairs_of(name)}
     return {control_file(config, made): 0.05 * how.lock.steps, **repairs,
             **{f"{file}.answers": asking for file in (reference, damaged, *repairs)}}

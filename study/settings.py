@@ -14,7 +14,7 @@ from world.facts import WorldConfig
 class StudyConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     gpt: dict = field(default_factory=dict)  # what differs from GPTConfig's own defaults
-    pretrain: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, lr=4e-3, muon=0.02, weight_decay=0.1))
+    pretrain: FitConfig = field(default_factory=lambda: FitConfig(steps=1200, lr=4e-3, muon=0.02, weight_decay=0.1))
     pretrain_batch: tuple = (32, 64)         # rows, tokens a row
     without: str = ""                        # an ingredient of RECIPE that pretraining goes without
     calibration: tuple = (128, 64)
@@ -22,10 +22,10 @@ class StudyConfig:
     repair_steps: int = 200
     repair_bfloat16: bool = False            # matrix products of a repair's training in bfloat16
     test_people: int = 500                   # of each split, at most, that the table asks about
-    ablation_people: int = 250               # held-out people that every way to choose from a pool is tried on
+    ablation_people: int = 150               # held-out people that every way to choose from a pool is tried on
     size: str = "default"                    # the preset these settings are
     seed: int = 0
-    seeds: int = 1                           # compression data, repair and prompts are drawn so many times
+    seeds: int = 1                           # everything but the world is made so many times
     repeat: int = 0                          # which of those times this is
     full: bool = False
     skills: bool = False                     # whether pretraining also reads the lessons of py
@@ -44,7 +44,8 @@ class StudyConfig:
 
     @property
     def draw_seed(self):
-        """The seed of what `--seeds` draws anew: calibration text, repair text, the start of every repair."""
+        """The seed of what `--seeds` draws anew: the dense GPT, calibration and repair text, the start of every repair.
+        """
         return self.seed + 1000 * self.repeat
 
     @property

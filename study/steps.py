@@ -54,7 +54,7 @@ class Run:
         os.makedirs(self.out, exist_ok=True)
 
     def draw(self, repeat):
-        """The same run with compression data, repair text and the start of every repair drawn for the nth time."""
+        """The same run with all that is random but the world drawn for the nth time."""
         return Run(replace(self.config, repeat=repeat), self.world, self.log)
 
     def only(self, compressions, repairs):

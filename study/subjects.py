@@ -29,18 +29,26 @@ def dense_subject(run):
     """The Subject of the dense GPT, trained or read back, and its tokenizer's ranks written beside it."""
     config, log = run.config, run.log
     settings = {"world": asdict(config.world), "gpt": config.gpt, "pretrain": asdict(config.pretrain),
-                "batch": config.pretrain_batch, "seed": config.seed, "torch": torch.__version__,
+                "batch": config.pretrain_batch, "seed": config.draw_seed, "torch": torch.__version__,
                 **({"lessons": LESSONS} if config.skills else {}), **place_of(config),
                 **({"without": config.without} if config.without else {})}
-    path = run.path("dense.safetensors")
-    model = run.once("dense.safetensors", settings, ("study.training",), lambda: train_dense(run), save, load)
-    save_ranks(run.world.ranks, run.path("tokens.tiktoken"))
-    log.say(f"dense: {model.n_parameters():,} parameters, {os.path.getsize(path):,} bytes, "
-            f"{model.flops_per_token():,} floating-point operations a token")
+    name = "dense" + config.draw_suffix
+    path = run.path(name + ".safetensors")
+    model = run.once(name + ".safetensors", settings, ("study.training",), lambda: train_dense(run), save, load)
+    if not config.repeat:
+        save_ranks(run.world.ranks, run.path("tokens.tiktoken"))
+        log.say(f"dense: {model.n_parameters():,} parameters, {os.path.getsize(path):,} bytes, "
+                f"{model.flops_per_token():,} floating-point operations a token")
     model = model.to(config.device, DTYPES[config.dtype])
-    return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None,
+    return Subject(model, about={"id": name, "tag": "dense", "base": None, "operation": None,
                                  "settings": with_result(settings, path), "path": path,
                                  "extra": 0, "layers": None})
+
+
+def dense_of_draw(run, dense):
+    """The dense Subject of a draw's run: `dense` is that of the first draw; a world that is `trained` has one for each.
+    """
+    return dense_subject(run) if run.config.repeat and run.world.trained else dense
 
 
 def place_of(config):
@@ -69,7 +77,7 @@ def compressed_subject(run, dense, tag):
                            lambda: compress(dense.model, calibration, method, **how), write,
                            lambda path: (load(path), read_json(path + LAYERS, list)))
     model = model.to(dense.device)
-    return Subject(model, about={"id": name, "tag": tag, "base": "dense",
+    return Subject(model, about={"id": name, "tag": tag, "base": dense.about["id"],
                                  "settings": with_result(settings, path), "path": path,
                                  "extra": 0, "layers": rows,
                                  "operation": {"name": operation, "parameters": {"method": method, **how}}})

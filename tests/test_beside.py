@@ -23,15 +23,16 @@ def test_what_is_made_backwards_is_what_the_study_asks_for(tmp_path, monkeypatch
     config.repairs = {tag: config.repairs[tag] for tag in ("bias correction", "IDP 4 x 8")}
     config.rates = {"prompt 8": 0.1}
     run = Run(config, World(config))
-    dense = dense_subject(run)
-    evaluate.backwards(run, dense)
+    evaluate.backwards(run)
     made = [t["step"] for t in run.log.times if not t["reused"]]
     order = [made.index(name) for name in ("control-locked", "magnitude-50", "gptq-3-bits")]
     assert order[0] < order[1] < order[2] and "magnitude-50-seed-1-idp-4-x-8" in made
+    assert made.index("dense-seed-1") < made.index("control-locked-seed-1") < made.index("dense") < order[0]
 
     again = Run(config, run.world)
     evaluate.study(again, dense_subject(again))
-    assert {t["step"] for t in again.log.times if not t["reused"]} == {"context", "noise"}
+    last = {"context", "noise", "gptq-3-bits-seed-99"}  # GPTQ on other text, for the noise floor
+    assert {t["step"] for t in again.log.times if not t["reused"]} == last
 
 
 def test_the_second_process_lives_as_long_as_the_study(tmp_path, monkeypatch):
@@ -47,7 +48,9 @@ def test_the_second_process_lives_as_long_as_the_study(tmp_path, monkeypatch):
     began, run, threads = [], Run(tiny(tmp_path), None), torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with pytest.raises(RuntimeError), beside.second_process(run, ["--seeds", "3"]):
+        with pytest.raises(RuntimeError), beside.second_process(run, ["--seeds", "3"]) as share:
+            assert torch.get_num_threads() == 4  # until the one dense model is there
+            share()
             assert torch.get_num_threads() == 2 and run.log.hands == 2
             while not (tmp_path / "told").exists():
                 assert began[0].poll() is None

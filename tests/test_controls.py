@@ -28,7 +28,7 @@ def scene(tmp_path_factory):
     """A run in a world of 18 people who are told about and 12 who are not, and its dense GPT."""
     config = StudyConfig(world=WorldConfig(seen=8, heldout=8, validation=2, novel=12, vocab_size=512),
                          gpt={"n_layer": 2, "n_embd": 64}, pretrain=FitConfig(steps=300, lr=8e-3, weight_decay=0.1),
-                         pretrain_batch=(8, 32), without="few", repair_batch=(8, 24), repair_steps=120,
+                         pretrain_batch=(8, 32), without="growth", repair_batch=(8, 24), repair_steps=120,
                          out=str(tmp_path_factory.mktemp("controls")))
     run = Run(config, World(config))
     return run, dense_subject(run)

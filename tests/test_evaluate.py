@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluate
-from checkpoints import save
+from checkpoints import load, save
 from compress import compress
 from kernels import PackedLinear
 from model import GPT, GPTConfig
@@ -85,7 +85,8 @@ def test_lessons_are_for_seen_people_only(tmp_path):
     world = World(config)
     for rows in (torch.cat(world.repair_rows(config)), world.calibration(config)):
         assert world.check_leaks(rows) == len(rows) > 0
-    assert any("In short:" in text for text in world.repair_text) and any("In short:" in text for text in world.text)
+    for read in (world.repair_text, world.pretraining()):
+        assert any("In short:" in text for text in read)
     run = Run(config, world)
     dense = dense_subject(run)
     row = evaluate.ask(run, dense, world.asked(config))
@@ -219,8 +220,8 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
     assert run.log.times and all(t["reused"] for t in run.log.times)
 
 
-def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path, monkeypatch):
-    """Two seeds: the first is the run of one seed, digit for digit; the second calibrates and repairs on other text."""
+def test_several_seeds_repeat_everything_from_the_dense_model_on(tmp_path, monkeypatch):
+    """Two seeds: the first is the run of one seed, digit for digit; the second trains, calibrates and repairs anew."""
     config = tiny(tmp_path)
     config.full, config.seeds = False, 2
     config.repairs = {"LoRA rank 8": ("lora", 8), "prompt 8": ("prompt", 8)}
@@ -242,6 +243,9 @@ def test_several_seeds_repeat_everything_but_the_dense_model(tmp_path, monkeypat
     assert "±" in tables.cost_table(results) and "±" not in tables.cost_table(once)
     first, second = (tmp_path / f"gptq-3-bits{seed}-lora-rank-8/adapter_model.safetensors" for seed in ("", "-seed-1"))
     assert first.read_bytes() != second.read_bytes()
+    first, second, packed = (load(tmp_path / f"{name}.safetensors").wte.weight
+                             for name in ("dense", "dense-seed-1", "gptq-3-bits-seed-1"))
+    assert not torch.equal(first, second) and torch.equal(second, packed)  # GPTQ leaves embeddings alone
     assert [row["what"] for row in results["noise"]] == ["asked again in reverse",
                                                          *["compressed again on other text"] * 2]
     assert (results["noise"][0]["gained"], results["noise"][0]["lost"]) == (0, 0)  # E7
@@ -277,7 +281,7 @@ def keys(config, made):
         keys[name.removesuffix(".safetensors")] = json.dumps(settings)
         return made[len(keys) - 1]
     run.once = once
-    dense = Subject(made[0][0], about={"settings": {"seed": config.seed}})
+    dense = Subject(made[0][0], about={"id": "dense", "settings": {"seed": config.seed}})
     base = subjects.compressed_subject(run, dense, "GPTQ 3 bits")
     subjects.repaired_subject(run, base, "prompt 8", "prompt", 8, None, lr=config.rates["prompt 8"])
     return list(keys.items())
