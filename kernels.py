@@ -90,7 +90,7 @@ SUMS = 8  # of products, in all streams together: an addition takes four cycles,
 # codes from this bit up are shifted down, to use the masks of the lower ones
 HALF = {2: 16, 3: 15, 4: 16 if NARROW else 32, 8: 32}
 UNROLL = 32 if NARROW else 16  # positions written out in the loop body; 1 / M of that for N:M
-CHUNK = 1 << 20  # weights dequantized at a time: 4 MB
+CHUNK = 1 << 20  # weights that a thread dequantizes at a time: 4 MB
 
 
 def few(packed):
@@ -198,8 +198,15 @@ def _dequantized(like, packed):
 
 
 def _by_position(like, packed):
-    """The float weight as (P, N padded), in the dtype of `like`: no lane has to move."""
-    return packed.by_position().to(like.dtype)
+    """The float weight (N, P), in the dtype of `like`, not for N:M: by position, no lane moves."""
+    bits, (_, NB, groups, *_) = stored_bits(packed.bits), packed.codes.shape
+    # of a cell its words, and others (T, groups, cells, NB, 16): in the order of what is written
+    words = loaded(packed.codes).unflatten(3, (-1, CELL[bits][0])).permute(4, 0, 2, 3, 1, 5)
+    scale = packed.words[..., :1, :].view(torch.float32).permute(0, 2, 3, 1, 4)
+    zero = packed.zero.float().view(NB, -1, groups, 1, LANES).permute(1, 2, 3, 0, 4)
+    codes = [_code(words.unbind(), where, HALF[bits]) for where in pieces(bits)]
+    values = [scale * (code.float() * (1 / by) - (zero - lack)) for code, by, lack in codes]
+    return torch.stack(values, dim=3).view(-1, NB * LANES).T[:packed.shape[0]].to(like.dtype)
 
 
 def _run(f, x, packed):
@@ -222,16 +229,16 @@ def _fused_matmul(x, packed):
         padded = x.contiguous() if M in (1, FEW) else F.pad(x, (0, 0, 0, FEW - M))
         y = _run(_fused, padded, packed)
         return y if M == len(y) else y[:M]
-    y = x.new_empty(M, NB * LANES)
+    y, floats = x.new_empty(M, N), _dequantized
     if not packed.n_m:  # with N:M the place of each value differs from row to row
-        P = packed.zero.shape[1] * packed.span
+        floats, P = _by_position, packed.zero.shape[1] * packed.span
         x = F.pad(x, (0, P - K)) if packed.order is None else F.pad(x, (0, 1))[:, packed.order]
-    blocks = max(1, CHUNK // (LANES * K))
+    blocks = max(1, CHUNK * torch.get_num_threads() // (LANES * K))
     for first in range(0, NB, blocks):
         part = packed.rows(first, min(NB, first + blocks))
-        W = _run(_dequantized, x[:0], part).T if packed.n_m else _run(_by_position, x[:0], part)
-        torch.mm(x, W, out=y[:, first * LANES:][:, :W.shape[1]])  # W is (P or K, rows)
-    return y[:, :N]
+        # its floats are given no name: the next part gets their memory, which is still in the cache
+        torch.mm(x, _run(floats, x[:0], part).T, out=y[:, first * LANES:][:, :part.shape[0]])
+    return y
 
 
 def matmul(x, packed, fused=True):

@@ -141,12 +141,6 @@ class Packed(NamedTuple):
         scale, zero = (t.repeat_interleave(self.span, dim=1) for t in (self.scale, self.zero))  # (NB, positions, 16)
         return by_column(self, scale * (self.read_codes() - zero), 0.0)
 
-    def by_position(self):
-        """The float weight as (P, NB * 16), not for N:M: 16 rows stay side by side in memory, as in the words."""
-        codes = self.read_codes().unflatten(1, (-1, self.span))  # (NB, G, span, 16)
-        values = self.scale[:, :, None] * (codes - self.zero[:, :, None])
-        return values.flatten(1, 2).transpose(0, 1).flatten(1)
-
     def rows(self, first, last):
         """Row blocks first .. last - 1, as a Packed that shares the memory."""
         N = min(self.shape[0], last * LANES) - first * LANES

@@ -163,6 +163,18 @@ def test_fused_loop_equals_the_product(bits):
                 assert relative_error(kernels._fused(x, p), x, p.dequantize()) < 1e-6, (N, K, group_size, M)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_by_position_are_the_dequantized_ones(bits):
+    """What many rows of x are multiplied with, to the last bit."""
+    for N, K in SHAPES + [(33, 4200), (17, 3000)]:
+        for group_size, act_order in ((None, False), (16, True), (120, False)):
+            p = pack(quantized(N, K, bits, group_size, act_order))
+            W, order = kernels._by_position(torch.ones(1), p), p.order
+            place = torch.arange(K) if order is None else torch.stack([(order == k).nonzero()[0, 0] for k in range(K)])
+            assert torch.equal(W[:, place], p.dequantize()), (N, K, group_size)
+    assert torch.equal(kernels._run(kernels._by_position, torch.ones(1), p)[:, place], p.dequantize())
+
+
 @pytest.mark.parametrize("n_m", [(2, 4), (4, 8), (1, 4), (3, 32)])
 def test_fused_sparse_loop_equals_the_product(n_m):
     for N, K in SHAPES + [(17, 4200)]:
@@ -478,7 +490,7 @@ def test_compiled_decode_of_every_repair():
 NARROW_BODY = """
 import torch, tests.test_kernels as here
 from engine import compiling
-from kernels import _fused, matmul, pack
+from kernels import _by_position, _fused, _run, matmul, pack
 torch.set_num_threads(1)
 assert compiling.NARROW
 for bits in (2, 3, 4, 8):
@@ -488,6 +500,7 @@ for bits in (2, 3, 4, 8):
             assert here.relative_error(_fused(x, p), x, p.dequantize()) < 1e-6, (N, K, bits, M)
 p, x = pack(here.quantized(64, 256, 4, 64)), torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
 assert here.relative_error(matmul(x, p), x, p.dequantize()) < 1e-6 and len(compiling.ready) == 1
+assert torch.equal(_run(_by_position, x, p), p.dequantize())
 """
 
 
