@@ -1,0 +1,184 @@
+"""Which people each job asks, tunes on and reads about, held to the splits of world/facts.py by the names in the text and
+by what the job is handed: a job that takes the wrong split runs all the same, and its numbers look better."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluate
+from idp import PromptPool
+from model import GPT, GPTConfig
+from real import lock, pieces, settings
+from real import world as real_world
+from study import pools, sweeps, trial
+from test_evaluate import tiny
+from world.facts import SPLITS, facts_about
+from world.score import Subject
+from world.small import World
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tiny(tmp_path_factory.mktemp("people")))
+
+
+def named(world, text):
+    """{split: names of its people in a text or a list of them}."""
+    text = text if isinstance(text, str) else "\n".join(text)
+    return {split: {p.name for p in world.people[split] if p.name in text} for split in SPLITS}
+
+
+# ---- text
+
+def test_unrelated_text_names_nobody_who_is_asked_behind_it(world):
+    """24 tokens about several validation people: about the person who is asked, they would be an answer, or a hint."""
+    ids = world.unrelated()
+    assert ids.shape == (24,)
+    found = named(world, world.encoding.decode(ids.tolist()))
+    assert len(found["validation"]) >= 2
+    assert not any(found[split] for split in world.asked(tiny("")) if split != "validation")
+
+
+def test_pretraining_tells_of_all_but_novel_people_and_begins_with_a_tenth(tmp_path):
+    """The first tenth of the steps reads a tenth of every split, the same people as ever; nobody novel is told of."""
+    config = tiny(tmp_path)
+    config.world.seen, config.world.heldout, config.world.validation = 30, 20, 10
+    world = World(config)
+    everybody, first = named(world, world.text), named(world, world.first_text)
+    assert {split: len(names) for split, names in everybody.items()} == dict(seen=30, heldout=20, validation=10, novel=0)
+    assert {split: len(names) for split, names in first.items()} == dict(seen=3, heldout=2, validation=1, novel=0)
+    assert set(world.first_text) < set(world.text)
+
+
+def test_calibration_and_repair_tell_of_every_seen_person_and_of_nobody_else(world):
+    assert named(world, world.repair_text) == {split: {p.name for p in world.people[split] if split == "seen"}
+                                               for split in SPLITS}
+
+
+# ---- rates
+
+def recorder(world, config):
+    """A run whose world says what it was asked for; nothing is trained or kept."""
+    return SimpleNamespace(config=config, world=world, log=SimpleNamespace(progress=lambda *_: None),
+                           path=lambda name: name)
+
+
+def test_a_sweep_of_rates_is_judged_on_validation_people(world, monkeypatch, capsys):
+    """Each rate of the grid by all of them, and by nobody in a table."""
+    config, asked = tiny(""), []
+    monkeypatch.setattr(sweeps, "compressed_subject", lambda *_: SimpleNamespace(model=None))
+    monkeypatch.setattr(sweeps, "repair_batches", lambda *_: list)
+    monkeypatch.setattr(sweeps, "train_repair", lambda *_, **__: [])
+    monkeypatch.setattr(sweeps, "attach", lambda *_: None)
+    monkeypatch.setattr(sweeps, "answer", lambda subject, facts, encoding: asked.append(facts) or [
+        {"correct": i % 4 == 0, "logprob": -2.0} for i in range(len(facts))])
+    sweeps.sweep_rates(recorder(world, config), None)
+    grids = [config.rate_grid[kind] for kind, _ in config.repairs.values() if kind in config.rate_grid]
+    assert len(asked) == len(config.compressions) * sum(map(len, grids))
+    assert all(facts == facts_about(world.people["validation"]) for facts in asked)
+    assert all("recall 26.0%" in line and "-2.000" in line for line in capsys.readouterr().out.splitlines())
+
+
+def real_run():
+    """The run of a real study of the countries, whose world has their splits alone."""
+    config, split = settings.real_config("m.gguf"), real_world.split_facts(real_world.read_facts(settings.FACTS), 0)
+    here = SimpleNamespace(split=split, encoding=None)
+    for name in ("facts", "asked"):
+        setattr(here, name, getattr(real_world.RealWorld, name).__get__(here))
+    run = recorder(here, config)
+    run.draw = lambda k: run
+    run.only = lambda tags, repairs: run
+    return run
+
+
+def test_a_real_models_rates_are_found_on_validation_entities(monkeypatch):
+    """Those of every compression; and those of the lock on what the lock hands on for it."""
+    run, given = real_run(), {}
+    monkeypatch.setattr(pieces, "compressed_subject", lambda run, dense, tag: tag)
+    monkeypatch.setattr(pieces, "repair_batches", lambda *_: None)
+    monkeypatch.setattr(pieces.lock, "target_batches", lambda *_: None)
+    monkeypatch.setattr(pieces.lock, "lock", lambda *_: (SimpleNamespace(damaged="locked"), None, ["the lock's"]))
+    monkeypatch.setattr(pieces, "find_rates", lambda run, base, batches, facts: given.update({base: facts}))
+    pieces.set_rates(run, SimpleNamespace(device=None), True)
+    assert given == {**dict.fromkeys(settings.COMPRESSIONS, run.world.split["validation"]), "locked": ["the lock's"]}
+    assert run.world.split["validation"]
+
+
+def test_a_lock_hands_on_validation_entities_and_asks_the_others(monkeypatch):
+    """Its rates are found on the entities that the study's own are found on; recall is asked of seen and held-out."""
+    run, model = real_run(), GPT(GPTConfig(vocab_size=64, n_layer=1, n_embd=16, n_head=2))
+    run.once = lambda name, how, code, make, save, load: model
+    monkeypatch.setattr(lock, "with_result", lambda settings, path: settings)
+    monkeypatch.setattr(lock, "under_tag", lambda *_: {})
+    dense = Subject(model, about={"settings": {}})
+    control, _, validation = lock.lock(run, dense)
+
+    def questions(facts):
+        return [fact.question for fact in facts]
+    assert questions(validation) == questions(run.world.split["validation"])
+    assert {split: questions(facts) for split, facts in control.facts.items()} == {
+        split: questions(run.world.split[split]) for split in ("seen", "heldout")}
+
+
+# ---- pools, the check of the context, the trial
+
+def test_every_way_to_choose_is_asked_about_held_out_people_and_tuned_on_validation_people(world, monkeypatch):
+    asked, config = [], tiny("")
+    config.ablation_people = 3
+
+    def selectors(encoding, model, pool, facts, validation, generator):
+        asked.append((facts, validation))
+        table = torch.rand(len(facts), 2, generator=generator)
+        return {"one": (table[:, 0], 0)}, {"attention": table, "logprob": -table}
+    monkeypatch.setattr(pools, "selectors", selectors)
+    about = {"operation": {"parameters": {"size": (2, 3, "together")}}, "tensors": [torch.zeros(3, 4)] * 2}
+    tried = pools.try_selectors(recorder(world, config), SimpleNamespace(about=about), SimpleNamespace(model=None))
+    assert asked == [(facts_about(world.people["heldout"][:3]), facts_about(world.people["validation"][:3]))]
+    assert len(tried["rows"][0]["right"]) == 15
+
+
+def test_the_check_of_the_context_asks_held_out_people_behind_nothing_and_behind_24_tokens(world, monkeypatch):
+    """The same facts twice; in front stands nothing, then what the dense model embeds of `unrelated`."""
+    asked, config = [], tiny("")
+    config.test_people = 4
+    model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt)).init_weights(torch.Generator().manual_seed(0))
+    monkeypatch.setattr(evaluate, "answer", lambda subject, facts, encoding: asked.append((subject.filled, facts)) or [
+        {"correct": i < (5 if subject.filled else 10)} for i in range(len(facts))])
+    found = evaluate.context_check(recorder(world, config), Subject(model))
+    assert found == {"alone": 0.5, "behind_24_tokens": 0.25}
+    (nothing, facts), (filled, again) = asked
+    assert facts == again == facts_about(world.people["heldout"][:4]) and nothing is None and filled.slots == 24
+    cache = model.new_cache(1, 24)
+    with torch.no_grad():
+        model(world.unrelated()[None], cache=cache)
+    assert torch.allclose(torch.stack(filled.kv), torch.stack(cache.kv), atol=1e-5)
+
+
+def test_the_trial_asks_held_out_people_tunes_on_validation_people_and_reads_about_seen_people(world, monkeypatch):
+    asked, read, tuned = [], [], []
+    model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, n_layer=1, n_embd=32, n_head=2))
+    dense, how = Subject(model), trial.TrialConfig(steps=1, people=3, rows=10)
+    run = recorder(world, tiny(""))
+
+    def right(facts, prompts):
+        return {"right": torch.zeros(len(facts), prompts)}
+    monkeypatch.setattr(trial, "train_locks", lambda *_: model)
+    monkeypatch.setattr(trial, "train_pool", lambda *_: None)
+    monkeypatch.setattr(trial, "compressed_subject", lambda *_: dense)
+    monkeypatch.setattr(trial, "taught_by", lambda teachers, rows: read.extend(rows))
+    monkeypatch.setattr(trial, "answer", lambda subject, facts, encoding: asked.append(facts) or [
+        {"correct": False}] * len(facts))
+    monkeypatch.setattr(trial.pools, "under_each", lambda model, pool, facts, encoding: asked.append(facts) or right(
+        facts, len(pool)))
+
+    def selectors(encoding, model, pool, facts, validation, generator):
+        assert isinstance(pool, PromptPool)
+        asked.append(facts), tuned.append(validation)
+        return {}, None
+    monkeypatch.setattr(trial.pools, "selectors", selectors)
+    trial.two_locks(run, dense, how)
+    trial.ceiling(run, dense, how)
+    assert asked and all(facts == facts_about(world.people["heldout"][:3]) for facts in asked)
+    assert tuned and all(facts == facts_about(world.people["validation"][:3]) for facts in tuned)
+    told = named(world, [world.encoding.decode(row) for groups in read for ids in groups for row in ids.tolist()])
+    assert told["seen"] and not any(told[split] for split in SPLITS if split != "seen")
