@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -234,6 +235,25 @@ def test_another_seed_reads_text_of_its_own(tmp_path, from_file):
     _, _, again = tiny_world(tmp_path, str(path) if from_file else None)
     assert torch.equal(torch.cat(again.repair_rows(other)), texts[1][1]) and torch.equal(again.windows, world.windows)
     assert all(t["reused"] for t in again.run.log.times) and again.run.log.times
+
+
+def test_the_windows_of_perplexity_are_read_by_nothing_else(tmp_path):
+    """Of a file's numbered documents the first tenth alone is scored, and neither calibrated nor repaired on, in no
+    draw; every other document may be."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"Room {i} of {i} is as warm as room {i}, they say of room {i}." for i in range(100, 300)))
+    _, config, world = tiny_world(tmp_path, str(path), steps=40)
+
+    def rooms(rows):
+        """The whole numbers of rooms in the rows."""
+        text = " ".join(world.encoding.decode(row) for row in rows.tolist())
+        return {int(n) for n in re.findall(r"oom (\d{3}) ", text)}
+    assert rooms(world.windows) == set(range(100, 120))
+    read = set()
+    for repeat in (0, 1):
+        drawn = dataclasses.replace(config, repeat=repeat)
+        read |= rooms(world.calibration(drawn)) | rooms(torch.cat(world.repair_rows(drawn)))
+    assert read == set(range(120, 300))
 
 
 def test_text_of_another_model_is_not_taken_for_its_own(tmp_path):

@@ -61,6 +61,17 @@ def test_a_step_knows_the_files_that_its_code_imports():
     assert "checkpoints/compression.py" not in steps.sources("compress")  # in `main`, which no step calls
 
 
+@pytest.mark.parametrize("module", ["evaluate", "study.sweeps", "checkpoints.adapters", "real.lock"])
+def test_a_step_knows_every_file_that_python_loads_for_its_code(module):
+    """Another process imports the module, and says which of our files it then has: however they are imported, `import
+    a.b as c` and `from a import b` too. A package's own file says nothing but what it is."""
+    script = f"import sys, {module}\nprint(*[m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)], sep='\\n')"
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ours = {os.path.relpath(file, ROOT) for file in loaded.splitlines() if file.startswith(ROOT + os.sep)}
+    ours = {file for file in ours if not file.endswith("__init__.py")}
+    assert len(ours) > 10 and ours <= steps.sources(module).keys(), ours - steps.sources(module).keys()
+
+
 def test_edited_code_is_run_and_edited_comments_are_not(tmp_path):
     """A copy of the code whose rule changes, in a file that the step's own imports through another: the step is made
     again; a comment or docstring changes nothing."""
