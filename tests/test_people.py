@@ -1,5 +1,6 @@
-"""Which people each job asks, tunes on and reads about, held to the splits of world/facts.py by the names in the text and
-by what the job is handed: a job that takes the wrong split runs all the same, and its numbers look better."""
+"""Which people each job asks, tunes on and reads about, held to the splits of world/facts.py by the names in the text
+and by what the job is handed: a job that takes the wrong split runs all the same, and its numbers look better."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,14 @@ import evaluate
 from idp import PromptPool
 from model import GPT, GPTConfig
 from real import lock, pieces, settings
+from recover import FitConfig
 from real import world as real_world
-from study import pools, sweeps, trial
+from study import pools, sweeps, training, trial
+from study.steps import Run
 from test_evaluate import tiny
 from world.facts import SPLITS, facts_about
 from world.score import Subject
-from world.small import World
+from world.small import World, sample
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +43,46 @@ def test_unrelated_text_names_nobody_who_is_asked_behind_it(world):
 
 
 def test_pretraining_tells_of_all_but_novel_people_and_begins_with_a_tenth(tmp_path):
-    """The first tenth of the steps reads a tenth of every split, the same people as ever; nobody novel is told of."""
+    """A share of the people is that share of every split, the same people as ever; nobody novel is told of."""
     config = tiny(tmp_path)
     config.world.seen, config.world.heldout, config.world.validation = 30, 20, 10
     world = World(config)
-    everybody, first = named(world, world.text), named(world, world.first_text)
-    assert {split: len(names) for split, names in everybody.items()} == dict(seen=30, heldout=20, validation=10, novel=0)
-    assert {split: len(names) for split, names in first.items()} == dict(seen=3, heldout=2, validation=1, novel=0)
-    assert set(world.first_text) < set(world.text)
+    read = [named(world, world.pretraining(share)) for share in (0.1, 0.5, 1.0)]
+    assert [len(names["seen"]) for names in read] == [3, 15, 30] and [len(names["novel"]) for names in read] == [0] * 3
+    assert [len(names["heldout"]) for names in read] == [2, 10, 20]
+    assert [len(names["validation"]) for names in read] == [1, 5, 10]
+    assert set(world.pretraining(0.1)) < set(world.pretraining(0.5)) < set(world.pretraining())
+
+
+def test_the_people_grow_in_stages(tmp_path, monkeypatch):
+    """Of 20 steps three read a tenth, three a quarter, three half of the people, and eleven all of them."""
+    config, read = replace(tiny(tmp_path), pretrain=FitConfig(steps=20, lr=1e-3), pretrain_batch=(2, 16)), []
+    run = Run(config, World(config))
+    kept = {share: run.world.pretraining(share) for share in (0.1, 0.25, 0.5, 1.0)}
+    monkeypatch.setattr(run.world, "pretraining", kept.get)
+
+    def batches(text, *_, **__):
+        """A batch names the share whose text it would be cut from."""
+        while True:
+            read.append(next(share for share, of in kept.items() if of is text))
+            yield torch.zeros(2, 17, dtype=torch.long)
+    monkeypatch.setattr(training, "text_batches", batches)
+    training.train_dense(run)
+    assert read == [0.1] * 3 + [0.25] * 3 + [0.5] * 3 + [1.0] * 11
+    read.clear()
+    training.train_dense(Run(replace(config, without="growth"), run.world))
+    assert read == [1.0] * 20
+
+
+def test_a_sample_of_people_is_spread_over_all_of_them(world):
+    """Pretraining begins with the first ones: they are told more often, and a sample of them would remember more."""
+    people = world.people["heldout"]
+    assert sample(people, 3) == [people[0], people[len(people) // 3], people[2 * len(people) // 3]]
+    assert sample(people) == people == sample(people, len(people) + 5) and sample(people, 0) == []
+    assert world.facts("heldout", 3) == facts_about(sample(people, 3))
+    config = replace(tiny(""), task_items=2)
+    asked = {item.person for item in world.tasks(config)["four-way"]["heldout"]}
+    assert asked == {p.name for p in sample(people, 2)}
 
 
 def test_calibration_and_repair_tell_of_every_seen_person_and_of_nobody_else(world):
@@ -133,7 +168,7 @@ def test_every_way_to_choose_is_asked_about_held_out_people_and_tuned_on_validat
     monkeypatch.setattr(pools, "selectors", selectors)
     about = {"operation": {"parameters": {"size": (2, 3, "together")}}, "tensors": [torch.zeros(3, 4)] * 2}
     tried = pools.try_selectors(recorder(world, config), SimpleNamespace(about=about), SimpleNamespace(model=None))
-    assert asked == [(facts_about(world.people["heldout"][:3]), facts_about(world.people["validation"][:3]))]
+    assert asked == [tuple(facts_about(sample(world.people[split], 3)) for split in ("heldout", "validation"))]
     assert len(tried["rows"][0]["right"]) == 15
 
 
@@ -141,13 +176,14 @@ def test_the_check_of_the_context_asks_held_out_people_behind_nothing_and_behind
     """The same facts twice; in front stands nothing, then what the dense model embeds of `unrelated`."""
     asked, config = [], tiny("")
     config.test_people = 4
-    model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt)).init_weights(torch.Generator().manual_seed(0))
+    model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt))
+    model.init_weights(torch.Generator().manual_seed(0))
     monkeypatch.setattr(evaluate, "answer", lambda subject, facts, encoding: asked.append((subject.filled, facts)) or [
         {"correct": i < (5 if subject.filled else 10)} for i in range(len(facts))])
     found = evaluate.context_check(recorder(world, config), Subject(model))
     assert found == {"alone": 0.5, "behind_24_tokens": 0.25}
     (nothing, facts), (filled, again) = asked
-    assert facts == again == facts_about(world.people["heldout"][:4]) and nothing is None and filled.slots == 24
+    assert facts == again == facts_about(sample(world.people["heldout"], 4)) and nothing is None and filled.slots == 24
     cache = model.new_cache(1, 24)
     with torch.no_grad():
         model(world.unrelated()[None], cache=cache)
@@ -178,7 +214,7 @@ def test_the_trial_asks_held_out_people_tunes_on_validation_people_and_reads_abo
     monkeypatch.setattr(trial.pools, "selectors", selectors)
     trial.two_locks(run, dense, how)
     trial.ceiling(run, dense, how)
-    assert asked and all(facts == facts_about(world.people["heldout"][:3]) for facts in asked)
-    assert tuned and all(facts == facts_about(world.people["validation"][:3]) for facts in tuned)
+    assert asked and all(facts == facts_about(sample(world.people["heldout"], 3)) for facts in asked)
+    assert tuned and all(facts == facts_about(sample(world.people["validation"], 3)) for facts in tuned)
     told = named(world, [world.encoding.decode(row) for groups in read for ids in groups for row in ids.tolist()])
     assert told["seen"] and not any(told[split] for split in SPLITS if split != "seen")

@@ -241,7 +241,8 @@ def test_the_windows_of_perplexity_are_read_by_nothing_else(tmp_path):
     """Of a file's numbered documents the first tenth alone is scored, and neither calibrated nor repaired on, in no
     draw; every other document may be."""
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(f"Room {i} of {i} is as warm as room {i}, they say of room {i}." for i in range(100, 300)))
+    rooms = (f"Room {i} of {i} is as warm as room {i}, they say of room {i}." for i in range(100, 300))
+    path.write_text("\n\n".join(rooms))
     _, config, world = tiny_world(tmp_path, str(path), steps=40)
 
     def rooms(rows):

@@ -65,7 +65,8 @@ def test_a_step_knows_the_files_that_its_code_imports():
 def test_a_step_knows_every_file_that_python_loads_for_its_code(module):
     """Another process imports the module, and says which of our files it then has: however they are imported, `import
     a.b as c` and `from a import b` too. A package's own file says nothing but what it is."""
-    script = f"import sys, {module}\nprint(*[m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)], sep='\\n')"
+    script = (f"import sys, {module}\n"
+              "print(*[m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)], sep='\\n')")
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     ours = {os.path.relpath(file, ROOT) for file in loaded.splitlines() if file.startswith(ROOT + os.sep)}
     ours = {file for file in ours if not file.endswith("__init__.py")}

@@ -10,6 +10,14 @@ from world.facts import (SPLITS, VALUES, facts_about, make_encoding, make_world,
 from world.items import TASKS, lessons, make_items
 
 
+def sample(people, n=None):
+    """n of the people, at equal distances; all of them for None. The first n would not do: pretraining begins with
+    them, so they are told more often than others.
+    """
+    n = len(people) if n is None else min(n, len(people))
+    return [people[i * len(people) // n] for i in range(n)]
+
+
 class World:
     """Everything that follows from the world's config: people by split, the texts, the tokenizer, windows of text to
     score.
@@ -42,8 +50,8 @@ class World:
         return text
 
     def facts(self, split, people=None):
-        """The facts of a split, of its first `people` people."""
-        return facts_about(self.people[split][:people])
+        """The facts of a split, or of a sample of `people` people of it."""
+        return facts_about(sample(self.people[split], people))
 
     def asked(self, config):
         """{split: facts} that the table asks about."""
@@ -54,7 +62,8 @@ class World:
         key = config.task_items, config.seed, config.skills
         if key not in self.made:
             told = [p for split in SPLITS[:3] for p in self.people[split]]
-            self.made[key] = {name: {split: make_items(name, self.people[split], told, config.task_items, config.seed)
+            self.made[key] = {name: {split: make_items(name, sample(self.people[split], config.task_items), told,
+                                                       config.task_items, config.seed)
                                      for split in ("seen", "heldout", "novel")}
                               for name, task in TASKS.items() if config.skills or not task.skill}
         return self.made[key]
