@@ -82,7 +82,7 @@ class _Dequantized(torch.autograd.Function):
 # by side, and waits for their pages at once: 1.2 ms become 0.6 at 4096x4096 on an AVX512 machine.
 #
 # With many rows of x, multiplications take longer than reading. Then W is dequantized, as many rows
-# at a time as stay in the cache, and a plain matmul reads them there.
+# at a time as stay in the cache, and a plain matmul follows: each thread reads what it wrote.
 
 FEW = 4          # most rows of x for the fused loop; 2 and 3 are padded to it: two compilations
 STREAMS = 2 if NARROW else 4  # row blocks read side by side
@@ -192,21 +192,23 @@ def _fused(x, packed):
     return torch.stack(y).sum(1).view(M, -1)[:, :packed.shape[0]].to(dtype)  # (M, N)
 
 
-def _dequantized(like, packed):
-    """The float weight (N, K), in the dtype of `like`."""
-    return packed.dequantize().to(like.dtype)
+def _slabs(like, packed):
+    """The float weight in slabs of rows, one for each thread: (S, P, rows), in the dtype of `like`.
 
-
-def _by_position(like, packed):
-    """The float weight (N, P), in the dtype of `like`, not for N:M: by position, no lane moves."""
+    By position, so that no lane moves; N:M, whose places differ from row to row: one, by column.
+    """
+    if packed.n_m:
+        return packed.dequantize().T[None].to(like.dtype)
     bits, (_, NB, groups, *_) = stored_bits(packed.bits), packed.codes.shape
-    # of a cell its words, and others (T, groups, cells, NB, 16): in the order of what is written
-    words = loaded(packed.codes).unflatten(3, (-1, CELL[bits][0])).permute(4, 0, 2, 3, 1, 5)
-    scale = packed.words[..., :1, :].view(torch.float32).permute(0, 2, 3, 1, 4)
-    zero = packed.zero.float().view(NB, -1, groups, 1, LANES).permute(1, 2, 3, 0, 4)
-    codes = [_code(words.unbind(), where, HALF[bits]) for where in pieces(bits)]
+    S = math.gcd(NB, torch.get_num_threads())
+    # of a cell its words, and others (S, T, groups, cells, NB / S, 16): in the order of writing
+    words = loaded(packed.codes).unflatten(3, (-1, CELL[bits][0])).unflatten(1, (S, -1))
+    words = words.permute(5, 1, 0, 3, 4, 2, 6).unbind()
+    scale, zero = (t.view(S, NB // S, -1, groups, 1, LANES).permute(0, 2, 3, 4, 1, 5).float()
+                   for t in (packed.scale, packed.zero))
+    codes = [_code(words, where, HALF[bits]) for where in pieces(bits)]
     values = [scale * (code.float() * (1 / by) - (zero - lack)) for code, by, lack in codes]
-    return torch.stack(values, dim=3).view(-1, NB * LANES).T[:packed.shape[0]].to(like.dtype)
+    return torch.stack(values, dim=4).view(S, -1, NB // S * LANES).to(like.dtype)
 
 
 def _run(f, x, packed):
@@ -229,16 +231,14 @@ def _fused_matmul(x, packed):
         padded = x.contiguous() if M in (1, FEW) else F.pad(x, (0, 0, 0, FEW - M))
         y = _run(_fused, padded, packed)
         return y if M == len(y) else y[:M]
-    y, floats = x.new_empty(M, N), _dequantized
-    if not packed.n_m:  # with N:M the place of each value differs from row to row
-        floats, P = _by_position, packed.zero.shape[1] * packed.span
+    if not packed.n_m:  # x by position
+        P = packed.zero.shape[1] * packed.span
         x = F.pad(x, (0, P - K)) if packed.order is None else F.pad(x, (0, 1))[:, packed.order]
-    blocks = max(1, CHUNK * torch.get_num_threads() // (LANES * K))
+    blocks, y = max(1, CHUNK * torch.get_num_threads() // (LANES * K)), []
     for first in range(0, NB, blocks):
-        part = packed.rows(first, min(NB, first + blocks))
-        # its floats are given no name: the next part gets their memory, which is still in the cache
-        torch.mm(x, _run(floats, x[:0], part).T, out=y[:, first * LANES:][:, :part.shape[0]])
-    return y
+        # (S, M, rows). The slabs get no name: the next get their memory, still in the cache
+        y += x @ _run(_slabs, x[:0], packed.rows(first, first + blocks))
+    return torch.cat(y, dim=1)[:, :N]
 
 
 def matmul(x, packed, fused=True):
@@ -282,7 +282,7 @@ class PackedLinear(nn.Module):
         if torch.compiler.is_compiling():  # part of a larger graph, such as a block's
             rows = x.reshape(-1, self.in_features)
             y = _fused(rows, self.packed) if len(rows) <= few(self.packed) else \
-                F.linear(rows, _dequantized(x, self.packed))
+                F.linear(rows, self.packed.dequantize().to(x.dtype))
             y = y.view(*x.shape[:-1], self.out_features)
         else:
             y = matmul(x, self.packed, compile_enabled())

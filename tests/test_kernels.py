@@ -164,15 +164,18 @@ def test_fused_loop_equals_the_product(bits):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_weights_by_position_are_the_dequantized_ones(bits):
-    """What many rows of x are multiplied with, to the last bit."""
-    for N, K in SHAPES + [(33, 4200), (17, 3000)]:
-        for group_size, act_order in ((None, False), (16, True), (120, False)):
-            p = pack(quantized(N, K, bits, group_size, act_order))
-            W, order = kernels._by_position(torch.ones(1), p), p.order
-            place = torch.arange(K) if order is None else torch.stack([(order == k).nonzero()[0, 0] for k in range(K)])
-            assert torch.equal(W[:, place], p.dequantize()), (N, K, group_size)
-    assert torch.equal(kernels._run(kernels._by_position, torch.ones(1), p)[:, place], p.dequantize())
+def test_slabs_are_the_dequantized_weight(bits, monkeypatch):
+    """What many rows of x are multiplied with, to the last bit, whatever the number of threads."""
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        for N, K in SHAPES + [(33, 4200), (17, 3000)]:
+            for group_size, act_order in ((None, False), (16, True), (120, False)):
+                p = pack(quantized(N, K, bits, group_size, act_order))
+                slabs, order = kernels._slabs(torch.ones(1), p), p.order
+                assert len(slabs) == (threads if N in (33, 40) else 1)
+                at = torch.arange(K) if order is None else torch.stack([(order == k).nonzero()[0, 0] for k in range(K)])
+                assert torch.equal(torch.cat([*slabs], dim=1)[at, :N].T, p.dequantize()), (N, K, group_size)
+    assert torch.equal(kernels._run(kernels._slabs, torch.ones(1), p)[0, at, :N].T, p.dequantize())
 
 
 @pytest.mark.parametrize("n_m", [(2, 4), (4, 8), (1, 4), (3, 32)])
@@ -490,7 +493,7 @@ def test_compiled_decode_of_every_repair():
 NARROW_BODY = """
 import torch, tests.test_kernels as here
 from engine import compiling
-from kernels import _by_position, _fused, _run, matmul, pack
+from kernels import _fused, _run, _slabs, matmul, pack
 torch.set_num_threads(1)
 assert compiling.NARROW
 for bits in (2, 3, 4, 8):
@@ -500,7 +503,7 @@ for bits in (2, 3, 4, 8):
             assert here.relative_error(_fused(x, p), x, p.dequantize()) < 1e-6, (N, K, bits, M)
 p, x = pack(here.quantized(64, 256, 4, 64)), torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
 assert here.relative_error(matmul(x, p), x, p.dequantize()) < 1e-6 and len(compiling.ready) == 1
-assert torch.equal(_run(_by_position, x, p), p.dequantize())
+assert torch.equal(_run(_slabs, x, p)[0].T, p.dequantize())
 """
 
 
