@@ -1,6 +1,7 @@
 """
 The small world as the study meets it: people by split, the texts that are read, the tokenizer, what is asked.
 """
+import random
 import re
 
 import torch
@@ -11,11 +12,11 @@ from world.items import TASKS, lessons, make_items
 
 
 def sample(people, n=None):
-    """n of the people, at equal distances; all of them for None. The first n would not do: pretraining begins with
+    """n of the people, drawn by a fixed seed; all of them for None. The first n would not do: pretraining begins with
     them, so they are told more often than others.
     """
     n = len(people) if n is None else min(n, len(people))
-    return [people[i * len(people) // n] for i in range(n)]
+    return [people[i] for i in sorted(random.Random(0).sample(range(len(people)), n))]
 
 
 class World:
