@@ -213,11 +213,12 @@ def _slabs(like, packed):
 
 def _run(f, x, packed):
     """f(x, packed), compiled at the first call for such x, layout and number of threads."""
-    names = [name for name in Packed.TENSORS if getattr(packed, name) is not None]
-    tensors = [x, *(getattr(packed, name) for name in names)]
+    tensors = [x, *(t for t in packed[:len(Packed.TENSORS)] if t is not None)]
     key = (f.__name__, x.shape, x.dtype, x.device, packed.words.shape, packed.words.stride(),
            packed[len(Packed.TENSORS):], len(tensors), torch.get_num_threads())
     if key not in ready:
+        names = [name for name in Packed.TENSORS if getattr(packed, name) is not None]
+
         def function(x, *given):
             return f(x, packed._replace(**dict(zip(names, given))))
         ready[key] = compiled(function, tensors, key)
@@ -228,9 +229,9 @@ def _fused_matmul(x, packed):
     """x (M, K), any M, without gradients."""
     (M, K), N, NB = x.shape, packed.shape[0], packed.words.shape[1]
     if M <= few(packed):
-        padded = x.contiguous() if M in (1, FEW) else F.pad(x, (0, 0, 0, FEW - M))
-        y = _run(_fused, padded, packed)
-        return y if M == len(y) else y[:M]
+        if M in (1, FEW):
+            return _run(_fused, x.contiguous(), packed)
+        return _run(_fused, F.pad(x, (0, 0, 0, FEW - M)), packed)[:M]
     if not packed.n_m:  # x by position
         P = packed.zero.shape[1] * packed.span
         x = F.pad(x, (0, P - K)) if packed.order is None else F.pad(x, (0, 1))[:, packed.order]
@@ -274,8 +275,7 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self):
-        return self.layout._replace(words=self.words, zero=self.zero, order=self.order,
-                                    place=self.place)
+        return Packed(self.words, self.zero, self.order, self.place, *self.layout[4:])
 
     def forward(self, x):
         """x (..., in) -> (..., out): x Wᵀ + bias."""

@@ -121,8 +121,8 @@ def contenders(N, K, group_size, M, s):
     dense = copies((W,), s.rotate)
 
     def ours(packed, fused):  # words, scale, ... as arguments, so that copies can take turns
-        return (lambda *t: kernels.matmul(x, packed._replace(**dict(zip(kernels.Packed.TENSORS, t))), fused)), \
-            copies([getattr(packed, name) for name in kernels.Packed.TENSORS], s.rotate)
+        return (lambda *t: kernels.matmul(x, kernels.Packed(*t, *packed[len(t):]), fused)), \
+            copies(packed[:len(packed.TENSORS)], s.rotate)
 
     out = {"float32 F.linear": (lambda w: F.linear(x, w), dense)}
     if M == 1 and fused:
