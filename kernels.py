@@ -137,8 +137,7 @@ def _fused(x, packed):
     body = unit * math.gcd(max(1, UNROLL // m // unit), min(tile, packed.span) // unit)
     bodies = tile // groups // body
     S = math.gcd(NB, STREAMS) if M == 1 and not packed.n_m else 1  # streams
-    # x by position
-    x = x.float()
+    x = x.float()  # then by position
     if packed.order is not None:
         x = F.pad(x, (0, 1))[:, packed.order]
     elif T * tile // n * m > K:

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import tempfile
 import warnings
 
 import torch
@@ -70,12 +71,12 @@ def compiled(f, tensors, key, dynamic=()):
 
     key      all that the code takes for granted: it names the file. Nothing is looked at again when the code is called
     dynamic  {number of a tensor: its dimension that may have any size}, the same size for all of them
-
-    Recording f and compiling it takes a minute, loading the code a few hundredths of a second.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # here, as its import takes a second
-    path = os.path.join(cache_dir(), f"knowledge-{code_name(key)}.pt2")
+    # Inductor keeps its files there, too; to ask it where takes the second of its import
+    default = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.environ.get('USER', '')}")
+    path = os.path.join(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default), f"knowledge-{code_name(key)}.pt2")
     if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         slots, dynamic = torch.export.Dim("slots"), dict(dynamic)
         sizes = [{dynamic[i]: slots} if i in dynamic else {} for i in range(len(tensors))]
         with warnings.catch_warnings(), torch.no_grad():
@@ -84,8 +85,8 @@ def compiled(f, tensors, key, dynamic=()):
             part = f"{path}.{os.getpid()}.pt2"
             torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=dict(OPTIONS))
         os.replace(part, path)
-    # called directly, the package would read a description of its arguments at every call
-    return torch._inductor.aoti_load_package(path).loader.boxed_run
+    # what torch._inductor.aoti_load_package returns at last, after it imported the compiler and asked g++ for the CPU
+    return torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1).boxed_run
 
 
 def code_name(key):
