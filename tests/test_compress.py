@@ -645,8 +645,16 @@ def test_hessian_is_a_mean_over_real_tokens(config):  # Q9
                 X = torch.cat(rows)
                 torch.testing.assert_close(H, X.T @ X / len(X), rtol=1e-4, atol=1e-5 * float(H.abs().max()))
     assert not any(m._forward_pre_hooks for m in model.modules())
-    with pytest.raises(ValueError, match="lengths"):
-        next(calibrate(model, ids, torch.zeros(10)))
+
+
+@pytest.mark.parametrize("lengths", [[0] * 10, [20] * 9 + [21], [20] * 9 + [-1], [20] * 9, [20] * 11, 20, [[20]] * 10])
+def test_lengths_that_do_not_fit_the_text_are_refused(lengths):
+    """A row has 20 tokens, and there are ten: more, fewer than none, none at all, or another number of rows."""
+    model, ids = small_model(), tokens()
+    for walk in (lambda: next(calibrate(model, ids, torch.tensor(lengths))),
+                 lambda: compress(model, ids, "gptq", torch.tensor(lengths), bits=3)):
+        with pytest.raises(ValueError, match=r"lengths must be 10 numbers in \[0, 20\], not all of them 0, got"):
+            walk()
 
 
 def test_blocks_see_the_compressed_ones_before_them():  # Q10

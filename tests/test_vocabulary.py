@@ -316,6 +316,28 @@ def test_the_unknown_token_of_a_gguf_file_is_special():
         encoding.encode("[UNK]")
 
 
+@pytest.mark.parametrize("has_eot", [True, False])
+@pytest.mark.parametrize("bos", [None, 7])
+@pytest.mark.parametrize("eos", [None, 9])
+def test_what_stands_in_front_of_a_text_where_a_model_has_several_tokens_for_it(tmp_path, has_eot, bos, eos):
+    """<|endoftext|>, else what the model expects in front, and what ends a text only where it has neither of these:
+    read from a folder, and again from a checkpoint's own text."""
+    t = json.dumps(GOLDEN["tokenizers"]["gpt2"])
+    t = json.loads(t if has_eot else t.replace("<|endoftext|>", "<|im_end|>"))
+    names = {id: token for token, id in t["model"]["vocab"].items()}
+    if bos is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": names[bos]}))
+    encoding = in_folder(tmp_path, t, {"eos_token_id": eos})
+    wanted = t["model"]["vocab"]["<|endoftext|>"] if has_eot else bos if bos is not None else eos
+    for e in (encoding, vocabulary.from_json("m", vocabulary.to_json(encoding), 400)):
+        assert (e.bos, e.eos) == (bos, eos)
+        if wanted is None:
+            with pytest.raises(ValueError, match="no token that ends a text"):
+                e.eot_token
+        else:
+            assert e.eot_token == wanted
+
+
 def test_the_token_that_ends_a_text_comes_from_where_there_is_one(tmp_path):
     t = copy.deepcopy(GOLDEN["tokenizers"]["gpt2"])
     plain = json.loads(json.dumps(t).replace("<|endoftext|>", "<|im_end|>"))
