@@ -102,8 +102,9 @@ def test_a_comparison_needs_ten_years(years):
 
 
 def test_hard_options_are_close():
-    """Years within three; most of the others true of somebody with one of the same names."""
-    alike = 0
+    """Years within three; all others true of somebody with one of the same names, and first of those among them who
+    share employer, city or year, too: as many of their values as there are, up to three."""
+    alike, nearer = 0, Counter()
     for item in ITEMS["hard", "heldout"]:
         right, wrong = item.options[item.gold], [o for i, o in enumerate(item.options) if i != item.gold]
         if item.attribute == "year":
@@ -112,7 +113,12 @@ def test_hard_options_are_close():
             names = set(item.person.split())
             of_alike = {" " + p.values[item.attribute] for p in TOLD if set(p.name.split()) & names}
             alike += set(wrong) <= of_alike
-    assert alike == 160
+            own = WHO[item.person].values
+            near = {" " + p.values[item.attribute] for p in TOLD if set(p.name.split()) & names
+                    and any(p.values[a] == own[a] for a in ("employer", "city", "year"))} - {right}
+            assert set(wrong) <= near if len(near) >= 3 else near <= set(wrong)
+            nearer[min(len(near), 3)] += 1
+    assert alike == 160 and nearer[3] > 20 and nearer[1] + nearer[2] > 20
 
 
 def test_texts_tell_what_is_asked():
