@@ -76,6 +76,9 @@ def test_verdicts_say_what_they_could_have_seen():
     evaluate.add_verdicts(rows, [{**test, "what": "recall, seen"}, test, {**test, "model": "small"}])
     assert [m["confirmed"] for m in rows] == [None, None, True] and rows[0]["verdict"] is None
     assert "at least 40% was displaced: displaced 50% [40%, 60%], a share of 10% would be found" in rows[2]["verdict"]
+    for p_holm, difference, sure in ((0.05, 0.2, False), (0.049, 0.2, True), (0.01, -0.2, False), (1.0, 0.0, False)):
+        evaluate.add_verdicts(rows, [{**test, "p_holm": p_holm, "difference": difference}])
+        assert rows[2]["confirmed"] is sure, (p_holm, difference)  # a loss that is no luck is no gain
 
 
 def test_lessons_are_for_seen_people_only(tmp_path):
