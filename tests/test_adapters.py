@@ -345,7 +345,7 @@ def test_fingerprint_of_a_pruned_base_does_not_depend_on_the_sign_of_zero(tmp_pa
     model.pruned = frozenset(["blocks.0.attn.q"])  # so that its zeros are stored as one bit each, without a sign
     save(model, tmp_path / "base.safetensors")
     back = load(tmp_path / "base.safetensors")
-    minus = [bool(((m.blocks[0].attn.q.weight == 0) & m.blocks[0].attn.q.weight.signbit()).any()) for m in (model, back)]
+    minus = [bool(((w == 0) & w.signbit()).any()) for w in (weight, back.blocks[0].attn.q.weight)]
     assert minus == [True, False] and fingerprint(model) == fingerprint(back)
 
 

@@ -213,6 +213,22 @@ def test_compiled_equals_eager_without_recompiling():
     assert kernels.compile_failure() is None
 
 
+def test_code_of_one_weight_is_not_run_for_another_that_fills_as_many_words(monkeypatch):
+    """Of 40 and of 33 rows, of 1:2 and of 2:4: the words have one shape, and code knows how many rows and which places.
+    Here `compiled` gives the Python function, which holds the weight that it was made for, as compiled code does."""
+    monkeypatch.setattr(kernels, "ready", {})
+    monkeypatch.setattr(kernels, "compiled", lambda f, tensors, key, dynamic=(): lambda given: [f(*given)])
+    W = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    sparse = [pack_sparse(torch.where(keep(32, 64, n, m), W, 0.0), (n, m)) for n, m in ((1, 2), (2, 4))]
+    for pair in ([pack(quantized(N, 64, 4, 32)) for N in (40, 33)], sparse):
+        assert len({p.words.shape for p in pair}) == 1
+        for p in (*pair, *pair):
+            for M in (1, 3):
+                x = torch.randn(M, 64, generator=torch.Generator().manual_seed(M))
+                y = matmul(x, p)
+                assert y.shape == (M, p.shape[0]) and relative_error(y, x, p.dequantize()) < 1e-5
+
+
 def test_compiled_code_is_kept_on_the_disk_and_fits(monkeypatch):
     """What a process compiled the next one finds; rows of a longer weight lie apart in memory, and are not mixed up."""
     p = pack(quantized(40, 4200, 4, 600))
