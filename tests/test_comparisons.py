@@ -110,7 +110,8 @@ def test_the_noise_floor_compares_each_fact_with_itself(monkeypatch):
         asked.append(questions)
         return [{"correct": f.right} for f in questions]
     monkeypatch.setattr(comparisons, "answer", answer)
-    world = SimpleNamespace(facts=lambda split, people: known, encoding=None, calibration=lambda config: torch.zeros(1))
+    world = SimpleNamespace(facts=lambda split, people: known, encoding=None, calibration=lambda config: torch.zeros(1),
+                            trained=True)
     run = SimpleNamespace(config=SimpleNamespace(test_people=9), world=world)
     run.draw = lambda k: run
     dense = SimpleNamespace(about={"id": "dense", "operation": None, "base": None})
