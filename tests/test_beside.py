@@ -58,10 +58,13 @@ def test_the_second_process_lives_as_long_as_the_study(tmp_path, monkeypatch):
             raise RuntimeError
         assert began[0].poll() is not None and torch.get_num_threads() == 4 and run.log.hands == 1
         assert (tmp_path / "told").read_text() == "--seeds 3 --backwards 2"
+        run.config.seeds = 2  # each process then trains a dense model of its own: half of the threads from the start
+        with beside.second_process(run, []):
+            assert torch.get_num_threads() == 2
         torch.set_num_threads(1)
         with beside.second_process(run, []):
             assert run.log.hands == 1
-        assert len(began) == 1
+        assert len(began) == 2
     finally:
         torch.set_num_threads(threads)
 

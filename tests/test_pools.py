@@ -61,6 +61,19 @@ def test_selectors_choose_what_they_say(scene):
         assert out["random"][0][n] == pytest.approx(sum(right[n]).item() / 3)
 
 
+def test_right_under_each_has_a_column_a_prompt(scene, monkeypatch):
+    """Prompt m is right on every third fact, from the mth on."""
+    model, pool, encoding, facts = scene
+
+    def answer(subject, asked, encoding):
+        """Right where the prompt that stands in front has the number of the fact, modulo 3."""
+        (m,), _ = subject.choose(torch.zeros(1, 1), None)
+        return [{"correct": n % 3 == m} for n in range(len(asked))]
+    monkeypatch.setattr(pools, "answer", answer)
+    right = pools.right_under_each(model, pool, facts, encoding)
+    assert right.tolist() == [[float(n % 3 == m) for m in range(3)] for n in range(len(facts))]
+
+
 def test_the_best_single_prompt_is_chosen_on_other_people(scene, monkeypatch):
     """Prompt 2 is the best on validation people, prompt 0 on those who are asked: their answers are prompt 2's."""
     model, pool, encoding, facts = scene
