@@ -33,8 +33,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from engine.safetensors import read_safetensors, write_safetensors
 from engine.files import read_json, write_text
+from engine.memory import keep_memory
+from engine.safetensors import read_safetensors, write_safetensors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MARK = ".made.json"
@@ -52,6 +53,7 @@ class Run:
     def __init__(self, config, world, log=None):
         self.config, self.world, self.log, self.out = config, world, log or Log(), config.out
         os.makedirs(self.out, exist_ok=True)
+        keep_memory()
 
     def draw(self, repeat):
         """The same run with all that is random but the world drawn for the nth time."""

@@ -1,4 +1,9 @@
-"""memory.py: parameters and activations counted by hand for small shapes; the published sizes of the paper's models."""
+"""study/memory.py: parameters and activations counted by hand for small shapes; the published sizes of the paper's
+models. engine/memory.py: whether freed memory stays."""
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,3 +55,30 @@ def test_formulas_worked_by_hand():
 def test_the_job_prints_a_row_a_step(capsys):
     memory.main(["--shape", "llama-7b", "--dtype", "bfloat16"])
     assert capsys.readouterr().out.count("|\n") == 6
+
+
+FAULTS = """
+import resource, sys
+import torch
+import recover
+from engine.memory import keep_memory
+from model import GPT, GPTConfig
+
+if sys.argv[1] == "kept":
+    keep_memory()
+model = GPT(GPTConfig(vocab_size=1000)).init_weights(torch.Generator().manual_seed(0))
+rows, faults = torch.zeros(32, 33, dtype=torch.long), []
+for _ in range(4):  # the first steps are the ones that ask for the memory
+    recover.fit(model, [model.wte.weight], [rows], recover.objective(model), recover.FitConfig(steps=10))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print((faults[3] - faults[2]) // 10)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the C library of Linux")
+def test_a_training_step_maps_no_page_again_once_memory_is_kept():
+    """Pages mapped in a step: a thousand and more where memory is given back, a few where it is kept."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    kept, given_back = (int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=root, capture_output=True,
+                                           text=True, check=True).stdout) for how in ("kept", "given back"))
+    assert kept < given_back / 3, (kept, given_back)

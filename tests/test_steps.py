@@ -79,7 +79,7 @@ def test_edited_code_is_run_and_edited_comments_are_not(tmp_path):
     for name in ("engine", "study"):
         (tmp_path / name).mkdir()
         shutil.copy(os.path.join(ROOT, name, "__init__.py"), tmp_path / name)
-    for name in ("engine/files.py", "engine/script.py", "engine/safetensors.py", "study/steps.py"):
+    for name in ("engine/files.py", "engine/memory.py", "engine/script.py", "engine/safetensors.py", "study/steps.py"):
         shutil.copy(os.path.join(ROOT, name), tmp_path / name)
     script = tmp_path / "job.py"
     script.write_text("from types import SimpleNamespace\nimport user\nfrom study.steps import Run\n"
