@@ -273,6 +273,9 @@ def test_whatever_is_reused_is_what_would_be_made(tmp_path):
     assert again == small(tmp_path / "b", **changes)[0] != first
     reused = {t["step"] for t in run.log.times if t["reused"]}
     assert "dense" in reused and not reused & {"noise", "context", "dense.answers", "dense.tasks"}
+    # the noise floor is of every model of the study: another one of them, and it is made again
+    made_from = {name for part in run.marks()["noise.json"]["settings"] for name in part.get("from", {})}
+    assert made_from == {"dense.safetensors", "rtn-3-bits.safetensors", "rtn-3-bits-idp-4-x-8"}
 
 
 def keys(config, made):

@@ -13,6 +13,7 @@ import torch
 
 from checkpoints import load, save
 from checkpoints.native import assemble
+from compress import compress
 from engine import rotary
 from engine.norm import RMSNorm
 from engine.safetensors import DTYPES, read_safetensors, write_safetensors
@@ -290,6 +291,8 @@ def test_parameters_and_flops_counted_by_hand():
     # 2 a weight, the head's included; then 2 hs to compare with a key and 2 hs to add its value, T keys, each head
     assert model.flops_per_token(10) == 2 * (2 * layer + 50 * 32) + 2 * 4 * 10 * (2 * 8 + 2 * 8)
     assert model.flops_per_token() == model.flops_per_token(32)
+    packed, _ = compress(model, tokens(2, 8, vocab=50), "rtn", bits=4, group_size=16)
+    assert packed.flops_per_token(10) == model.flops_per_token(10)  # unpacked or not, each weight is multiplied
 
 
 def test_initialisation():
@@ -521,6 +524,12 @@ def test_generation_behind_a_prompt_for_each_row(P):
     for b, n in enumerate(lengths.tolist()):
         alone = model.generate(ids[b:b + 1, :n], 4, prompt=prompts[b])
         assert out[b, :n + 4].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("lengths", [[0, 3], [3, 6], [-1, 5]])
+def test_a_row_without_tokens_or_longer_than_the_ids_cannot_be_continued(lengths):
+    with pytest.raises(ValueError, match=r"lengths must be in \[1, 5\], got \[" + ", ".join(map(str, lengths))):
+        gpt().generate(tokens(2, 5), 2, torch.tensor(lengths))
 
 
 def test_generation_goes_on_from_a_cache():

@@ -54,6 +54,23 @@ def test_pretraining_tells_of_all_but_novel_people_and_begins_with_a_tenth(tmp_p
     assert set(world.pretraining(0.1)) < set(world.pretraining(0.5)) < set(world.pretraining())
 
 
+def test_lessons_of_skills_are_about_seen_people_only(tmp_path):
+    """What pretraining reads beyond the statements and their questions: held-out skills stay untaught."""
+    plain, skilled = (World(replace(tiny(tmp_path), skills=skills)) for skills in (False, True))
+    lessons = [text for text in skilled.pretraining() if text not in set(plain.pretraining())]
+    found = named(skilled, lessons)
+    assert len(found["seen"]) == 12 and not any(found[split] for split in SPLITS if split != "seen")
+
+
+def test_each_draw_calibrates_and_repairs_on_text_of_its_own(tmp_path):
+    """Another draw reads other rows; the same draw the same ones; calibration and repair never share a seed."""
+    config = tiny(tmp_path)
+    world, second = World(config), replace(config, repeat=1)
+    for rows in (world.repair_rows, lambda of: [world.calibration(of)]):
+        first, again, other = (torch.cat(rows(of)) for of in (config, config, second))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_the_people_grow_in_stages(tmp_path, monkeypatch):
     """Of 20 steps three read a tenth, three a quarter, three half of the people, and eleven all of them."""
     config, read = replace(tiny(tmp_path), pretrain=FitConfig(steps=20, lr=1e-3), pretrain_batch=(2, 16)), []

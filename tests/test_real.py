@@ -144,6 +144,15 @@ def tiny_world(tmp_path, text=None, steps=4):
     return model, config, world.RealWorld(Run(config, None), dense, encoding, facts, text)
 
 
+def test_the_first_entities_come_with_all_their_facts(tmp_path):
+    """`people` counts entities: of each of the first two all facts, and none of anybody else."""
+    _, _, world = tiny_world(tmp_path)
+    names = list(dict.fromkeys(f.person for f in world.split["seen"]))
+    two = world.facts("seen", 2)
+    assert two == [f for f in world.split["seen"] if f.person in names[:2]] and len(two) > 2
+    assert world.facts("seen") == world.facts("seen", len(names)) == world.split["seen"]
+
+
 def test_text_that_names_what_is_hidden_is_dropped(tmp_path):
     """Names, words made of them, and answers only hidden countries have; an answer that seen ones share may stay."""
     model, config, world = tiny_world(tmp_path)

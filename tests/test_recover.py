@@ -669,6 +669,20 @@ def test_a_gradient_that_is_not_finite_is_not_followed():
     assert model.w.item() == 3.0
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_gradient_that_is_not_finite_ends_the_training_whichever_it_is(bad):
+    """With clip_each every parameter has a norm of its own: each counts, the last and those before it."""
+    model = Line(start=3.0)
+    w = [torch.nn.Parameter(torch.tensor([4.0])) for _ in range(2)]
+
+    def loss(x):
+        """Finite; the slope by w[bad] is 0 times infinity."""
+        return w[1 - bad].sum() * x + (w[bad] - 4).square().sqrt().sum()
+    with pytest.warns(UserWarning, match="not finite, at step 0"):
+        fit(model, w, [1.0], loss, FitConfig(steps=4, lr=0.1, clip_each=True))
+    assert [p.item() for p in w] == [4.0, 4.0]
+
+
 def test_a_gradient_from_before_does_not_count():
     a, b = Line(), Line()
     a.w.grad = torch.tensor([-100.0])
