@@ -98,6 +98,31 @@ def name(model):
 STEP = 13  # a log-probability x is kept as round(STEP ln(1 + |x|)): to 0.04 near 0, to 4 % far from it
 
 
+def by_fact(predictions, models):
+    """({string: word}, {fact: row}, {model: {row: (word said, correct, log-probability or None)}}) of the predictions.
+
+    Words are numbered from 1, facts from 0; a fact is what `fold` says, in words. Raises ValueError for a model that is
+    not among `models`, or that answers a fact twice.
+    """
+    words, rows, answers = {}, {}, {}
+
+    def word(string):
+        return words.setdefault(string, len(words) + 1)
+
+    for p in predictions:
+        if p["model"] not in models:
+            raise ValueError(f"predictions are by {p['model']!r}, which is not among the models")
+        named = p["person"] != "" and p["person"] in p["question"]
+        before, _, after = p["question"].partition(p["person"]) if named else (p["question"], "", "")
+        fact = (*(word(p[key]) for key in ("split", "person", "attribute", "gold")), word(before),
+                word(after) if named else 0)
+        row, mine = rows.setdefault(fact, len(rows)), answers.setdefault(p["model"], {})
+        if row in mine:
+            raise ValueError(f"predictions: {p['model']!r} answers {p['question']!r} twice")
+        mine[row] = (word(p["answer"]), p["correct"], p.get("logprob"))
+    return words, rows, answers
+
+
 def fold(predictions, study):
     """The predictions as the page holds them, at a fiftieth of their size: (a dict, bytes).
 
@@ -111,26 +136,10 @@ def fold(predictions, study):
     gold text; else 2 + its place in `said`), then one for its log-probability: the difference of its code (see STEP)
     from its base's. Seven bits a byte, the lowest first, the eighth bit set while more follow; the sign is the lowest.
 
-    Raises ValueError when a model answers a fact twice, or answers only some of the facts: the file was cut off.
+    Raises ValueError as `by_fact` does, and when a model answers only some of the facts: the file was cut off.
     """
-    words, rows, answers = {}, {}, {}
     base = {model["id"]: model.get("base") for model in study["models"]}
-
-    def word(string):
-        return words.setdefault(string, len(words) + 1)
-
-    for p in predictions:
-        if p["model"] not in base:
-            raise ValueError(f"predictions are by {p['model']!r}, which is not among the models")
-        named = p["person"] != "" and p["person"] in p["question"]
-        before, _, after = p["question"].partition(p["person"]) if named else (p["question"], "", "")
-        fact = (*(word(p[key]) for key in ("split", "person", "attribute", "gold")), word(before),
-                word(after) if named else 0)
-        row, mine = rows.setdefault(fact, len(rows)), answers.setdefault(p["model"], {})
-        if row in mine:
-            raise ValueError(f"predictions: {p['model']!r} answers {p['question']!r} twice")
-        mine[row] = (word(p["answer"]), p["correct"], p.get("logprob"))
-
+    words, rows, answers = by_fact(predictions, base)
     facts, said, columns, out, codes = list(rows), {}, [], bytearray(), {None: [0] * len(rows)}
     depth = {None: -1}
     for model in answers:
