@@ -125,6 +125,16 @@ def _chosen(x, place, first, last):
     return out
 
 
+def _sum(products, n, start):
+    """start plus all products, in n sums at a time, which are added in pairs at the end."""
+    sums = [start] + [0.0] * (n - 1)
+    for p, product in enumerate(products):
+        sums[p % n] = sums[p % n] + product
+    while len(sums) > 1:
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2])]
+    return sums[0]
+
+
 def _fused(x, packed):
     """x (M, K) with few rows M -> (M, N), in one pass over the packed weight."""
     (M, K), dtype = x.shape, x.dtype
@@ -133,8 +143,9 @@ def _fused(x, packed):
     unit = math.lcm(per, CELL[place_bits(m)][1], n) if packed.n_m else per
     T, NB, groups, n_words, _ = packed.codes.shape
     tile = groups * n_words // cell_words * per  # positions
-    # positions written out in the body, a divisor of a group's
-    body = unit * math.gcd(max(1, UNROLL // m // unit), min(tile, packed.span) // unit)
+    # positions written out in the body, a divisor of a group's; on AVX2 a whole group of 64
+    most = 64 if NARROW and (M, m, packed.span) == (1, 1, 64) else UNROLL // m
+    body = unit * math.gcd(max(1, most // unit), min(tile, packed.span) // unit)
     bodies = tile // groups // body
     S = math.gcd(NB, STREAMS) if M == 1 and not packed.n_m else 1  # streams
     x = x.float()  # then by position
@@ -175,19 +186,14 @@ def _fused(x, packed):
         x = written_out(torch.stack([x] * S))  # (S, M, T, 1, groups, bodies, body)
         inputs = [[[x[s, i, ..., p, None] for p in range(body)] for i in range(M)]
                   for s in range(S)]
-    # the products, added up in several sums
     y = []
     for i in range(M):
         for s in range(S):
-            sums = [0.0] * (SUMS // S if body >= 16 else 4)
-            if not packed.n_m:  # first: loading bytes takes registers, which are then free again
-                sums[0] = lacks[i] - zero[s] * x_sum[i]
-            for p in range(body):
-                sums[p % len(sums)] = sums[p % len(sums)] + values[s][p] * inputs[s][i][p]
-            while len(sums) > 1:
-                sums = [a + b for a, b in zip(sums[::2], sums[1::2])]
-            total = sums[0] if bits == 32 else sums[0] * scale[s]
-            y.append(total.sum((2, 3)))  # (T, NB / S, 16)
+            # loading bytes takes registers, which are then free again: it comes first
+            start = 0.0 if packed.n_m else lacks[i] - zero[s] * x_sum[i]
+            products = (value * factor for value, factor in zip(values[s], inputs[s][i]))
+            total = _sum(products, SUMS // S if body >= 16 else 4, start)
+            y.append((total if bits == 32 else total * scale[s]).sum((2, 3)))  # (T, NB / S, 16)
     return torch.stack(y).sum(1).view(M, -1)[:, :packed.shape[0]].to(dtype)  # (M, N)
 
 
@@ -261,8 +267,7 @@ def matmul(x, packed, fused=True):
 # ---- the layer
 
 class PackedLinear(nn.Module):
-    """What replaces nn.Linear: buffers only, no parameter, no float copy; its input gets gradients.
-    """
+    """What replaces nn.Linear: buffers only, no float copy; its input gets gradients."""
 
     def __init__(self, packed, bias=None):
         super().__init__()
@@ -288,9 +293,7 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def spec(self):
-        """What `from_spec` needs to build this module again, empty: the layout's numbers, and the
-        shape and dtype of each buffer.
-        """
+        """What `from_spec` builds this module from: numbers, and each buffer's shape and dtype."""
         numbers = {name: getattr(self.layout, name) for name in ("shape", "bits", "span", "n_m")}
         buffers = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")]
                    for name, t in self.named_buffers()}
@@ -307,10 +310,7 @@ DTYPES = {name: getattr(torch, name)
 
 
 def from_spec(spec):
-    """An empty PackedLinear for `load_state_dict` to fill.
-
-    Raises ValueError for a specification that `spec` cannot have written.
-    """
+    """An empty PackedLinear for `load_state_dict`; ValueError for what `spec` never wrote."""
     if isinstance(spec, dict) and spec.get("layout") != LAYOUT:
         raise ValueError(f"packed in layout {spec.get('layout')}, this is layout {LAYOUT}: "
                          "compress the model again")
