@@ -6,9 +6,9 @@ next process only loads it; `ready` keeps what this process has loaded; `or_eage
 warns once and computes the same in eager PyTorch. Which functions are compiled: kernels.py, engine/decode.py.
 
 Why not `torch.compile`: it records the function anew in every process. SmolLM2-135M's shape at 4 bits, one busy thread
-of a CPU with AVX512, code on the disk: the first token after 25 s and 31.9 ms a token, against 6.9 s and 29.8 ms here
-(medians, in turns; torch.compile with fullgraph, dynamic=False and skip_all_guards_unsafe, a block at a time). With
-nested_compile_region on the block, which makes a token one call, torch 2.13 loses the constants of the region.
+of a CPU with AVX512, code on the disk: the first token after 25 s and 31.9 ms a token, against 6.9 s (1.9 s since no
+compiler is imported to load code) and 29.8 ms here; medians, in turns; fullgraph, dynamic=False, guards skipped, a
+block at a time. With nested_compile_region, a token in one call, torch 2.13 loses the constants of the region.
 """
 import functools
 import hashlib
