@@ -8,8 +8,10 @@ Sweeps: one setting varied, everything else held, a point a run.
                 1 and 8 bring back, against what was lost
     size        what prompts of 1 to 32 tokens, biases and LoRA of rank 1 to 16 bring back, against their parameters,
                 where the study rounds to nearest and by GPTQ
-    steps       what prompts and biases bring back there after half as many steps as in the study to 8 times as many
+    steps       what prompts and biases bring back there after half as many steps as in the study to 8 times as many;
+                --times says other multiples
 
+`--seeds K` gives damage, size and steps K dense GPTs, each compressed and repaired anew, as in evaluate.py.
 A point of bits and sparsity is recall by split with its interval, and perplexity. A point of the others is displaced
 and re-learned, see study/shares.py.
 
@@ -20,9 +22,11 @@ order are other numbers: so the points are the same, digit for digit, however ma
 
     python -m study sweep bits
     torchrun --nproc-per-node 2 -m study sweep sparsity
+    python -m study sweep steps --times 4 --seeds 5
 
 What it leaves out: two settings varied at once, curves fitted to the points.
 """
+import functools
 import json
 import os
 import sys
@@ -40,7 +44,7 @@ from study.settings import OPERATION, REPAIRS, config_of, job_parser, rate
 from study.shares import add_shares
 from study.statistics import by_person, recall_interval, resampled
 from study.steps import Run
-from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
+from study.subjects import compressed_subject, dense_of_draw, dense_subject, repair_batches, repaired_subject
 from study.tables import markdown, share
 from world.score import Subject, answer, perplexity
 from world.small import World
@@ -72,14 +76,17 @@ DAMAGE = [*quantized("RTN", (2, 32), (3, 96), (3, 32), (4, 96)), *quantized("GPT
           *pruned("magnitude", 30, 40, 50, 60), *pruned("SparseGPT", 40, 50, 60, 70)]
 
 
-def runs_of(name, config):
-    """The runs of a sweep, in order: dicts that say what is measured and how its model, or its repairs, are made."""
+def runs_of(name, config, times=STEPS):
+    """The runs of a sweep, in order: dicts that say what is measured and how its model, or its repairs, are made.
+
+    times  by what the sweep of steps multiplies the steps of the study
+    """
     if name in REPAIRED:
         levels = DAMAGE if name == "damage" else [(tag, operation) for tag, operation in config.compressions.items()
                                                   if operation[1] in ("rtn", "gptq")]
         return [{"base": tag, "operation": operation, "repairs": {repair: SIZES[repair] for repair in REPAIRED[name]},
-                 "steps": int(times * config.repair_steps)}
-                for tag, operation in levels for times in (STEPS if name == "steps" else [1])]
+                 "steps": int(factor * config.repair_steps)}
+                for tag, operation in levels for factor in (times if name == "steps" else [1])]
     if name == "bits":
         group = next((how["group_size"] for _, _, how in config.compressions.values() if "group_size" in how), None)
         ways = {"RTN": ("rtn", {}), "GPTQ": ("gptq", {}),
@@ -106,22 +113,34 @@ def measure(run, point, dense):
     return out
 
 
-def dose(run, name, point, dense, batches):
-    """The points of one level of damage, one a repair: displaced and re-learned, [mean, low, high] or None."""
-    tag, steps, repairs = point["base"], point["steps"], point["repairs"]
+def dosed(run, point, dense, batches):
+    """The Subjects of one level of damage in one draw: dense, damaged, and each repair."""
+    tag, steps = point["base"], point["steps"]
     config = replace(run.config, compressions={tag: point["operation"]}, repair_steps=steps)
-    level, asked = Run(config, run.world, run.log), run.world.asked(config)
+    level = Run(config, run.world, run.log)
     base = compressed_subject(level, dense, tag)
 
     def repaired(repair, kind, size):
         """Kept apart from the study's own repairs, which may have been trained on more threads."""
         lr = rate(config, tag, repair if repair in config.rates else LENT[kind], kind, size)
         return repaired_subject(level, base, f"{repair}, {steps} steps", kind, size, lambda: batches()[:steps], lr=lr)
-    subjects = [dense, base, *(repaired(repair, *how) for repair, how in repairs.items())]
-    rows = [{"id": s.about["id"], "base": s.about["base"], "metrics": {}, "intervals": {},
-             "answers": {split: answer(light(s), facts, run.world.encoding) for split, facts in asked.items()}}
-            for s in subjects]
-    add_shares([rows], asked, config.seed)
+    return [dense, base, *(repaired(repair, *how) for repair, how in point["repairs"].items())]
+
+
+def dose(run, name, point, dense, batches):
+    """The points of one level of damage, one a repair: displaced and re-learned, [mean, low, high] or None.
+
+    batches  of a draw, what `repair_batches` gives
+    """
+    asked, repairs, draws = run.world.asked(run.config), point["repairs"], []
+    for k in range(run.config.seeds):
+        drawn = run.draw(k)
+        subjects = dosed(drawn, point, dense_of_draw(drawn, dense), lambda: batches(k)())
+        draws.append([{"id": s.about["id"], "base": s.about["base"], "metrics": {}, "intervals": {},
+                       "answers": {split: answer(light(s), facts, run.world.encoding)
+                                   for split, facts in asked.items()}} for s in subjects])
+    rows, tag = draws[0], point["base"]
+    add_shares(draws, asked, run.config.seed)
     lost = rows[0]["metrics"]["recall_heldout"] - rows[1]["metrics"]["recall_heldout"]
 
     def share(row, name):
@@ -131,27 +150,34 @@ def dose(run, name, point, dense, batches):
     points = []
     for (repair, (kind, _)), subject, row in zip(repairs.items(), subjects[2:], rows[2:]):
         extra = subject.about["extra"]
-        series, x = {"damage": (tag.split()[0], tag), "size": (OPERATION[kind], extra), "steps": (repair, steps)}[name]
+        series, x = {"damage": (tag.split()[0], tag), "size": (OPERATION[kind], extra),
+                     "steps": (repair, point["steps"])}[name]
         points.append({"series": series, "x": x, "base": tag, "repair": repair, "parameters": extra, "lost": lost,
                        **{key: share(row, key) for key in ("displaced", "relearned")}})
     return points
 
 
-def run_sweep(run, name, dense):
-    """The points of one sweep, in order; None in every process of torchrun but the first."""
+def run_sweep(run, name, dense, times=STEPS):
+    """The points of one sweep, in order; None in every process of torchrun but the first. `times`: see runs_of."""
     config, rank, many = run.config, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     threads, made = torch.get_num_threads(), {}
     torch.set_num_threads(1)
-    points = runs_of(name, config)
+    points = runs_of(name, config, times)
     longest = max(point.get("steps", 0) for point in points)  # shorter runs read the first of its batches
-    batches = repair_batches(Run(replace(config, repair_steps=longest), run.world, run.log), dense)
+
+    @functools.lru_cache(1)  # the targets of 1,600 steps take 1.3 GB: of one draw at a time
+    def batches(k):
+        """Of draw k, what `repair_batches` gives."""
+        drawn = run.draw(k)
+        return repair_batches(Run(replace(drawn.config, repair_steps=longest), run.world, run.log),
+                              dense_of_draw(drawn, dense))
     own = range(rank, len(points), many)
     others = [i for i in range(len(points)) if i not in own] if rank == 0 else []  # read, waited for, or made here
     for i in [*own, *others]:
         point = points[i]
         settings = {**dense.about["settings"], "run": point, "calibration": config.calibration,
                     "repair_batch": config.repair_batch, "steps": config.repair_steps,
-                    "test_people": config.test_people}
+                    "test_people": config.test_people, **({"seeds": config.seeds} if config.seeds > 1 else {})}
         made[i] = run.once_json(f"sweep-{name}-{i:02d}", settings, ("study.sweeps", *ANSWERS),
                                 lambda: dose(run, name, point, dense, batches) if name in REPAIRED
                                 else [measure(run, point, dense)])
@@ -236,13 +262,18 @@ def main(arguments):
     parser = job_parser("study sweep", "Vary one setting, everything else held; or try learning rates.")
     parser.add_argument("what", choices=["lr", *SWEEPS], help="lr: on validation people, printed; others also go into "
                                                               "results.json")
+    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="dense GPTs; for damage, size and steps")
+    parser.add_argument("--times", type=float, nargs="+", default=STEPS, metavar="X",
+                        help="multiples of the study's steps; for steps")
     args = parser.parse_args(arguments)
-    config = config_of(args)
+    if args.seeds < 1 or min(args.times) <= 0:
+        raise ValueError(f"--seeds must be at least 1 and --times above 0, got {args.seeds} and {args.times}")
+    config = config_of(args, seeds=args.seeds if args.what in REPAIRED else 1)
     run = Run(config, World(config))
     dense = dense_subject(run)
     if args.what == "lr":
         return sweep_rates(run, dense)
-    points = run_sweep(run, args.what, dense)
+    points = run_sweep(run, args.what, dense, args.times)
     if points:
         print(sweep_table(args.what, points))
         keep(run, args.what, points, dense)

@@ -61,7 +61,7 @@ def test_each_process_makes_its_share_and_the_first_returns_all(tmp_path, monkey
     """The second of two processes first; the first one finds its points, and makes those of a third that never came."""
     made, run = [], Run(tiny(tmp_path), None)
     dense = SimpleNamespace(about={"settings": {}})
-    monkeypatch.setattr(sweeps, "runs_of", lambda name, config: [{"series": "S", "x": x} for x in range(7)])
+    monkeypatch.setattr(sweeps, "runs_of", lambda name, config, times: [{"series": "S", "x": x} for x in range(7)])
     monkeypatch.setattr(sweeps, "measure", lambda run, point, dense: made.append(point["x"]) or point)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank, share in ((1, [1, 4]), (0, [0, 3, 6, 2, 5])):
@@ -90,6 +90,7 @@ def test_sizes_and_steps_begin_from_what_the_study_rounds(size, bases):
     assert [(run["base"], run["steps"]) for run in runs["steps"]] == [
         (base, k) for base in bases for k in (n // 2, n, 2 * n, 4 * n, 8 * n)]
     assert all(run["operation"] == config.compressions[run["base"]] for of in runs.values() for run in of)
+    assert [run["steps"] for run in sweeps.runs_of("steps", config, [0.5, 3.0])] == [n // 2, 3 * n] * 2
 
 
 def test_what_a_size_learns_at_and_on_what(tmp_path, monkeypatch):
@@ -164,6 +165,37 @@ def test_a_dose_is_displaced_by_hand(tmp_path, monkeypatch):
     assert prompt["relearned"][0] == pytest.approx(1 - prompt["displaced"][0])
     assert (prompt["series"], prompt["x"], prompt["parameters"]) == ("RTN", "RTN 3 bits, groups of 16", 8 * 32)
     assert len(sweeps.sweep_table("damage", [prompt, biases]).splitlines()) == 3
+
+
+def test_a_dose_of_two_dense_models_is_the_share_of_both(tmp_path, monkeypatch):
+    """Each draw has a dense GPT, a compression and repair text of its own. In the second the prompt brings back all of
+    what was lost, in the first half: three quarters, with an interval that two models leave wide."""
+    asked, config = [], replace(tiny(tmp_path), seeds=2)
+    every = {("dense", 0): 1, ("dense", 1): 1, ("prompt 8, 4 steps", 0): 2, ("prompt 8, 4 steps", 1): 1}
+
+    def answered(subject, facts, encoding):
+        draw, tag = "seed-1" in subject.about["id"], subject.about["tag"]
+        asked.append((draw, tag, subject.model.wte.weight.sum().item()))
+        right = every.get((tag, draw), 0)  # the damaged model knows nothing
+        return [{key: float(right > 0 and i % right == 0) for key in ("correct", "knowledge", "logprob")}
+                for i in range(len(facts))]
+    run = Run(config, World(config))
+    monkeypatch.setattr(sweeps, "answer", answered)
+    monkeypatch.setitem(sweeps.REPAIRED, "damage", ("prompt 8",))
+    monkeypatch.setattr(sweeps, "DAMAGE", sweeps.quantized("RTN", (3, 16)))
+    point, = sweeps.run_sweep(run, "damage", dense_subject(run))
+    facts = len(run.world.asked(config)["heldout"])
+    value, low, high = point["displaced"]
+    assert point["lost"] == 1 and value == pytest.approx((1 + -(-facts // 2) / facts) / 2) and high - low > 0.5
+    embeddings = [{weights for draw, _, weights in asked if draw == k} for k in (False, True)]
+    assert [len(e) for e in embeddings] == [1, 1] and embeddings[0] != embeddings[1]
+
+
+@pytest.mark.parametrize("option, word", [(["--seeds", "0"], "--seeds must be"),
+                                          (["--times", "2", "0"], "--times above")])
+def test_impossible_draws_and_multiples_are_refused(option, word):
+    with pytest.raises(ValueError, match=word):
+        sweeps.main(["steps", *option])
 
 
 def test_tables_of_shares():
