@@ -1,5 +1,5 @@
 """
-The memory that a process keeps when it has freed it: on a CPU a tenth of a training step.
+The memory that a process keeps when it has freed it: on a CPU 5 to 10 % of the time of a repair's step.
 
 The large tensors of a step are freed at its end. The C library of Linux then gives their pages back to the system, and
 in the next step each page of 4 KB is mapped again when it is first written to. Other systems are left alone.

@@ -63,7 +63,7 @@ def test_lessons_of_skills_are_about_seen_people_only(tmp_path):
 
 
 def test_each_draw_calibrates_and_repairs_on_text_of_its_own(tmp_path):
-    """Another draw reads other rows; the same draw the same ones; calibration and repair never share a seed."""
+    """Another draw reads other rows; the same draw the same ones."""
     config = tiny(tmp_path)
     world, second = World(config), replace(config, repeat=1)
     for rows in (world.repair_rows, lambda of: [world.calibration(of)]):

@@ -296,3 +296,10 @@ def test_where_there_are_no_locks_everything_else_works(tmp_path, monkeypatch):
         run = tiny_run(tmp_path)
         run.alone()
         assert run.once_json("x", {"a": lacking is None}, (), lambda: "made") == "made"
+
+
+def test_a_run_keeps_the_memory_that_it_frees(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(steps, "keep_memory", lambda: kept.append(True))
+    steps.Run(SimpleNamespace(out=str(tmp_path)), None)
+    assert kept

@@ -179,7 +179,13 @@ def test_a_dose_of_two_dense_models_is_the_share_of_both(tmp_path, monkeypatch):
         right = every.get((tag, draw), 0)  # the damaged model knows nothing
         return [{key: float(right > 0 and i % right == 0) for key in ("correct", "knowledge", "logprob")}
                 for i in range(len(facts))]
-    run = Run(config, World(config))
+    run, read, batches = Run(config, World(config)), [], sweeps.repair_batches
+
+    def noted(run, dense):
+        """Which draw's text, with whose targets, is read."""
+        read.append((run.config.repeat, dense.about["id"]))
+        return batches(run, dense)
+    monkeypatch.setattr(sweeps, "repair_batches", noted)
     monkeypatch.setattr(sweeps, "answer", answered)
     monkeypatch.setitem(sweeps.REPAIRED, "damage", ("prompt 8",))
     monkeypatch.setattr(sweeps, "DAMAGE", sweeps.quantized("RTN", (3, 16)))
@@ -189,6 +195,7 @@ def test_a_dose_of_two_dense_models_is_the_share_of_both(tmp_path, monkeypatch):
     assert point["lost"] == 1 and value == pytest.approx((1 + -(-facts // 2) / facts) / 2) and high - low > 0.5
     embeddings = [{weights for draw, _, weights in asked if draw == k} for k in (False, True)]
     assert [len(e) for e in embeddings] == [1, 1] and embeddings[0] != embeddings[1]
+    assert read == [(0, "dense"), (1, "dense-seed-1")]
 
 
 @pytest.mark.parametrize("option, word", [(["--seeds", "0"], "--seeds must be"),
