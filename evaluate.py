@@ -4,7 +4,7 @@ The study: train, compress, repair, and answer: is the knowledge forgotten or di
     python evaluate.py                  # the whole study: out/results.json, tables.md, report.html
     python evaluate.py --quick          # the same path through a smaller world, in a minute
     python evaluate.py --seeds 3        # three dense GPTs, each compressed and repaired anew
-    python evaluate.py --full           # adds next-token twins, and pools trained in other ways
+    python evaluate.py --full           # more rivals: prefixes, pools trained in other ways, ...
     python evaluate.py --size medium    # a second GPT, also taught to read, compare and follow
     python -m study                     # single steps, sweeps of one setting, the figure
     python -m real MODEL                # the same on a real language model
@@ -40,11 +40,12 @@ import torch
 
 import idp
 from study import beside, claims, inside, pools, progress, publish
-from study.comparisons import ANSWERS, add_tasks, comparisons, noise_floor, score_tasks, task_items
+from study.comparisons import (ANSWERS, add_tasks, comparisons, compressed_again, noise_floor,
+                               score_tasks, task_items)
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
 from study.repairs import light
-from study.settings import OPERATIONS, POOLS, StudyConfig, config_of, job_parser
+from study.settings import OPERATIONS, StudyConfig, config_of, job_parser
 from study.shares import add_attributes, add_shares
 from study.steps import Run
 from study.subjects import (compressed_subject, dense_of_draw, dense_subject, repair_batches,
@@ -63,12 +64,8 @@ def every_model(run, dense):
     for tag in run.config.compressions:
         base = compressed_subject(run, dense, tag)
         yield base
-        wanted = [(name, *how, "distillation") for name, how in run.config.repairs.items()]
-        if run.config.full:
-            wanted += [(name, *how, "distillation") for name, how in POOLS.items()]
-            wanted += [(name, *how, "next_token") for name, how in run.config.repairs.items()]
-        for name, kind, size, objective in wanted:
-            yield repaired_subject(run, base, name, kind, size, batches, objective, dense=dense)
+        for name, how in run.config.repairs.items():
+            yield repaired_subject(run, base, batches, name, *how, dense=dense)
 
 
 def ask(run, subject, asked, group="study"):
@@ -200,12 +197,16 @@ def context_check(run, dense):
     If these cost recall, so would every prompt, whatever it holds.
     """
     facts = run.world.facts("heldout", run.config.test_people)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def ask_twice():
         prompt = dense.model.wte(run.world.unrelated().to(dense.device))
         filled = idp.prefill(dense.model, idp.PromptPool([prompt]))
-    recall = [sum(a["correct"] for a in answer(s, facts, run.world.encoding)) / len(facts)
-              for s in (dense, Subject(dense.model, filled))]
-    return {"alone": recall[0], "behind_24_tokens": recall[1]}
+        recall = [sum(a["correct"] for a in answer(s, facts, run.world.encoding)) / len(facts)
+                  for s in (dense, Subject(dense.model, filled))]
+        return {"alone": recall[0], "behind_24_tokens": recall[1]}
+    settings = {**dense.about["settings"], "asked": publish.digest_of_facts({"heldout": facts})}
+    return run.once_json("context", settings, ANSWERS, ask_twice)
 
 
 # ---- the main job
@@ -238,9 +239,8 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         add_verdicts(known[0], tests)
         compared, rows = compared + tests, rows + known[0]
 
+    context = context_check(run, dense)
     said = {"asked": publish.digest_of_facts(asked)}
-    context = run.once_json("context", {**dense.about["settings"], **said}, ANSWERS,
-                            lambda: context_check(run, dense))
     noise = run.once_json("noise", [said, *(s.about["settings"] for s in subjects)],
                           ("study.comparisons", *ANSWERS),
                           lambda: noise_floor(run, subjects,
@@ -266,6 +266,9 @@ def backwards(run):
     for k in reversed(range(run.config.seeds)):
         drawn = run.draw(k)
         dense = dense_subject(drawn)
+        if k == 0:  # what the study ends with
+            context_check(drawn, dense)
+            list(compressed_again(drawn, dense))
         for name in reversed(CONTROLS):
             control_rows(drawn, dense, name)
         for tag in reversed(run.config.compressions):
@@ -279,7 +282,8 @@ def main():
     parser.add_argument("--quick", action="store_const", const="quick", dest="size",
                         help="the same as --size quick")
     parser.add_argument("--full", action="store_true",
-                        help="also the next-token twins, and pools trained in other ways")
+                        help="more rivals: a prefix, LoRA of rank 1, pools trained in other ways,"
+                             " repairs trained on the next token")
     parser.add_argument("--seeds", type=int, default=StudyConfig.seeds, metavar="K",
                         help="make everything K times, from the dense GPT on")
     parser.add_argument("--all-tasks", action="store_true",

@@ -134,7 +134,7 @@ def lock_subjects(run, dense, name=TAG):
     batches = target_batches(run, teacher, dense.device)
     repairs = {tag: how for tag, how in run.config.repairs.items() if tag in REPAIRS}
     return control, [control.reference, control.damaged,
-                     *(repaired_subject(run, control.damaged, tag, *how, batches, code=("real.lock",))
+                     *(repaired_subject(run, control.damaged, batches, tag, *how, code=("real.lock",))
                        for tag, how in repairs.items())]
 
 

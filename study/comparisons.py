@@ -172,20 +172,24 @@ def noise_floor(run, subjects, answers):
     The dense model asked again with its questions in reverse, so in other batches; each repaired compression made again
     from another sample of the calibration text. answers {model id: {split: rows}}
     """
-    config, world, out = run.config, run.world, []
-    facts = world.facts("heldout", config.test_people)
+    world, out = run.world, []
+    facts = world.facts("heldout", run.config.test_people)
 
     def compared(what, subject, given):
         """One comparison of a subject's first answers with its second ones."""
         pair = ([[float(a["correct"]) for a in rows]] for rows in (answers[subject.about["id"]]["heldout"], given))
         out.append(flips(what, subject.about["id"], subject.about["id"], *pair, [f.person for f in facts]))
     compared("asked again in reverse", subjects[0], answer(subjects[0], facts[::-1], world.encoding)[::-1])
-    other = run.draw(99 if world.trained else 1)  # one in which nobody makes these files from another dense model
-    same = torch.equal(world.calibration(config), world.calibration(other.config))  # a world with one sample only
-    for subject in subjects:
-        method = (subject.about["operation"] or {}).get("parameters", {}).get("method")
-        calibrated = method in ("gptq", "sparsegpt", "wanda")
-        if subject.about["base"] == "dense" and calibrated and not same:
-            made = compressed_subject(other, subjects[0], subject.about["tag"])
-            compared("compressed again on other text", subject, answer(made, facts, world.encoding))
+    first = {subject.about["tag"]: subject for subject in subjects}
+    for again in compressed_again(run, subjects[0]):
+        compared("compressed again on other text", first[again.about["tag"]], answer(again, facts, world.encoding))
     return out
+
+
+def compressed_again(run, dense):
+    """The Subjects of the study's calibrated compressions, each made from another sample of the calibration text."""
+    other = run.draw(99 if run.world.trained else 1)  # one in which nobody makes these files from another dense model
+    if not torch.equal(*(run.world.calibration(r.config) for r in (run, other))):  # a real world may have one sample
+        for tag, (_, method, _) in run.config.compressions.items():
+            if method in ("gptq", "sparsegpt", "wanda"):
+                yield compressed_subject(other, dense, tag)

@@ -238,5 +238,5 @@ def control_subjects(run, dense, name, how=None):
             made.extend(control_batches(run, control))
         return made
     return control, [control.reference, control.damaged,
-                     *(repaired_subject(run, control.damaged, tag, kind, size, batches, lr=lr, code=("study.controls",))
+                     *(repaired_subject(run, control.damaged, batches, tag, kind, size, lr=lr, code=("study.controls",))
                        for tag, (kind, size, lr) in how.repairs_of(name).items())]

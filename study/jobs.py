@@ -61,7 +61,8 @@ def repair_job(arguments):
     base = compressed_subject(run, dense, base)
     size = {"idp": (args.prompts, args.repair_size, args.way), "bias": "o down"}.get(args.method, args.repair_size)
     tag = f"{args.method} {' '.join(map(str, size)) if args.method == 'idp' else size} lr {args.lr:g}"
-    repaired = repaired_subject(run, base, tag, args.method, size, repair_batches(run, dense), args.objective, args.lr)
+    tag += ", next token" if args.objective == "next_token" else ""
+    repaired = repaired_subject(run, base, repair_batches(run, dense), tag, args.method, size, args.objective, args.lr)
     print_recalls(run, {"dense": dense, base.about["tag"]: base, "repaired": repaired})
     print(f"{repaired.about['extra']:,} extra parameters")
 

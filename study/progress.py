@@ -8,7 +8,6 @@ the pace of the run.
 What it leaves out: the steps of a real model (real/): how long one of them takes depends on the model.
 """
 from study.controls import TAGS, ControlConfig, control_file
-from study.settings import POOLS
 from study.steps import slug
 
 TOKENS = 50_000   # of pretraining, a second
@@ -20,10 +19,6 @@ def planned(run):
     """{step: {file: typical seconds}} of `python evaluate.py`; under "" what has no file: intervals, the page."""
     config, (rows, tokens) = run.config, run.config.pretrain_batch
     asking = 0.3 + sum(len(facts) for facts in run.world.asked(config).values()) / QUESTIONS
-    repairs = [(tag, kind) for tag, (kind, _) in config.repairs.items()]
-    if config.full:
-        twins = [(f"{tag}, next token", kind) for tag, kind in repairs]
-        repairs += [*((tag, kind) for tag, (kind, _) in POOLS.items()), *twins]
     draws = {f", draw {k + 1}" if k else "": run.draw(k).config for k in range(config.seeds)}
     plan = {}
     for words, drawn in draws.items():
@@ -32,7 +27,7 @@ def planned(run):
         for tag in config.compressions:
             base = slug(tag) + drawn.draw_suffix
             plan[tag + words] = model_files(base, 1.5, asking, {} if drawn.repeat else closer(run, tag))
-            for name, kind in repairs:
+            for name, (kind, *_) in config.repairs.items():
                 training = 0.5 if kind == "correction" else REPAIR * config.repair_steps
                 plan[f"{tag} + {name}{words}"] = model_files(f"{base}-{slug(name)}", training, asking,
                                                              {} if drawn.repeat else closer(run, name, kind))

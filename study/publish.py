@@ -76,8 +76,9 @@ def publish(run, dense, results):
     for claim in results["claims"]:
         print(f"{claim['verdict']:12s} {claim['statement']}")
     print(flush=True)
-    write_text(path, json.dumps(results, indent=1))
+    text, told = json.dumps(results, indent=1), list(predictions(run, rows))
+    write_text(path, text)
     write_text(run.path("tables.md"), tables.all_tables(results))
-    write_text(run.path("predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in predictions(run, rows)))
-    page.write_report(path, run.path("report.html"))
+    write_text(run.path("predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in told))
+    write_text(run.path("report.html"), page.page(json.loads(text), told))
     print(f"{results['seconds']:.0f} s; more tables: {run.path('tables.md')}; to explore: {run.path('report.html')}")

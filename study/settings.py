@@ -83,6 +83,8 @@ def sized(size, seed=0, out="out", **more):
         config.gpt = {"n_embd": 128, "context": 128}
         config.pretrain.steps, config.pretrain_batch = 6400, (16, 128)
         config.calibration, config.repair_batch, config.out = (128, 128), (16, 96), os.path.join(out, "medium")
+    if config.full:
+        config.repairs = {**config.repairs, **MORE}
     return config
 
 
@@ -95,17 +97,19 @@ COMPRESSIONS = {  # tag: (operation, method, settings)
 REPAIRS = {  # tag: (kind, size: a rank (and layers), layers, a length, or prompts x length and how they are trained)
     "bias correction": ("correction", "o down"),     # closed form, nothing is trained
     "biases": ("bias", "o down"),                    # as many parameters as a prompt of 8, free at inference
-    "LoRA rank 1 on o": ("lora", (1, "o")),          # as many
     "prompt 8": ("prompt", 8),
     "prompt 32": ("prompt", 32),                     # as many as the pool
     "IDP 4 x 8": ("idp", (4, 8, "together")),
-    "prefix 8": ("prefix", 8),
     "LoRA rank 8": ("lora", 8),
 }
-POOLS = {  # the other ways to train a pool: with --full
-    "IDP 4 x 8 joint": ("idp", (4, 8, "joint")),
+MORE = {  # with --full: another objective than distillation comes last
+    "LoRA rank 1 on o": ("lora", (1, "o")),          # as many parameters as a prompt of 8
+    "prefix 8": ("prefix", 8),
+    "IDP 4 x 8 joint": ("idp", (4, 8, "joint")),     # the other ways to train a pool
     "IDP 4 x 8 competitive": ("idp", (4, 8, "competitive")),
     "IDP 4 x 8 selected": ("idp", (4, 8, "selected")),  # chosen by a probe that was trained with the prompts
+    "prompt 8, next token": ("prompt", 8, "next_token"),
+    "LoRA rank 8, next token": ("lora", 8, "next_token"),
 }
 RATES = {  # peak learning rates, the same for every compressed model; a pool's prompts learn as one does
     "biases": 3e-2, "LoRA rank 1 on o": 1e-2, "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 1e-1,
@@ -129,7 +133,7 @@ OPERATION = {"lora": "LoRA", "prompt": "prompt", "prefix": "prefix", "idp": "IDP
 
 def rate(config, base, tag, kind, size):
     """The learning rate of a repair `tag` of the compressed model `base`: config.rates by repair, or by both."""
-    tag = f"prompt {size[1]}" if kind == "idp" else tag
+    tag = f"prompt {size[1]}" if kind == "idp" else tag.removesuffix(", next token")
     rates = config.rates.get(base, config.rates)
     if tag not in rates:
         raise ValueError(f"no learning rate is known for {tag} on {base}; there are {', '.join(rates)}")

@@ -98,8 +98,8 @@ def repair_batches(run, dense):
     return batches
 
 
-def repaired_subject(run, base, tag, kind, size, batches, objective="distillation", lr=None, dense=None, code=()):
-    """`base` repaired in one way, on the batches of `repair_batches`; kept as an adapter (checkpoints/adapters.py).
+def repaired_subject(run, base, batches, tag, kind, size, objective="distillation", lr=None, dense=None, code=()):
+    """`base` repaired in one way, on what `repair_batches` gave; kept as an adapter (checkpoints/adapters.py).
 
     code   modules that other batches come from
     dense  the undamaged model, for bias correction, which trains nothing and reads the calibration text
@@ -111,8 +111,6 @@ def repaired_subject(run, base, tag, kind, size, batches, objective="distillatio
                 **({"objective": objective, "fit": asdict(fit_config), "repair_batch": config.repair_batch}
                    if trained else {}),
                 **({"bfloat16": True} if config.repair_bfloat16 else {})}
-    if objective != "distillation":
-        tag += ", next token"
     name = f"{base.about['id']}-{slug(tag)}"
     layout = "bias" if kind == "correction" else kind
     targets = size.split() if layout == "bias" else lora_size(size)[2] if kind == "lora" else None

@@ -40,7 +40,7 @@ from compress import compress
 from engine.files import read_json, write_text
 from study.comparisons import ANSWERS
 from study.repairs import attach, light, train_repair
-from study.settings import OPERATION, REPAIRS, config_of, job_parser, rate
+from study.settings import MORE, OPERATION, REPAIRS, config_of, job_parser, rate
 from study.shares import add_shares
 from study.statistics import by_person, recall_interval, resampled
 from study.steps import Run
@@ -53,7 +53,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 SPARSITIES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 STEPS = (0.5, 1, 2, 4, 8)  # times the steps of the study
 SIZES = {**{f"prompt {n}": ("prompt", n) for n in (1, 2, 4, 8, 16, 32)},
-         **{tag: REPAIRS[tag] for tag in ("biases", "LoRA rank 1 on o")},
+         "biases": REPAIRS["biases"], "LoRA rank 1 on o": MORE["LoRA rank 1 on o"],
          **{f"LoRA rank {n}": ("lora", n) for n in (1, 2, 4, 8, 16)}}
 REPAIRED = {"damage": ("prompt 8", "biases", "LoRA rank 1", "LoRA rank 8"), "size": tuple(SIZES),
             "steps": ("prompt 8", "prompt 32", "biases")}  # how a sweep repairs what it damaged
@@ -123,7 +123,7 @@ def dosed(run, point, dense, batches):
     def repaired(repair, kind, size):
         """Kept apart from the study's own repairs, which may have been trained on more threads."""
         lr = rate(config, tag, repair if repair in config.rates else LENT[kind], kind, size)
-        return repaired_subject(level, base, f"{repair}, {steps} steps", kind, size, lambda: batches()[:steps], lr=lr)
+        return repaired_subject(level, base, lambda: batches()[:steps], f"{repair}, {steps} steps", kind, size, lr=lr)
     return [dense, base, *(repaired(repair, *how) for repair, how in point["repairs"].items())]
 
 
@@ -193,8 +193,9 @@ def sweep_rates(run, dense):
     config, batches, facts = run.config, repair_batches(run, dense), run.world.facts("validation")
     for base_tag in config.compressions:
         base = compressed_subject(run, dense, base_tag)
-        for tag, (kind, size) in config.repairs.items():
-            for lr in config.rate_grid.get(kind, ()):
+        for tag in config.rates:
+            kind, size = {**REPAIRS, **MORE}[tag]
+            for lr in config.rate_grid[kind]:
                 tensors = train_repair(base.model, kind, size, batches(), recover.distillation,
                                        recover.FitConfig(steps=config.repair_steps, lr=lr), config.seed,
                                        bfloat16=config.repair_bfloat16)

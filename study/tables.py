@@ -150,7 +150,7 @@ def pool_table(results):
 
 
 def twin_table(results):
-    """Each repair trained by distillation beside its twin on the next token: what came back and what was re-learned."""
+    """Repairs trained by distillation beside their twins on the next token: what came back and what was re-learned."""
     where = {m["id"]: m for m in results["models"]}
     rows = [[name, *(share((t["metrics"][key], t["intervals"][key])) for key in ("displaced", "relearned")
                      for t in (m, where[f"{name}-next-token"]))]
@@ -208,7 +208,7 @@ def all_tables(results):
               for m in results["models"] if m.get("idp")]
     parts += [("the pools, held-out %", pool_table(results)),
               ("cosine similarity to the dense model, over layers and heads", inside_table(results))]
-    if results["settings"]["full"]:
+    if any(m["id"].endswith("-next-token") for m in results["models"]):
         parts.append(("distillation and the next token", twin_table(results)))
     if results["models"][0].get("tasks"):
         parts += [(f"the tasks of items.py, {results['settings']['size']} preset, {name} people, % [95 %]",

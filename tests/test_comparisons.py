@@ -112,8 +112,8 @@ def test_the_noise_floor_compares_each_fact_with_itself(monkeypatch):
     monkeypatch.setattr(comparisons, "answer", answer)
     world = SimpleNamespace(facts=lambda split, people: known, encoding=None, calibration=lambda config: torch.zeros(1),
                             trained=True)
-    run = SimpleNamespace(config=SimpleNamespace(test_people=9), world=world)
+    run = SimpleNamespace(config=SimpleNamespace(test_people=9, compressions={}), world=world)
     run.draw = lambda k: run
-    dense = SimpleNamespace(about={"id": "dense", "operation": None, "base": None})
+    dense = SimpleNamespace(about={"id": "dense", "tag": "dense"})
     row, = comparisons.noise_floor(run, [dense], {"dense": {"heldout": [{"correct": f.right} for f in known]}})
     assert asked == [known[::-1]] and (row["gained"], row["lost"], row["items"]) == (0, 0, 7)

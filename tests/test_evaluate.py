@@ -35,7 +35,7 @@ def tiny(out):
     """A study of seconds: the same path, a world of a few people."""
     world = WorldConfig(seen=12, heldout=12, validation=10, novel=6, vocab_size=600)
     config = StudyConfig(world=world, out=str(out))
-    config.full, config.gpt = False, {"n_layer": 1, "n_embd": 32, "n_head": 2}
+    config.gpt = {"n_layer": 1, "n_embd": 32, "n_head": 2}
     config.pretrain.steps, config.pretrain_batch, config.repair_steps = 8, (4, 32), 4
     config.calibration, config.repair_batch = (8, 32), (4, 24)
     config.task_items = 6
@@ -226,7 +226,7 @@ def test_same_seed_same_table_and_everything_reused(tmp_path):
 def test_several_seeds_repeat_everything_from_the_dense_model_on(tmp_path, monkeypatch):
     """Two seeds: the first is the run of one seed, digit for digit; the second trains, calibrates and repairs anew."""
     config = tiny(tmp_path)
-    config.full, config.seeds = False, 2
+    config.seeds = 2
     config.repairs = {"LoRA rank 8": ("lora", 8), "prompt 8": ("prompt", 8)}
     run, began, train_repair = Run(config, World(config)), [], subjects.train_repair
 
@@ -258,7 +258,7 @@ def test_whatever_is_reused_is_what_would_be_made(tmp_path):
     """E19: another number of people, items or texts asked in a folder that holds results gives what a fresh one gives;
     damaged files of the folder are made again, or written anew (E17)."""
     def small(folder, **changes):
-        config = replace(tiny(folder), repairs={"IDP 4 x 8": ("idp", (2, 8, "together"))}, full=False, **changes)
+        config = replace(tiny(folder), repairs={"IDP 4 x 8": ("idp", (2, 8, "together"))}, **changes)
         config.compressions = dict(list(config.compressions.items())[:1])
         run = Run(config, World(config))
         return results_of(run), run
@@ -289,7 +289,7 @@ def keys(config, made):
     run.once = once
     dense = Subject(made[0][0], about={"id": "dense", "settings": {"seed": config.seed}})
     base = subjects.compressed_subject(run, dense, "GPTQ 3 bits")
-    subjects.repaired_subject(run, base, "prompt 8", "prompt", 8, None, lr=config.rates["prompt 8"])
+    subjects.repaired_subject(run, base, None, "prompt 8", "prompt", 8, lr=config.rates["prompt 8"])
     return list(keys.items())
 
 

@@ -128,8 +128,7 @@ def test_a_sweep_of_rates_is_judged_on_validation_people(world, monkeypatch, cap
     monkeypatch.setattr(sweeps, "answer", lambda subject, facts, encoding: asked.append(facts) or [
         {"correct": i % 4 == 0, "logprob": -2.0} for i in range(len(facts))])
     sweeps.sweep_rates(recorder(world, config), None)
-    grids = [config.rate_grid[kind] for kind, _ in config.repairs.values() if kind in config.rate_grid]
-    assert len(asked) == len(config.compressions) * sum(map(len, grids))
+    assert len(asked) == len(config.compressions) * 6 * 5  # rates of the grid for each repair that learns by itself
     assert all(facts == facts_about(world.people["validation"]) for facts in asked)
     assert all("recall 26.0%" in line and "-2.000" in line for line in capsys.readouterr().out.splitlines())
 
@@ -200,7 +199,9 @@ def test_the_check_of_the_context_asks_held_out_people_behind_nothing_and_behind
     model.init_weights(torch.Generator().manual_seed(0))
     monkeypatch.setattr(evaluate, "answer", lambda subject, facts, encoding: asked.append((subject.filled, facts)) or [
         {"correct": i < (5 if subject.filled else 10)} for i in range(len(facts))])
-    found = evaluate.context_check(recorder(world, config), Subject(model))
+    run = recorder(world, config)
+    run.once_json = lambda name, settings, code, make: make()
+    found = evaluate.context_check(run, Subject(model, about={"settings": {}}))
     assert found == {"alone": 0.5, "behind_24_tokens": 0.25}
     (nothing, facts), (filled, again) = asked
     assert facts == again == facts_about(sample(world.people["heldout"], 4)) and nothing is None and filled.slots == 24

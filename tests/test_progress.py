@@ -8,7 +8,7 @@ import pytest
 import evaluate
 from study import controls, steps
 from study.progress import planned
-from study.settings import sized
+from study.settings import MORE, sized
 from study.steps import Log, Run, duration
 from study.subjects import dense_subject
 from test_evaluate import tiny
@@ -16,19 +16,22 @@ from world.small import World
 
 
 def test_what_is_announced_is_what_is_made(tmp_path, capsys, monkeypatch):
-    """A whole study with two draws, all pools, next-token twins and the controls: file by file, in the order said."""
+    """A whole study with two draws, two pools, a next-token twin and the controls: file by file, in the order said."""
     for slow in ("train_lock", "tell"):
         monkeypatch.setattr(controls, slow, lambda dense, *_: dense)
     config = tiny(tmp_path)
-    config.seeds, config.full, config.ablation_people, config.task_items = 2, True, 2, 2
+    config.seeds, config.ablation_people, config.task_items = 2, 2, 2
     config.repair_steps = 1
     config.compressions = {"GPTQ 3 bits": config.compressions["GPTQ 3 bits"]}
-    config.repairs = {tag: config.repairs[tag] for tag in ("bias correction", "IDP 4 x 8")}
+    config.repairs = {tag: {**config.repairs, **MORE}[tag]
+                      for tag in ("bias correction", "IDP 4 x 8", "IDP 4 x 8 joint", "prompt 8, next token")}
     config.rates = {"prompt 8": 0.1}
     run = Run(config, World(config))
     plan = planned(run)
     run.expect(plan)
-    evaluate.study(run, dense_subject(run))
+    results = evaluate.study(run, dense_subject(run))
+    objectives = {m["tag"]: m["operation"]["parameters"].get("objective") for m in results["models"] if m["operation"]}
+    assert (objectives["prompt 8, next token"], objectives["IDP 4 x 8"]) == ("next_token", "distillation")
     announced = [file for files in plan.values() for file in files if file]
     made = list(dict.fromkeys(t["step"] for t in run.log.times))
     noise = {"gptq-3-bits-seed-99"}  # GPTQ on other text, a part of the noise floor's step
@@ -51,7 +54,7 @@ def test_one_draw_too(tmp_path):
     run = Run(tiny(tmp_path), None)
     run.world = World(run.config)
     plan = planned(run)
-    assert len(plan) - 1 == 1 + 4 * 9 + 3 + 2 and list(plan)[:2] == ["dense", "RTN 3 bits"]
+    assert len(plan) - 1 == 1 + 4 * 7 + 3 + 2 and list(plan)[:2] == ["dense", "RTN 3 bits"]
     assert "gptq-3-bits-seed-1" not in {file for files in plan.values() for file in files}
 
 

@@ -93,6 +93,16 @@ def test_sizes_and_steps_begin_from_what_the_study_rounds(size, bases):
     assert [run["steps"] for run in sweeps.runs_of("steps", config, [0.5, 3.0])] == [n // 2, 3 * n] * 2
 
 
+@pytest.mark.parametrize("size", settings.SIZES)
+def test_full_adds_rivals_that_have_a_rate(size):
+    plain, full = settings.sized(size), settings.sized(size, full=True)
+    assert full.repairs == {**plain.repairs, **settings.MORE} and not set(plain.repairs) & set(settings.MORE)
+    for tag, (kind, how, *objective) in full.repairs.items():
+        assert kind == "correction" or settings.rate(full, "RTN 3 bits", tag, kind, how) > 0
+        assert (objective == ["next_token"]) == tag.endswith(", next token")
+        assert not objective or full.repairs[tag.removesuffix(", next token")] == (kind, how)
+
+
 def test_what_a_size_learns_at_and_on_what(tmp_path, monkeypatch):
     """Its own rate, or that of a prompt of 8 or LoRA of rank 8; n steps on the first n batches, whatever else runs."""
     config, asked = tiny(tmp_path), []
@@ -100,7 +110,7 @@ def test_what_a_size_learns_at_and_on_what(tmp_path, monkeypatch):
     run = Run(config, World(config))
     dense = dense_subject(run)
 
-    def repaired(run, base, tag, kind, size, batches, lr):
+    def repaired(run, base, batches, tag, kind, size, lr):
         asked.append((tag, lr, run.config.repair_steps, [ids.sum().item() for ids, *_ in batches()]))
         return Subject(base.model, about={**base.about, "id": tag, "base": base.about["id"], "extra": len(asked)})
     monkeypatch.setattr(sweeps, "repaired_subject", repaired)

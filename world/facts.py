@@ -190,7 +190,7 @@ def text_batches(sentences, encoding, batch_size, T, generator, aligned=False):
     """
     if not sentences:
         raise ValueError("there are no sentences to make batches of")
-    documents = [[encoding.eot_token, *tokens] for tokens in encoding.encode_ordinary_batch(sentences)]
+    documents = [[encoding.eot_token, *encoding.encode_ordinary(sentence)] for sentence in sentences]
     rows, row = [], []
     while True:
         for i in torch.randperm(len(documents), generator=generator).tolist():
