@@ -96,8 +96,11 @@ def kind_of(about):
     return "control" if about["operation"]["name"] == "control" else "compressed"
 
 
-def look_closer(run, row, subject, dense, base):
-    """What else the study's own models are asked: perplexity, tasks, attention, ways to choose."""
+def look_closer(run, row, subject, reference, base):
+    """What else the study's own models are asked: perplexity, tasks, attention, ways to choose.
+
+    reference  what happens `inside` the dense model; base: the Subject that was repaired
+    """
     about, world, config = subject.about, run.world, run.config
     name, settings, people = about["id"], about["settings"], config.ablation_people
     row["metrics"]["perplexity"] = run.once_json(
@@ -105,7 +108,7 @@ def look_closer(run, row, subject, dense, base):
     row["scores"] = score_tasks(run, subject, row["answers"])
     row["similarity"] = run.once_json(
         name + ".inside", {**settings, "texts": len(world.inside)}, ("study.inside", *ANSWERS),
-        lambda: inside.similarity(subject, dense, world.inside))
+        lambda: inside.similarity(subject, reference, world.inside))
     if about.get("kind") == "idp" and people:
         tried = run.once_json(
             name + ".selectors", {**settings, "people": people}, ("study.pools", *ANSWERS),
@@ -119,10 +122,11 @@ def own_rows(run, dense):
     The first draw has all that is measured, the others have what intervals need.
     """
     asked, rows, made = run.world.asked(run.config), [], {}
+    reference = inside.inside(dense, run.world.inside)
     for subject in every_model(run, dense):
         row, made[subject.about["id"]] = ask(run, subject, asked), subject
         if run.config.repeat == 0:
-            look_closer(run, row, subject, dense, made.get(row["base"]))
+            look_closer(run, row, subject, reference, made.get(row["base"]))
         rows.append(row)
     return rows, list(made.values())
 
@@ -268,7 +272,7 @@ def backwards(run):
         dense = dense_subject(drawn)
         if k == 0:  # what the study ends with
             context_check(drawn, dense)
-            list(compressed_again(drawn, dense))
+            list(compressed_again(drawn, dense, run.world.facts("heldout", run.config.test_people)))
         for name in reversed(CONTROLS):
             control_rows(drawn, dense, name)
         for tag in reversed(run.config.compressions):

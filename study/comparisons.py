@@ -14,6 +14,7 @@ What it leaves out: comparisons of two repairs with each other.
 import numpy as np
 import torch
 
+from study.repairs import light
 from study.statistics import by_person, detectable_flips, holm, pooled_test, recall_interval, resampled
 from study.steps import digest
 from study.subjects import compressed_subject
@@ -181,15 +182,20 @@ def noise_floor(run, subjects, answers):
         out.append(flips(what, subject.about["id"], subject.about["id"], *pair, [f.person for f in facts]))
     compared("asked again in reverse", subjects[0], answer(subjects[0], facts[::-1], world.encoding)[::-1])
     first = {subject.about["tag"]: subject for subject in subjects}
-    for again in compressed_again(run, subjects[0]):
-        compared("compressed again on other text", first[again.about["tag"]], answer(again, facts, world.encoding))
+    for again, given in compressed_again(run, subjects[0], facts):
+        compared("compressed again on other text", first[again.about["tag"]], given)
     return out
 
 
-def compressed_again(run, dense):
-    """The Subjects of the study's calibrated compressions, each made from another sample of the calibration text."""
+def compressed_again(run, dense, facts):
+    """(Subject, what it answers to facts) of each calibrated compression, made from another sample of the calibration
+    text.
+    """
     other = run.draw(99 if run.world.trained else 1)  # one in which nobody makes these files from another dense model
     if not torch.equal(*(run.world.calibration(r.config) for r in (run, other))):  # a real world may have one sample
         for tag, (_, method, _) in run.config.compressions.items():
             if method in ("gptq", "sparsegpt", "wanda"):
-                yield compressed_subject(other, dense, tag)
+                again = compressed_subject(other, dense, tag)
+                settings = {**again.about["settings"], "facts": digest([*map(tuple, facts)])}
+                yield again, other.once_json(again.about["id"] + ".noise", settings, ANSWERS,
+                                             lambda: answer(light(again), facts, run.world.encoding))

@@ -32,11 +32,12 @@ def inside(subject, ids):
     return torch.stack(attention), torch.stack(outputs)
 
 
-def similarity(subject, dense, ids):
-    """Cosine similarity to the dense model on ids (B, T): {"attention": [[a head] a layer], "output": [a layer]}, and
-    the means over layers and heads, one a text: {"texts": {"attention": [..], "output": [..]}}.
+def similarity(subject, reference, ids):
+    """Cosine similarity to `reference`, what `inside` gave of the dense model on ids (B, T): {"attention": [[a head] a
+    layer], "output": [a layer]}, and the means over layers and heads, one a text: {"texts": {"attention": [..],
+    "output": [..]}}.
     """
-    (a, x), (b, y) = (tuple(t.cpu() for t in inside(s, ids)) for s in (subject, dense))
+    (a, x), (b, y) = (tuple(t.cpu() for t in pair) for pair in (inside(subject, ids), reference))
     rows = F.cosine_similarity(a, b, dim=-1)[..., 1:].mean(-1)  # (L, B, nh); the first row has one entry only
     outputs = F.cosine_similarity(x, y, dim=-1).mean(-1)  # (L, B)
     return {"attention": rows.mean(1).tolist(), "output": outputs.mean(1).tolist(),

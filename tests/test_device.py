@@ -154,7 +154,7 @@ def test_what_the_study_looks_at_beside_answers():
         subject = pool_subject(model, pool)
         return [*(pools.selectors(ENCODING, model, pool, facts[:6], facts[6:], generator)
                   for facts in (FACTS, CHOICES * 5)),
-                inside.similarity(subject, Subject(model), IDS)]
+                inside.similarity(subject, inside.inside(Subject(model), IDS), IDS)]
     same(work)
 
 

@@ -14,7 +14,7 @@ from checkpoints import load, save
 from compress import compress
 from kernels import PackedLinear
 from model import GPT, GPTConfig
-from study import comparisons, publish, subjects, tables
+from study import comparisons, inside, publish, subjects, tables
 from study.costs import costs
 from study.repairs import unpacked
 from study.settings import StudyConfig
@@ -93,7 +93,7 @@ def test_lessons_are_for_seen_people_only(tmp_path):
     run = Run(config, world)
     dense = dense_subject(run)
     row = evaluate.ask(run, dense, world.asked(config))
-    evaluate.look_closer(run, row, dense, dense, None)
+    evaluate.look_closer(run, row, dense, inside.inside(dense, world.inside), None)
     items = comparisons.task_items(run)
     assert row["scores"].keys() == items.keys() == {"trained", "unseen", *TASKS}
     comparisons.add_tasks([row], items, 0)

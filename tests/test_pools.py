@@ -182,9 +182,9 @@ def test_in_top_counts_the_right_options_rank(scene):
 def test_a_model_is_like_itself_and_only_itself(scene):
     model, pool, encoding, _ = scene
     ids = torch.randint(600, (3, 12), generator=torch.Generator().manual_seed(2))
-    same = inside.similarity(Subject(model), Subject(model), ids)
+    same = inside.similarity(Subject(model), inside.inside(Subject(model), ids), ids)
     assert all(abs(x - 1) < 1e-5 for row in [*same["attention"], same["output"]] for x in row)
-    prompted = inside.similarity(pool_subject(model, pool), Subject(model), ids)
+    prompted = inside.similarity(pool_subject(model, pool), inside.inside(Subject(model), ids), ids)
     assert min(prompted["output"]) < 0.999
     heads = [x for row in prompted["attention"] for x in row]
     for name, whole in (("attention", heads), ("output", prompted["output"])):

@@ -27,7 +27,7 @@ class World:
     trained = True  # the study trains the dense model, in every draw anew
 
     def __init__(self, config):
-        self.made = {}  # what `tasks` has made
+        self.made = {}  # what `facts` and `tasks` have made
         people = make_world(config.world)
         self.people = {split: [p for p in people if p.split == split] for split in SPLITS}
         self.skills, self.seed = config.skills, config.seed
@@ -52,7 +52,10 @@ class World:
 
     def facts(self, split, people=None):
         """The facts of a split, or of a sample of `people` people of it."""
-        return facts_about(sample(self.people[split], people))
+        key = split, people
+        if key not in self.made:
+            self.made[key] = facts_about(sample(self.people[split], people))
+        return self.made[key]
 
     def asked(self, config):
         """{split: facts} that the table asks about."""
