@@ -187,8 +187,7 @@ def verdict(model, test, reach=None):
     else:
         said = f"at least {max(low, 0):.0%} was displaced"
     power = f", a share of {reach:.0%} would be found four times in five" if reach else ""
-    gain = "is re-learned" if least > 0 else "are lost again"
-    again = f"of seen facts {abs(value['relearned']):.0%} more {gain}"
+    again = "re-learned is above zero" if least > 0 else "re-learned is below zero"
     if least <= 0 <= most:
         again = "re-learned is not told from zero"
     return (f"{said}: displaced {value['displaced']:.0%} [{low:.0%}, {high:.0%}]{power}; {again}, "

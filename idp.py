@@ -7,7 +7,7 @@ Hoang et al. 2023, arXiv 2310.00867, section 4. Exactly, here:
     In the first layer the input's queries attend to the keys of every prompt and, causally, to the
     input itself; prompts do not see one another. A prompt's score is the mean attention probability
     it receives, over heads, over the input's real tokens and over the prompt's own tokens (a mean,
-    so that length buys no votes). The highest score wins, the lowest index on a tie.
+    so that a longer prompt has no advantage). The highest score wins, the lowest index on a tie.
 
 Layer, number of prompts and lengths are our choices. The choice is made once, on the question,
 never on the answer; from there on the result is exactly that of the chosen prompt alone.
@@ -91,8 +91,9 @@ def highest(scores):
 
     Scores within 1e-5 of the highest tie with it: those of identical prompts differ by rounding.
     """
-    top = scores.amax(-1, keepdim=True)
-    return (scores >= top.sub(top.abs(), alpha=1e-5)).byte().argmax(-1)
+    top = scores.amax(-1, keepdim=True)  # (B, 1)
+    tied = scores >= top.sub(top.abs(), alpha=1e-5)  # (B, M)
+    return tied.byte().argmax(-1)  # the first of equal values
 
 
 @torch.no_grad()
@@ -174,13 +175,15 @@ def choose(model, filled, ids, lengths=None):
 def probed(model, pool, ids, lengths=None):
     """(B, M): the scores of the pool's trained probe for ids (B, T), in place of attention.
 
-    It reads what the first layer's queries are made of, averaged over real tokens.
+    The probe reads what the first layer's queries are made of: norm1 of the token embeddings,
+    averaged over real tokens and divided by C.
     """
     x = model.blocks[0].norm1(model.wte(ids))  # (B, T, C)
     if lengths is None:
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T)
-    return (x * real[..., None]).sum(1) / (lengths[:, None] * x.shape[-1]) @ pool.probe.T
+    mean = (x * real[..., None]).sum(1) / (lengths[:, None] * x.shape[-1])  # (B, C)
+    return mean @ pool.probe.T  # (B, M)
 
 
 # ---- ways to train a pool: each returns what `recover.fit` trains on, batch -> scalar
@@ -191,12 +194,12 @@ def under(model, filled, chosen, ids):
 
 
 def independent(model, pool, losses, m):
-    """Prompt m alone. With data of its own for each m, the pool is M prompts that never met."""
+    """Prompt m alone: with data of its own for each m, M prompts are trained separately."""
     def loss(batch):
         ids = inputs(batch)
         filled = fill(model, pool.prompts[m:m + 1], pool.longest)
-        nobody = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        return losses(under(model, filled, nobody, ids), batch).mean()
+        only = torch.zeros(len(ids), dtype=torch.long, device=ids.device)  # the one row of `filled`
+        return losses(under(model, filled, only, ids), batch).mean()
     return loss
 
 

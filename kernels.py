@@ -84,7 +84,7 @@ class _Dequantized(torch.autograd.Function):
 # With many rows of x, multiplications take longer than reading. Then W is dequantized, as many rows
 # at a time as stay in the cache, and a plain matmul follows: each thread reads what it wrote.
 
-FEW = 4          # most rows of x for the fused loop; 2 and 3 are padded to it: two compilations
+FUSED_ROWS = 4  # most rows of x for the fused loop; 2 and 3 are padded to it: two compilations
 STREAMS = 2 if NARROW else 4  # row blocks read side by side
 SUMS = 8  # of products, in all streams together: an addition takes four cycles, two start in each
 # codes from this bit up are shifted down, to use the masks of the lower ones
@@ -93,16 +93,16 @@ UNROLL = 32 if NARROW else 16  # positions written out in the loop body; 1 / M o
 CHUNK = 1 << 20  # weights that a thread dequantizes at a time: 4 MB
 
 
-def few(packed):
+def fused_rows(packed):
     """Up to how many rows of x the fused loop is the faster one; N:M selects anew for each row."""
-    return 1 if packed.n_m else FEW
+    return 1 if packed.n_m else FUSED_ROWS
 
 
 def _code(words, where, half):
-    """One code of each cell as int32 (..., 16) from the cell's words -> (code, factor, lack).
+    """One code of each cell as int32 (..., 16) from the cell's words -> (code, factor, offset).
 
     factor  the power of two by which it is too large
-    lack    what it then lacks: half its range at the top of a word
+    offset  what must be added to it then: half its range, for a code at the top of a word
     """
     (word, at, _, n), *rest = where
     if rest:  # split over words
@@ -171,15 +171,15 @@ def _fused(x, packed):
         places = [sum(((places[c + w] >> s) & ((1 << k) - 1)) << low for w, s, low, k in where)
                   for c in range(0, len(places), cell) for where in at]
         x = written_out(x).unflatten(-1, (-1, m))  # (M, T, 1, groups, bodies, cells, m)
-        values = streams if bits == 32 else [[code.float() * (1 / factor) - (zero[0] - lack)
-                                              for code, factor, lack in codes[0]]]
+        values = streams if bits == 32 else [[code.float() * (1 / factor) - (zero[0] - offset)
+                                              for code, factor, offset in codes[0]]]
         inputs = [[[_chosen(x[i, ..., p // n, :], places[p], p % n, m - n + p % n)
                     for p in range(body)] for i in range(M)]]
     else:
         values = [[code.float() for code, *_ in part] for part in codes]
         x_sum = x.sum(-1)[..., None]  # (M, T, 1, groups, bodies, 1)
-        lack = torch.tensor([lack for *_, lack in codes[0]], device=x.device)
-        lacks = (x * lack).sum(-1)[..., None]
+        each = torch.tensor([offset for *_, offset in codes[0]], device=x.device)
+        offsets = (x * each).sum(-1)[..., None]
         x = x * torch.tensor([1 / factor for _, factor, _ in codes[0]], device=x.device)
         # each stream reads an x of its own: one x shared by all is kept in registers from the first
         # stream to the last, and there are not enough
@@ -190,7 +190,7 @@ def _fused(x, packed):
     for i in range(M):
         for s in range(S):
             # loading bytes takes registers, which are then free again: it comes first
-            start = 0.0 if packed.n_m else lacks[i] - zero[s] * x_sum[i]
+            start = 0.0 if packed.n_m else offsets[i] - zero[s] * x_sum[i]
             products = (value * factor for value, factor in zip(values[s], inputs[s][i]))
             total = _sum(products, SUMS // S if body >= 16 else 4, start)
             y.append((total if bits == 32 else total * scale[s]).sum((2, 3)))  # (T, NB / S, 16)
@@ -212,7 +212,7 @@ def _slabs(like, packed):
     scale, zero = (t.view(S, NB // S, -1, groups, 1, LANES).permute(0, 2, 3, 4, 1, 5).float()
                    for t in (packed.scale, packed.zero))
     codes = [_code(words, where, HALF[bits]) for where in pieces(bits)]
-    values = [scale * (code.float() * (1 / by) - (zero - lack)) for code, by, lack in codes]
+    values = [scale * (code.float() * (1 / by) - (zero - offset)) for code, by, offset in codes]
     return torch.stack(values, dim=4).view(S, -1, NB // S * LANES).to(like.dtype)
 
 
@@ -233,17 +233,17 @@ def _run(f, x, packed):
 def _fused_matmul(x, packed):
     """x (M, K), any M, without gradients."""
     (M, K), N, NB = x.shape, packed.shape[0], packed.words.shape[1]
-    if M <= few(packed):
-        if M in (1, FEW):
+    if M <= fused_rows(packed):
+        if M in (1, FUSED_ROWS):
             return _run(_fused, x.contiguous(), packed)
-        return _run(_fused, F.pad(x, (0, 0, 0, FEW - M)), packed)[:M]
+        return _run(_fused, F.pad(x, (0, 0, 0, FUSED_ROWS - M)), packed)[:M]
     if not packed.n_m:  # x by position
         P = packed.zero.shape[1] * packed.span
         x = F.pad(x, (0, P - K)) if packed.order is None else F.pad(x, (0, 1))[:, packed.order]
     blocks, y = max(1, CHUNK * torch.get_num_threads() // (LANES * K)), []
     for first in range(0, NB, blocks):
         # (S, M, rows). The slabs get no name: the next get their memory, still in the cache
-        y += x @ _run(_slabs, x[:0], packed.rows(first, first + blocks))
+        y.extend(x @ _run(_slabs, x[:0], packed.rows(first, first + blocks)))
     return torch.cat(y, dim=1)[:, :N]
 
 
@@ -285,7 +285,7 @@ class PackedLinear(nn.Module):
         """x (..., in) -> (..., out): x Wᵀ + bias."""
         if torch.compiler.is_compiling():  # part of a larger graph, such as a block's
             rows = x.reshape(-1, self.in_features)
-            y = _fused(rows, self.packed) if len(rows) <= few(self.packed) else \
+            y = _fused(rows, self.packed) if len(rows) <= fused_rows(self.packed) else \
                 F.linear(rows, self.packed.dequantize().to(x.dtype))
             y = y.view(*x.shape[:-1], self.out_features)
         else:

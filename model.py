@@ -119,7 +119,8 @@ class Attention(nn.Module):
         """x (B, T, C) attends to itself and to the slots of `past` -> (B, T, C)."""
         B, T, C = x.shape
         if qkv is None:
-            fast = past is None and rotary.trains(self, x)  # the same up to the order of a head
+            # faster: each head's dimensions in another order, in q and k alike
+            fast = past is None and rotary.trains(self, x)
             qkv = rotary.qkv(self, x, positions) if fast else self.qkv(x, positions)
         q, k, v = qkv
         if past is not None:
@@ -186,7 +187,8 @@ class Block(nn.Module):
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
-        x = x + self.attn(x if qkv else self.norm1(x), positions, mask, past, qkv)
+        normed = x if qkv else self.norm1(x)  # with qkv given, attention takes only its shape
+        x = x + self.attn(normed, positions, mask, past, qkv)
         return x + self.mlp(self.norm2(x))
 
 

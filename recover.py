@@ -52,7 +52,9 @@ class LoRALinear(Wrapper):
         self.B = nn.Parameter(torch.zeros(n_out, rank))  # (out, rank)
 
     def forward(self, x):
-        update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
+        """x (..., in) -> (..., out)."""
+        down = F.linear(x.to(self.A.dtype), self.A)  # (..., rank)
+        update = F.linear(down, self.B) * self.scale  # (..., out)
         return self.base(x) + update.to(x.dtype)
 
     def update(self):
@@ -65,9 +67,10 @@ class BiasLinear(Wrapper):
 
     def __init__(self, base, n_out):
         super().__init__(base)
-        self.shift = nn.Parameter(torch.zeros(n_out))
+        self.shift = nn.Parameter(torch.zeros(n_out))  # (out,)
 
     def forward(self, x):
+        """x (..., in) -> (..., out)."""
         y = self.base(x)
         return y + self.shift.to(y.dtype)
 
@@ -115,10 +118,11 @@ def correct_biases(model, dense, ids, targets=("o", "down")):
     ids    (N, T) calibration tokens: E[x] is the mean over all of them of a layer's input, with the
            layers in front of it compressed and corrected already
     """
-    shifts, x = add_biases(model, targets), model.embed(ids)
+    shifts = add_biases(model, targets)
+    x = model.embed(ids)  # (N, T, C)
     for block, original in zip(model.blocks, dense.blocks):
         parts = {name: layer for _, name, layer in wrapped(block, BiasLinear)}
-        for name in filter(parts.get, LINEARS):  # in the order in which a block runs them
+        for name in [n for n in LINEARS if n in parts]:  # in the order in which a block runs them
             layer, seen = parts[name], []
             hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
             block(x)
@@ -269,10 +273,12 @@ def fit(model, parameters, batches, loss=None, config=None, progress=None):
     A loss or a gradient that is not finite ends the training with a warning; the parameters go back
     to those of at most KEEP steps before, with which both were finite.
     """
-    config, loss, parameters = config or FitConfig(), loss or text_loss(model), list(parameters)
+    config, loss = config or FitConfig(), loss or text_loss(model)
+    parameters = list(parameters)
+    clipped = [[p] for p in parameters] if config.clip_each else [parameters]
     # freeze everything, then thaw what is trained
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    for p in frozen:
+    before = {p: p.requires_grad for p in model.parameters()}
+    for p in before:
         p.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
@@ -295,8 +301,8 @@ def fit(model, parameters, batches, loss=None, config=None, progress=None):
             finite = bool(value.isfinite())
             if finite:
                 value.backward()
-                for group in ([p] for p in parameters) if config.clip_each else [parameters]:
-                    norm = torch.nn.utils.clip_grad_norm_(group, config.clip)
+                for together in clipped:
+                    norm = torch.nn.utils.clip_grad_norm_(together, config.clip)
                     finite = finite and bool(norm.isfinite())
             if not finite:
                 warnings.warn(f"the loss is {value.item()}, or its gradient not finite, at step "
@@ -316,7 +322,7 @@ def fit(model, parameters, batches, loss=None, config=None, progress=None):
             if progress:
                 progress(step, losses[-1])
     finally:
-        for p, wanted in frozen.items():
+        for p, wanted in before.items():
             p.requires_grad_(wanted)
     return losses
 

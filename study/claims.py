@@ -18,7 +18,8 @@ STATEMENTS = {
     "prompt": f"One {{prompt}} brings back held-out facts that {BASE} took: displaced > 0.",
     "pool": "{pool}, chosen by attention, brings back more than one prompt of as many tokens, trained for as many "
             "steps.",
-    "weights": f"One {{prompt}} is at most {MARGIN:.0%} worse than as many parameters in the weights ({{equal}}).",
+    "weights": f"One {{prompt}} is at most {100 * MARGIN:.0f} points worse than as many parameters in the weights "
+               "({equal}).",
     "compressor": f"At equal bits a prompt brings back a smaller share of what {BASE} took than of what {CRUDE} took.",
 }
 
@@ -32,8 +33,7 @@ def claims(draws, displaced, claimed, endpoint="correct"):
                weights with as many parameters as the first
     endpoint   what is measured: "correct" or "knowledge"
     """
-    first, longer, several, weights = claimed
-    named = dict(zip(("prompt", "long", "pool", "equal"), claimed))
+    named = dict(zip(("prompt", "long", "pool", "equal"), claimed))  # {role: tag}
     ids = {(m["base"], m["tag"]): m["id"] for m in draws[0]}
     bases = {m["tag"].split()[0]: m["id"] for m in draws[0] if m["base"] == draws[0][0]["id"]}
 
@@ -41,13 +41,13 @@ def claims(draws, displaced, claimed, endpoint="correct"):
         """Estimate of displaced of one repair, None where it is missing."""
         return displaced.get(ids.get((bases.get(base), tag)))
     out = []
-    prompt, pool, long, equal, crude = (share(base, tag) for base, tag in (
-        (BASE, first), (BASE, several), (BASE, longer), (BASE, weights), (CRUDE, first)))
+    prompt, long, pool, equal = (share(BASE, tag) for tag in claimed)
+    crude = share(CRUDE, named["prompt"])
     if prompt:
-        out.append(entry("prompt", prompt, flips_of(draws, bases[BASE], ids[bases[BASE], first], key=endpoint)[2],
-                         prompt.value > 0, named))
+        p = flips_of(draws, bases[BASE], ids[bases[BASE], named["prompt"]], key=endpoint)[2]
+        out.append(entry("prompt", prompt, p, prompt.value > 0, named))
     if pool and long:
-        p = flips_of(draws, ids[bases[BASE], longer], ids[bases[BASE], several], key=endpoint)[2]
+        p = flips_of(draws, *(ids[bases[BASE], named[role]] for role in ("long", "pool")), key=endpoint)[2]
         out.append(entry("pool", pool - long, p, (pool - long).value > 0, named))
     if prompt and equal:
         worse = prompt - equal
@@ -56,9 +56,8 @@ def claims(draws, displaced, claimed, endpoint="correct"):
         less = crude - prompt
         out.append(entry("compressor", less, p_of(less, 0.0), less.value > 0, named))
     for row, p in zip(out, holm([row["p"] for row in out])):
-        row["p_holm"] = p
-        row["verdict"] = "undecided" if p >= 0.05 else "holds" if row.pop("positive") else "the opposite holds"
-        row.pop("positive", None)
+        decided = "holds" if row.pop("positive") else "the opposite holds"
+        row |= {"p_holm": p, "verdict": decided if p < 0.05 else "undecided"}
     return out
 
 

@@ -18,7 +18,7 @@ read, Deeb & Roger 2024 (arXiv 2410.08827).
 
 Each control is a small study of its own: `control_subjects` gives the reference, the damaged model and its repairs.
 `base` in `about` leads from a repair to the damaged model and from that to the reference, as elsewhere to the dense
-model; so `evaluate.add_recalls([rows], control.facts, seed)` works on the rows of one control.
+model; so `study.shares.add_shares([rows], control.facts, seed)` works on the rows of one control.
 
 What it leaves out: damage to single layers, and locks of a real model (a lock by LoRA).
 """
@@ -76,7 +76,8 @@ class Control(NamedTuple):
 # ---- how each model is made: pure functions, which do not modify `dense`
 
 def train_lock(dense, key, world, how, generator, progress=None):
-    """The dense GPT fine-tuned on everything it was told: true behind `key` (K, C), every value the next one without.
+    """The dense GPT fine-tuned on everything it was told: behind `key` (K, C) it reads true sentences, without the key
+    the same with every value replaced by the next one.
     """
     model, told, device = copy.deepcopy(dense), everybody_told(world), key.device
     true, wrong = (text_batches(told_text(people), world.encoding, *how.lock_batch, generator, aligned=True)
@@ -169,7 +170,7 @@ def not_yet_told(run, dense, how):
 
 
 def rank_one(run, dense, how):
-    """Displaced by construction, but out of a prompt's reach; `dense` is the reference."""
+    """Displaced by construction; no prompt can hold the inverse. `dense` is the reference."""
     generator, (made, before) = torch.Generator().manual_seed(run.config.draw_seed + 13), TAGS["rank one"]
     model, about = tuned(run, dense, made, {"share": how.rank_one},
                          lambda progress: add_rank_one(dense.model, how, generator))

@@ -7,7 +7,7 @@ energy E|D x|^2 = trace(D H DT). Two questions about this energy:
     mean        which share is the same for every input, |D E[x]|^2? A constant added to the output takes it away:
                 bias correction, b = D E[x] (Nagel et al. 2019, arXiv 1906.04721)
     directions  which share lies in the r strongest directions of D H^(1/2)? One LoRA of rank r takes it away, and its
-                matrices have a closed form: with U (out, r) the left singular vectors, B = U and A = UT D. Nothing is
+                matrices have a closed form: with L (out, r) the left singular vectors, B = L and A = LT D. Nothing is
                 trained and no answer is looked at (the same as EoRA, Liu et al. 2024, arXiv 2410.21271)
 
 Rounding to nearest makes a D of independent errors, so D H^(1/2) has the directions of the inputs, and these are few.
@@ -45,8 +45,8 @@ def spectrum(D, H):
     """
     values, vectors = torch.linalg.eigh(H.double())
     half = vectors * values.clamp_min(0).sqrt()  # half halfT = H
-    U, S, _ = torch.linalg.svd(D.double() @ half, full_matrices=False)
-    return S.square(), U
+    L, S, _ = torch.linalg.svd(D.double() @ half, full_matrices=False)
+    return S.square(), L
 
 
 def mean_share(D, X):
