@@ -273,13 +273,11 @@ def fit(model, parameters, batches, loss=None, config=None, progress=None):
     A loss or a gradient that is not finite ends the training with a warning; the parameters go back
     to those of at most KEEP steps before, with which both were finite.
     """
-    config, loss = config or FitConfig(), loss or text_loss(model)
-    parameters = list(parameters)
+    config, loss, parameters = config or FitConfig(), loss or text_loss(model), list(parameters)
     clipped = [[p] for p in parameters] if config.clip_each else [parameters]
     # freeze everything, then thaw what is trained
     before = {p: p.requires_grad for p in model.parameters()}
-    for p in before:
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
         p.grad = None
