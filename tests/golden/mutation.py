@@ -45,13 +45,26 @@ def check_edits(mutants, least):
 @contextlib.contextmanager
 def edited(mutant, modules):
     """While open, `modules` are imported anew with this edit; afterwards they are what they were."""
-    kept = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
+    kept = forgotten(modules)
     finder = Mutated(mutant["file"], mutant["old"], mutant["new"])
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in modules:
-            sys.modules.pop(name, None)
-        sys.modules.update(kept)
+        forgotten(modules)
+        for name, module in kept.items():
+            sys.modules[name] = module
+            package, _, short = name.rpartition(".")
+            if package:
+                setattr(sys.modules[package], short, module)
+
+
+def forgotten(modules):
+    """{name: module} of those that were imported; they are no longer, not even as an attribute of their package."""
+    kept = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
+    for name in modules:
+        package, _, short = name.rpartition(".")
+        if package in sys.modules:
+            vars(sys.modules[package]).pop(short, None)
+    return kept
