@@ -57,6 +57,14 @@ def test_every_edit_has_its_line():
     check_edits(MUTANTS, 70)
 
 
+def test_a_mistake_in_any_file_is_tried():
+    """The first two of each file are caught: whichever module they stand in, it is imported anew for each."""
+    files, first = make_compress.read(), {}
+    for mutant in MUTANTS:
+        first.setdefault(mutant["file"], []).append(mutant)
+    assert [m["mistake"] for few in first.values() for m in few[:2] if not caught(m, files)] == []
+
+
 @pytest.mark.slow
 def test_mistakes_are_caught():
     """Of each of 90 plausible mistakes, one line each, some number in the golden files must tell."""

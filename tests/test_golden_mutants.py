@@ -54,6 +54,11 @@ def test_every_mutant_of_the_whole_code_has_its_line_and_its_tests():
     assert [m for m in mutants if not all((ROOT / test).exists() for test in m["test"].split())] == []
 
 
+def test_a_mistake_in_any_file_is_tried():
+    """The first one of each file is caught: whichever module it stands in, it is imported anew."""
+    assert [file for file, mutant in {m["file"]: m for m in MUTANTS[::-1]}.items() if not caught(mutant)] == []
+
+
 @pytest.mark.slow
 def test_mistakes_are_caught():
     """Of each of about a hundred plausible mistakes, one line each, some number in the golden files must tell."""
