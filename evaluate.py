@@ -122,7 +122,7 @@ def own_rows(run, dense):
     The first draw has all that is measured, the others have what intervals need.
     """
     asked, rows, made = run.world.asked(run.config), [], {}
-    reference = inside.inside(dense, run.world.inside)
+    reference = None if run.config.repeat else inside.inside(dense, run.world.inside)
     for subject in every_model(run, dense):
         row, made[subject.about["id"]] = ask(run, subject, asked), subject
         if run.config.repeat == 0:
@@ -271,7 +271,7 @@ def backwards(run):
         dense = dense_subject(drawn)
         if k == 0:  # what the study ends with
             context_check(drawn, dense)
-            list(compressed_again(drawn, dense, run.world.facts("heldout", run.config.test_people)))
+            list(compressed_again(drawn, dense))
         for name in reversed(CONTROLS):
             control_rows(drawn, dense, name)
         for tag in reversed(run.config.compressions):

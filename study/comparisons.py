@@ -182,20 +182,21 @@ def noise_floor(run, subjects, answers):
         out.append(flips(what, subject.about["id"], subject.about["id"], *pair, [f.person for f in facts]))
     compared("asked again in reverse", subjects[0], answer(subjects[0], facts[::-1], world.encoding)[::-1])
     first = {subject.about["tag"]: subject for subject in subjects}
-    for again, given in compressed_again(run, subjects[0], facts):
+    for again, given in compressed_again(run, subjects[0]):
         compared("compressed again on other text", first[again.about["tag"]], given)
     return out
 
 
-def compressed_again(run, dense, facts):
-    """(Subject, what it answers to facts) of each calibrated compression, made from another sample of the calibration
-    text.
+def compressed_again(run, dense):
+    """(Subject, what it answers to held-out facts) of each calibrated compression, made from another sample of the
+    calibration text.
     """
+    facts = run.world.facts("heldout", run.config.test_people)
     other = run.draw(99 if run.world.trained else 1)  # one in which nobody makes these files from another dense model
     if not torch.equal(*(run.world.calibration(r.config) for r in (run, other))):  # a real world may have one sample
         for tag, (_, method, _) in run.config.compressions.items():
             if method in ("gptq", "sparsegpt", "wanda"):
                 again = compressed_subject(other, dense, tag)
-                settings = {**again.about["settings"], "facts": digest([*map(tuple, facts)])}
+                settings = {**again.about["settings"], "facts": digest(facts)}
                 yield again, other.once_json(again.about["id"] + ".noise", settings, ANSWERS,
                                              lambda: answer(light(again), facts, run.world.encoding))

@@ -117,3 +117,24 @@ def test_the_noise_floor_compares_each_fact_with_itself(monkeypatch):
     dense = SimpleNamespace(about={"id": "dense", "tag": "dense"})
     row, = comparisons.noise_floor(run, [dense], {"dense": {"heldout": [{"correct": f.right} for f in known]}})
     assert asked == [known[::-1]] and (row["gained"], row["lost"], row["items"]) == (0, 0, 7)
+
+
+def test_a_compression_made_again_is_asked_about_held_out_people(monkeypatch):
+    """GPTQ again from the text of another draw; RTN, which reads none, is not. What it says is kept as a step."""
+    asked, kept = [], []
+    monkeypatch.setattr(comparisons, "light", lambda subject: subject)
+    monkeypatch.setattr(comparisons, "answer", lambda subject, facts, encoding: asked.append(facts) or ["said"])
+    monkeypatch.setattr(comparisons, "compressed_subject", lambda run, dense, tag: SimpleNamespace(
+        about={"id": f"{tag} of {run.number}", "settings": {}}))
+
+    def draw(number):
+        """The run of a draw, whose number is its text."""
+        config = SimpleNamespace(test_people=9, number=number,
+                                 compressions={"G": ("quantize", "gptq", {}), "R": ("quantize", "rtn", {})})
+        return SimpleNamespace(config=config, world=world, number=number, draw=draw, once_json=lambda name, s, c, make:
+                               kept.append(name) or make())
+    world = SimpleNamespace(facts=lambda split, people: (split, people), encoding=None, trained=True,
+                            calibration=lambda config: torch.tensor([config.number]))
+    (subject, given), = comparisons.compressed_again(draw(0), None)
+    assert (subject.about["id"], given, kept) == ("G of 99", ["said"], ["G of 99.noise"])
+    assert asked == [("heldout", 9)]

@@ -130,7 +130,9 @@ def test_a_sweep_of_rates_is_judged_on_validation_people(world, monkeypatch, cap
     sweeps.sweep_rates(recorder(world, config), None)
     assert len(asked) == len(config.compressions) * 6 * 5  # rates of the grid for each repair that learns by itself
     assert all(facts == facts_about(world.people["validation"]) for facts in asked)
-    assert all("recall 26.0%" in line and "-2.000" in line for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    assert all("recall 26.0%" in line and "-2.000" in line for line in lines)
+    assert {line[16:].split(" lr ")[0].strip() for line in lines} == set(config.rates)
 
 
 def real_run():

@@ -32,6 +32,7 @@ def test_what_is_announced_is_what_is_made(tmp_path, capsys, monkeypatch):
     results = evaluate.study(run, dense_subject(run))
     objectives = {m["tag"]: m["operation"]["parameters"].get("objective") for m in results["models"] if m["operation"]}
     assert (objectives["prompt 8, next token"], objectives["IDP 4 x 8"]) == ("next_token", "distillation")
+    assert results["models"][0]["similarity"]["output"] == pytest.approx([1.0])  # the dense model beside itself
     announced = [file for files in plan.values() for file in files if file]
     made = list(dict.fromkeys(t["step"] for t in run.log.times))
     noise = {"gptq-3-bits-seed-99", "gptq-3-bits-seed-99.noise"}  # on other text, a part of the noise floor's step

@@ -16,7 +16,7 @@ import torch
 from study import pools
 from world.facts import Fact, make_encoding, train_bpe
 from real.__main__ import main as real_main
-from study import taskfiles
+from study import page, taskfiles
 import idp
 import recover
 from real import lock, pieces, rates, settings, world
@@ -440,6 +440,8 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
     assert not [step for step in trained if step.endswith(("prompt-16", "idp-4-x-16", "rank-8", "gains"))]  # in pieces
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert {row["split"] for row in rows} == {"seen", "heldout"}
+    drawn = page.write_report(out / "results.json", tmp_path / "again.html")
+    assert drawn.read_text() == (out / "report.html").read_text()  # from memory it is drawn as from the files
     real_main(command)
     again = capsys.readouterr().out.splitlines()
     assert all(t["reused"] for t in json.loads((out / "results.json").read_text())["times"])
