@@ -2,8 +2,8 @@
 A study of a real model in pieces that run side by side: each is a process that makes and keeps some steps of the study.
 
 A repair's training on a GPU waits for Python, which starts thousands of small kernels a step; ten processes on one GPU
-take turns there. `python -m real ... --jobs 10` makes the text, then every compressed model, then their repairs, a
-process for each few, and puts the result together from the steps that they kept. A piece alone:
+take turns there. `python -m real ... --jobs 10` makes the text, then every compressed model and, as soon as one is
+there, its repairs, a process for each few, and puts the result together from the steps that they kept. A piece alone:
 `--only "GPTQ 3 bits: biases, LoRA rank 8"`.
 
 What it leaves out: several GPUs, several machines.
@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 
 from evaluate import ask, control_rows, every_draw, own_rows
@@ -21,20 +21,17 @@ from real.rates import find_rates
 from study.subjects import compressed_subject, repair_batches
 
 
-def phases(config, locked):
-    """[[(what is damaged, its repairs)]]: what can run side by side, phase by phase. A pool goes with the prompt of its
-    length, whose rate it takes, and what trains nothing with whatever comes first."""
-    bundles, free = [], [tag for tag, (kind, _) in config.repairs.items() if kind == "correction"]
-    for tag, (kind, size) in config.repairs.items():
-        if kind not in ("correction", "idp"):
-            pools = [t for t, (k, s) in config.repairs.items() if k == "idp" and tag == f"prompt {s[1]}"]
-            bundles.append([tag, *pools])
-    if bundles:
-        bundles[0] += free
-    damaged = [*config.compressions, *([lock.TAG] if locked else [])]
-    repairs = [(tag, [r for r in bundle if tag != lock.TAG or r in lock.REPAIRS])
-               for bundle in sorted(bundles, key=len, reverse=True) for tag in damaged]
-    return [[(tag, []) for tag in damaged], [piece for piece in repairs if piece[1]]]
+def bundles(config, tag):
+    """[[repairs]] of one damaged model, each for a process. A pool goes with the prompt of its length, whose rate it
+    takes, and what trains nothing with whatever comes first; the longest come first."""
+    made, free = [], [name for name, (kind, _) in config.repairs.items() if kind == "correction"]
+    for name, (kind, size) in config.repairs.items():
+        if kind not in ("correction", "idp") and (tag != lock.TAG or name in lock.REPAIRS):
+            pools = [t for t, (k, s) in config.repairs.items() if k == "idp" and name == f"prompt {s[1]}"]
+            made.append([name, *(pools if tag != lock.TAG else [])])
+    if made and tag != lock.TAG:
+        made[0] += free
+    return sorted(made, key=len, reverse=True)
 
 
 def narrowed(run, tag, repairs):
@@ -83,9 +80,8 @@ def make_pieces(run, dense, jobs, locked, arguments):
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
 
-    def process(piece):
+    def process(tag, repairs=()):
         """One piece, to its end."""
-        tag, repairs = piece
         what = tag + (": " + ", ".join(repairs) if repairs else "")
         began = time.time()
         done = subprocess.run([sys.executable, "-m", "real", *arguments, "--only", what], env=environment, text=True,
@@ -93,6 +89,10 @@ def make_pieces(run, dense, jobs, locked, arguments):
         if done.returncode:
             raise ValueError(f"{what}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
         run.log.say(f"{what}: {time.time() - began:.0f} s")
-    for phase in phases(run.config, locked):
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(process, phase))
+    with ThreadPoolExecutor(jobs) as pool:
+        tags = [*([lock.TAG] if locked else []), *run.config.compressions]
+        damaged = {pool.submit(process, tag): tag for tag in tags}
+        repairs = [pool.submit(process, tag, bundle) for done in as_completed(damaged) for tag in [damaged[done]]
+                   if not done.exception() for bundle in bundles(run.config, tag)]
+    for made in (*damaged, *repairs):
+        made.result()  # raises what a piece raised
