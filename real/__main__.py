@@ -6,22 +6,20 @@ The study on a real language model: the same compressors, repairs and statistics
     python -m real MODEL --facts mine.jsonl --text mine.txt --device cuda
     python -m real MODEL --task arc=ARC-Easy.jsonl               # tasks in the harness' layouts, study/taskfiles.py
 
-    python -m real MODEL --facts real/facts/cities.jsonl --device cuda --rows 64 --seeds 2 --rates --lock --jobs 10
+    python -m real MODEL --only "RTN 3 bits, locked: biases, prompt 16"       # a part of it
+    python -m real MODEL --facts real/facts/cities.jsonl --device cuda --rows 64 --seeds 3 --lock
 
 MODEL is a Hugging Face folder or a .gguf file. What the facts are and what is read: real/world.py and real/text.py; the
-lock, whose answer is known by construction: real/lock.py; rates: real/rates.py; pieces side by side: real/pieces.py.
+lock, whose answer is known by construction: real/lock.py; learning rates: real/rates.py.
 Every step is kept: the same command goes on where it was stopped.
 """
-import sys
-
 from engine.script import guard  # before torch: Ctrl-C is one line
 
 from engine.device import device_of
 from evaluate import study
 from real.lock import TAG, lock_subjects
-from real.pieces import make_piece, make_pieces, set_rates
-from real.rates import faster_in_bfloat16
-from real.settings import FACTS, LONGEST, STEPS, real_config
+from real.rates import faster_in_bfloat16, set_rates
+from real.settings import FACTS, LONGEST, STEPS, part_of, real_config
 from real.world import RealWorld, read_facts, real_dense
 from study.publish import publish
 from study.settings import job_parser
@@ -30,7 +28,6 @@ from study.taskfiles import fits, read_tasks
 
 def main(arguments=None):
     """The script: see the top of this file, and --help. `arguments` default to the command line's."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     parser = job_parser("real", "Compress and repair a real language model, and ask it about the world.", sizes=False)
     parser.add_argument("model", help="a Hugging Face folder or a GGUF file")
     parser.add_argument("--facts", default=FACTS, help="JSON lines of question, answer, options, entity")
@@ -43,37 +40,30 @@ def main(arguments=None):
     parser.add_argument("--rates", action="store_true",
                         help="find learning rates on validation entities, in place of those in real/settings.py")
     parser.add_argument("--lock", action="store_true", help="also a lock, whose answer is known by construction")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side: on a GPU, 10")
-    parser.add_argument("--only", metavar="PIECE", help='make only these steps: "GPTQ 3 bits: biases, LoRA rank 8"')
+    parser.add_argument("--only", metavar="PART", help='these damaged models and, behind a colon, these repairs of '
+                        'them: "RTN 3 bits, locked: biases, prompt 16"')
     args = parser.parse_args(arguments)
 
     def job():
         """The whole job, for `guard` to watch."""
-        if args.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds, args.rows)
         place = device_of(args)
         config.device, config.dtype = args.device, args.dtype
+        config.compressions, config.repairs, locked = part_of(config, args.only, args.lock)
         read_facts(args.facts)  # what is wrong with a file is said before the model is read
         read_tasks(args.task)
         run = Run(config, None)
-        if not args.only:
-            run.alone()
+        run.alone()
         dense, encoding = real_dense(args.model, run.log, *place)
         check = fits(encoding, dense.model.config.context - LONGEST)
         facts, files = read_facts(args.facts, check), read_tasks(args.task, check)
         run.world = RealWorld(run, dense, encoding, facts, args.text)
         dense.about["settings"] |= run.world.settings
         config.repair_bfloat16 = faster_in_bfloat16(run, dense)
-        if args.only:
-            tag, _, repairs = args.only.partition(":")
-            return make_piece(run, dense, tag.strip(), [r.strip() for r in repairs.split(",") if r.strip()], args.rates)
         run.describe_reuse()
-        if args.jobs > 1:
-            make_pieces(run, dense, args.jobs, args.lock, arguments)
         if args.rates:
-            set_rates(run, dense, args.lock)
-        controls = (TAG,) if args.lock else ()
+            set_rates(run, dense, locked)
+        controls = (TAG,) if locked else ()
         publish(run, dense, study(run, dense, files, controls, lock_subjects))
     guard(job, "real")
 

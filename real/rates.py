@@ -13,10 +13,25 @@ import torch
 import torch.nn.functional as F
 
 import recover
+from real import lock
 from recover import FitConfig
 from study.repairs import attach, light, products, train_repair
 from study.steps import slug
+from study.subjects import compressed_subject, repair_batches
 from world.score import answer
+
+
+def set_rates(run, dense, locked):
+    """Find the rates of all repairs and put them into the run's settings: {damaged model: {repair: rate}}."""
+    rates, first = {}, run.draw(0)
+    for tag in run.config.compressions:
+        rates[tag] = find_rates(first, compressed_subject(first, dense, tag), repair_batches(first, dense),
+                                run.world.facts("validation"))
+    if locked:
+        control, teacher, facts = lock.lock(first, dense)
+        short = first.only([], [tag for tag in first.config.repairs if tag in lock.REPAIRS])
+        rates[lock.TAG] = find_rates(short, control.damaged, lock.target_batches(first, teacher, dense.device), facts)
+    run.config.rates = rates
 
 
 def find_rates(run, base, batches, facts):

@@ -3,6 +3,7 @@ Every setting of the study on a real model, with its default: the compressors, t
 """
 import os
 
+from real.lock import TAG
 from study.settings import StudyConfig
 
 FACTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "facts", "countries.jsonl")
@@ -44,3 +45,17 @@ def real_config(path, seed=0, out="out", steps=STEPS, seeds=1, rows=16):
                        repair_batch=(rows, 24), repair_steps=steps, test_people=10 ** 6, ablation_people=25,
                        compressions=COMPRESSIONS, repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID,
                        claimed=CLAIMED, endpoint="knowledge")
+
+
+def part_of(config, only, locked):
+    """(compressions, repairs, whether there is a lock) of --only: damaged models, a colon, repairs; what is not said is
+    all there is. ValueError for a name that there is not."""
+    damaged, _, repairs = (only or "").partition(":")
+    damaged, repairs = ([name.strip() for name in names.split(",") if name.strip()] for names in (damaged, repairs))
+    for names, known in ((damaged, [*config.compressions, TAG]), (repairs, config.repairs)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"--only: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    return ({tag: how for tag, how in config.compressions.items() if tag in damaged or not damaged},
+            {tag: how for tag, how in config.repairs.items() if tag in repairs or not repairs},
+            TAG in damaged if damaged else locked)

@@ -94,6 +94,8 @@ def headline(rows):
     tags = {m["id"]: m["tag"] for m in rows}
     repaired = [m for m in rows if m.get("kind") == "repaired" and m["metrics"].get("displaced") is not None]
     sure = [m for m in repaired if m.get("confirmed")]
+    if not any(m.get("kind") == "repaired" for m in rows):
+        return "No compressed model was repaired: nothing is said of what compression took."
     if not repaired:
         return "Compression took too little recall to say whether it was forgotten or displaced."
     if not sure:

@@ -6,7 +6,7 @@ of each of our source files that the step's code or its world imports, and a dig
 whose settings, code or bytes differ is made again; what is made from a result has that result's digest in its settings
 (`with_result`). Comments and docstrings do not count as code.
 
-Several processes may work in one folder (sweeps under torchrun, the pieces of a real study, jobs in two terminals):
+Several processes may work in one folder (a study's second process, sweeps under torchrun, jobs in two terminals):
 each step has a lock, so whoever wants a step that another process is making waits for it, then reuses it. Two whole
 studies in one folder would overwrite each other's tables: the second is refused (`alone`). A process that ends, in
 whatever way, gives its locks back.

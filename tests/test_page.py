@@ -292,6 +292,7 @@ def test_the_headline_counts_confirmed_repairs():
     assert claims.headline(rows).startswith("None of 20 repairs brings back held-out facts")
     for m in repairs:
         m["metrics"]["displaced"] = None
+    assert claims.headline(rows[:1]).startswith("No compressed model was repaired")
     assert "too little recall" in claims.headline(rows) and page.best_repair(study | {"models": rows[:6]}) == ""
 
 

@@ -9,7 +9,7 @@ import torch
 import evaluate
 from idp import PromptPool
 from model import GPT, GPTConfig
-from real import lock, pieces, settings
+from real import lock, rates, settings
 from recover import FitConfig
 from real import world as real_world
 from study import pools, sweeps, training, trial
@@ -150,12 +150,12 @@ def real_run():
 def test_a_real_models_rates_are_found_on_validation_entities(monkeypatch):
     """Those of every compression; and those of the lock on what the lock hands on for it."""
     run, given = real_run(), {}
-    monkeypatch.setattr(pieces, "compressed_subject", lambda run, dense, tag: tag)
-    monkeypatch.setattr(pieces, "repair_batches", lambda *_: None)
-    monkeypatch.setattr(pieces.lock, "target_batches", lambda *_: None)
-    monkeypatch.setattr(pieces.lock, "lock", lambda *_: (SimpleNamespace(damaged="locked"), None, ["the lock's"]))
-    monkeypatch.setattr(pieces, "find_rates", lambda run, base, batches, facts: given.update({base: facts}))
-    pieces.set_rates(run, SimpleNamespace(device=None), True)
+    monkeypatch.setattr(rates, "compressed_subject", lambda run, dense, tag: tag)
+    monkeypatch.setattr(rates, "repair_batches", lambda *_: None)
+    monkeypatch.setattr(rates.lock, "target_batches", lambda *_: None)
+    monkeypatch.setattr(rates.lock, "lock", lambda *_: (SimpleNamespace(damaged="locked"), None, ["the lock's"]))
+    monkeypatch.setattr(rates, "find_rates", lambda run, base, batches, facts: given.update({base: facts}))
+    rates.set_rates(run, SimpleNamespace(device=None), True)
     assert given == {**dict.fromkeys(settings.COMPRESSIONS, run.world.split["validation"]), "locked": ["the lock's"]}
     assert run.world.split["validation"]
 

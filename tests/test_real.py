@@ -6,9 +6,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from real.__main__ import main as real_main
 from study import page, taskfiles
 import idp
 import recover
-from real import lock, pieces, rates, settings, world
+from real import lock, rates, settings, world
 from real.text import Names, Writer
 from real.world import RealWorld, real_dense
 from golden.make_weights import fill
@@ -401,63 +398,46 @@ def folder(tmp_path_factory):
 
 
 def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
-    """Pieces side by side (here one after the other, in this process), put together; then again, all of it reused."""
+    """A part of it; then the whole, which reuses the part; then again, all of it reused."""
     facts, out = written(tmp_path / "facts.jsonl", some_facts()), tmp_path / "out" / "tiny-llama"
     tasks = [a for name, (row, *_) in ROWS.items() for a in ("--task", f"{name}={written(tmp_path / name, [row] * 3)}")]
     command = [str(x) for x in (folder, "--facts", facts, "--repair-steps", 4, "--rows", 8, "--seeds", 2,
                                 "--rates", "--lock", "--out", tmp_path / "out", *tasks)]
-    made, turn = [], threading.Lock()
-
-    def process(arguments, **settings):
-        """A piece in this process: what `subprocess.run` would give."""
-        assert arguments[1:3] == ["-m", "real"]
-        with turn:
-            made.append(arguments[-1])
-            real_main(arguments[3:])
-        return subprocess.CompletedProcess(arguments, 0)
-    monkeypatch.setattr(pieces, "subprocess", SimpleNamespace(run=process))
     for table, tags in (("COMPRESSIONS", ["RTN 3 bits", "GPTQ 3 bits"]),
                         ("REPAIRS", ["bias correction", "gains", "prompt 16", "IDP 4 x 16", "LoRA rank 8"])):
         monkeypatch.setattr(settings, table, {tag: getattr(settings, table)[tag] for tag in tags})
-    real_main([*command, "--jobs", "2"])
-    done = capsys.readouterr().out.splitlines()
-    assert sorted(made) == sorted([*("RTN 3 bits", "GPTQ 3 bits", "locked"), *(
-        f"{tag}: {repair}" for tag in ("RTN 3 bits", "GPTQ 3 bits")
-        for repair in ("gains, bias correction", "prompt 16, IDP 4 x 16", "LoRA rank 8")),
-        "locked: prompt 16", "locked: LoRA rank 8"])
-    results = json.loads((out / "results.json").read_text())
-    tags = [m["tag"] for m in results["models"]]
-    assert tags[0] == "dense" and tags.count("locked") == 1
-    assert tags.count("gains") == tags.count("IDP 4 x 16") == 2
-    assert tags.count("prompt 16") == 3  # of the lock, too
+
+    def study(*more):
+        """(results.json, the table's lines) of the command."""
+        real_main([*command, *more])
+        lines = capsys.readouterr().out.splitlines()
+        return json.loads((out / "results.json").read_text()), [x for x in lines if x.startswith("|")]
+
+    def names(results):
+        return [m["tag"] for m in results["models"]]
+    part, _ = study("--only", "locked: prompt 16")
+    assert names(part) == ["dense", "locked, behind its key", "locked", "prompt 16"]
+    part, some = study("--only", "GPTQ 3 bits, locked: prompt 16, gains")
+    assert names(part) == ["dense", "GPTQ 3 bits", "gains", "prompt 16",
+                           "locked, behind its key", "locked", "prompt 16"]
+    results, table = study()
+    assert names(results) == ["dense", *(name for tag in ("RTN 3 bits", "GPTQ 3 bits") for name in (
+        tag, "bias correction", "gains", "prompt 16", "IDP 4 x 16", "LoRA rank 8")),
+        "locked, behind its key", "locked", "prompt 16", "LoRA rank 8"]
+    assert {re.sub(r"[ *]", "", line) for line in some[3:]} < {re.sub(r"[ *]", "", line) for line in table}
     for m in results["models"]:
         assert {"recall_seen", "recall_heldout", "knowledge_heldout"} <= m["metrics"].keys()
         assert len(m["seeds"]["recall_heldout"]) == 2
         assert m["group"] == "locked" or {"arc_easy acc_norm", "lambada_openai perplexity"} <= m["metrics"].keys()
-        rate = results["settings"]["rates"].get(tags[0])
-        assert rate is None and results["settings"]["rates"].keys() == {"RTN 3 bits", "GPTQ 3 bits", "locked"}
+        assert results["settings"]["rates"].keys() == {"RTN 3 bits", "GPTQ 3 bits", "locked"}
     trained = [t["step"] for t in results["times"] if not t["reused"]]
-    assert not [step for step in trained if step.endswith(("prompt-16", "idp-4-x-16", "rank-8", "gains"))]  # in pieces
+    assert not [step for step in trained if step.startswith(("gptq", "locked")) and step.endswith("prompt-16")]
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert {row["split"] for row in rows} == {"seen", "heldout"}
     drawn = page.write_report(out / "results.json", tmp_path / "again.html")
     assert drawn.read_text() == (out / "report.html").read_text()  # from memory it is drawn as from the files
-    real_main(command)
-    again = capsys.readouterr().out.splitlines()
-    assert all(t["reused"] for t in json.loads((out / "results.json").read_text())["times"])
-    assert [x for x in done if x.startswith("|")] == [x for x in again if x.startswith("|")]
-
-
-def test_a_piece_that_fails_is_named_with_its_last_line(tmp_path, folder, monkeypatch, capsys):
-    def fails(arguments, **settings):
-        """A piece that fails: what `subprocess.run` would give."""
-        return subprocess.CompletedProcess(arguments, 2, stderr="Traceback\n  File\nreal: out of memory\n")
-    monkeypatch.setattr(pieces, "subprocess", SimpleNamespace(run=fails))
-    facts = written(tmp_path / "facts.jsonl", some_facts())
-    command = folder, "--facts", facts, "--repair-steps", 4, "--jobs", 3, "--out", tmp_path / "out"
-    with pytest.raises(SystemExit) as stopped:
-        real_main([str(x) for x in command])
-    assert stopped.value.code == 2 and "RTN 3 bits: real: out of memory" in capsys.readouterr().err.splitlines()[-1]
+    again, same = study()
+    assert all(t["reused"] for t in again["times"]) and same == table
 
 
 def test_halving_keeps_the_better_half():
@@ -592,13 +572,12 @@ def test_a_text_file_in_a_new_folder(tmp_path, folder, capsys, monkeypatch):
     (["{}", "--text", "nowhere.txt"], "nowhere.txt"), (["{}", "--repair-steps", "3"], "repair-steps"),
     (["{}", "--seeds", "0"], "--seeds must be at least 1, got 0"),
     (["{}", "--rows", "3"], "--rows must be at least 4, got 3"),
-    (["{}", "--jobs", "0"], "--jobs must be at least 1, got 0"),
     (["{}", "--device", "nowhere"], "--device nowhere"),
     (["{}", "--task", "arc={0}", "--task", "arc={0}"], "a task arc already"),
     (["{}", "--task", "arc={2}"], "line 2: 4"), (["{}", "--facts", "{3}"], "line 1 is not UTF-8"),
     (["{}", "--text", "{3}", "--facts", "{1}"], "not UTF-8"),
-    (["{}", "--facts", "{1}", "--only", "GPTQ 9 bits"], "there is no GPTQ 9 bits; there are RTN 3 bits"),
-    (["{}", "--facts", "{1}", "--only", "locked: prompt 5"], "there is no prompt 5"),
+    (["{}", "--only", "GPTQ 9 bits"], "there is no GPTQ 9 bits; there are RTN 3 bits"),
+    (["{}", "--only", "locked: prompt 5"], "there is no prompt 5; there are bias correction"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, folder, args, word, capsys):
     task, facts = written(tmp_path / "t", [ROWS["arc_easy"][0]]), written(tmp_path / "f", some_facts())
