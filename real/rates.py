@@ -1,9 +1,10 @@
 """
 Learning rates of a real model's repairs, by successive halving on validation entities; and bfloat16 where it is faster.
 
-Every rate of the grid trains for a quarter of the steps, the better half of them for half, until one is left. What is
-compared is knowledge, log p(right option) - logsumexp(options), the mean over the validation facts: it is 3 to 10 times
-as sensitive as accuracy. A pool's prompts take the rate of one prompt.
+Every rate of the grid trains for a quarter of the steps, the better half of them for all, until one is left: a rate
+that is best for a short run can be too high for a long one. What is compared is knowledge, log p(right option) -
+logsumexp(options), the mean over the validation facts: it is 3 to 10 times as sensitive as accuracy. A pool's prompts
+take the rate of one prompt.
 
 Source: Jamieson & Talwalkar 2016 (arXiv 1502.07943). What it leaves out: rates at other batch sizes, other optimisers.
 """
@@ -63,12 +64,12 @@ def find_rates(run, base, batches, facts):
 
 def halving(score, grid, steps):
     """{"best": rate, "rounds": [{"steps", "knowledge": {rate: score}}]} by score(rate, steps), higher is better."""
-    left, rounds, steps = list(grid), [], max(1, steps // 4)
+    left, rounds, length = list(grid), [], max(1, steps // 4)
     while len(left) > 1:
-        scores = {lr: score(lr, steps) for lr in left}
-        rounds.append({"steps": steps, "knowledge": {f"{lr:g}": s for lr, s in scores.items()}})
+        scores = {lr: score(lr, length) for lr in left}
+        rounds.append({"steps": length, "knowledge": {f"{lr:g}": s for lr, s in scores.items()}})
         left = sorted(left, key=scores.get, reverse=True)[:(len(left) + 1) // 2]
-        steps *= 2
+        length = steps
     return {"best": left[0], "rounds": rounds}
 
 

@@ -441,15 +441,15 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
 
 
 def test_halving_keeps_the_better_half():
-    """By hand: 4 rates for 25 steps, 2 for 50; more steps change the order, and the last round decides."""
+    """By hand: 4 rates for 25 steps, 2 for all 100; more steps change the order, and the last round decides."""
     asked = []
 
     def score(lr, steps):
         asked.append((lr, steps))
-        return {(1, 25): -4.0, (2, 25): -1.0, (3, 25): -2.0, (4, 25): -3.0, (2, 50): -0.9, (3, 50): -0.5}[lr, steps]
+        return {(1, 25): -4.0, (2, 25): -1.0, (3, 25): -2.0, (4, 25): -3.0, (2, 100): -0.9, (3, 100): -0.5}[lr, steps]
     found = rates.halving(score, (1, 2, 3, 4), 100)
-    assert found["best"] == 3 and asked == [(1, 25), (2, 25), (3, 25), (4, 25), (2, 50), (3, 50)]
-    assert found["rounds"][1] == {"steps": 50, "knowledge": {"2": -0.9, "3": -0.5}}
+    assert found["best"] == 3 and asked == [(1, 25), (2, 25), (3, 25), (4, 25), (2, 100), (3, 100)]
+    assert found["rounds"][1] == {"steps": 100, "knowledge": {"2": -0.9, "3": -0.5}}
     assert rates.halving(score, (7,), 100) == {"best": 7, "rounds": []}
 
 
