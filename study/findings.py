@@ -5,13 +5,13 @@ numbers next to each.
 Each finding is a rule on results.json, written before the run. It judges by the intervals and tests that the verdicts
 are made of, never by the estimates alone: a finding holds where the whole interval says so, does not hold where the
 whole interval says the opposite, and is open in between, as it is where it was not measured (the command that measures
-it is then named). Perplexities, bytes, parameters and milliseconds have no interval; they are compared as they are.
+it is then named). Perplexities, bytes and parameters have no interval; they are compared as they are.
 
 Besides "models" with their "intervals" the rules read, where results.json has them,
 
     model["confirmed"]   whether the corrected test says that a repair gained on held-out people; else the row of
                          results["comparisons"] on "recall, held-out" says it
-    results["pairs"]     [{"a": id, "b": id, "interval": [low, high] of displaced(a) - displaced(b), "margin"}]
+    results["pairs"]     [{"base", "a", "b": tags, "interval": [low, high] of displaced(a) - displaced(b)}]
     results["claims"]    [{"statement", "verdict"}]: the claims stated before the run; all else is exploratory
 
     python -m study findings                     # of out/results.json
@@ -169,19 +169,21 @@ def retrieval_survives(results):
 def prompts_match_lora(results):
     """Of every pair named before the run, a repair in front of the text and a LoRA: displaced is non-inferior by the
     margin. Inferior in one pair: it does not hold."""
-    kinds, tags = {}, {m["id"]: m["tag"] for m in results["models"]}
-    for m in results["models"]:
-        kinds[m["id"]] = (m["operation"] or {}).get("name")
-    said, words, size = [], [], {m["id"]: m["metrics"].get("extra_parameters") for m in results["models"]}
+    tags = {m["id"]: m["tag"] for m in results["models"]}
+    repaired = {(tags.get(m["base"]), m["tag"]): m for m in results["models"]}
+    said, words = [], []
     for pair in results.get("pairs", []):
-        a, b, (low, high) = pair["a"], pair["b"], pair.get("interval") or [None, None]
-        if kinds.get(a) == "LoRA":
+        a, b = (repaired.get((pair["base"], pair[side])) for side in "ab")
+        low, high = pair["interval"]
+        if a and (a["operation"] or {}).get("name") == "LoRA":
             a, b, low, high = b, a, *((None, None) if low is None else (-high, -low))
-        if kinds.get(a) not in ("prompt", "prefix", "IDP") or kinds.get(b) != "LoRA":
+        kinds = [m and (m["operation"] or {}).get("name") for m in (a, b)]
+        if kinds[0] not in ("prompt", "prefix", "IDP") or kinds[1] != "LoRA":
             continue
-        word = judged([low, high], pair.get("margin", MARGIN))
+        word = judged([low, high], MARGIN)
         words.append({"superior": True, "non-inferior": True, "inferior": False}.get(word))
-        said.append(f"{a} ({size[a]:,} parameters) beside {tags[b]} ({size[b]:,}): "
+        said.append(" beside ".join(f"{m['tag']} ({m['metrics']['extra_parameters']:,} parameters)" for m in (a, b))
+                    + f" on {pair['base']}: "
                     + ("no share to compare" if low is None else f"{between([low, high])} of what was lost, {word}"))
     return (every(words), "; ".join(said)) if said else missing("python evaluate.py: pairs of a prompt and a LoRA")
 

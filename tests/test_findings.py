@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from study import findings
+from invented import with_everything
+from study import claims, findings
+from study.statistics import Estimate
 from test_evaluate import tiny
 from world.score import CONTEXT
 from world.small import World
@@ -114,13 +116,29 @@ def test_displaced_by_the_comparisons(p, difference, now):
 @pytest.mark.parametrize("a, b, interval, now", [
     ("IDP", "LoRA", [0.01, 0.2], True), ("IDP", "LoRA", [-0.04, 0.2], True), ("IDP", "LoRA", [-0.06, 0.2], None),
     ("IDP", "LoRA", [-0.3, -0.2], False), ("LoRA", "IDP", [0.2, 0.3], False), ("LoRA", "IDP", [-0.2, 0.04], True),
-    ("IDP", "LoRA", [None, None], None), ("IDP", "GPTQ", [0.1, 0.2], None)])
+    ("IDP", "LoRA", [None, None], None), ("IDP", "prompt", [0.1, 0.2], None)])
 def test_prompts_beside_lora_by_the_named_pairs(a, b, interval, now):
-    results = {**RESULTS, "pairs": [{"a": a, "b": b, "interval": interval, "verdict": "whatever"}]}
-    assert found(results)["prompts_match_lora"] is now
-    assert ("not measured" in dict(zip("ab", findings.prompts_match_lora(results)[::-1]))["a"]) == (b == "GPTQ")
-    wide = {**RESULTS, "pairs": [{"a": "IDP", "b": "LoRA", "interval": [-0.06, 0.2], "margin": 0.1}]}
-    assert found(wide)["prompts_match_lora"] is True
+    """Pairs are named by tags, which other bases share; ids are others."""
+    results = copy.deepcopy(RESULTS)
+    results["models"] += [model("LoRA", "pruned", "prompt", 0.8), model("IDP", "pruned", "LoRA", 0.8)]
+    for m in results["models"]:
+        m |= {"id": f"id of {m['tag']} on {m['base']}", "base": m["base"] and f"id of {m['base']} on " + (
+            "None" if m["base"] == "dense" else "dense")}
+    results["pairs"] = [{"base": "GPTQ", "a": a, "b": b, "interval": interval, "verdict": "whatever"}]
+    holds, said = findings.prompts_match_lora(results)
+    assert holds is now and ("not measured" in said) == (b == "prompt")
+    assert b == "prompt" or said.startswith("IDP (10 parameters) beside LoRA (10 parameters) on GPTQ: ")
+
+
+def test_the_studys_own_pairs_are_found():
+    """Of every compressed model the prompt beside LoRA, and of all but one the pool, which stands on four of five."""
+    study, _ = with_everything(people=2)
+    equal = {m["id"]: Estimate(0.1, [0.1] * 50) for m in study["models"]}
+    rows = [m for m in study["models"] if m["kind"] != "control"]
+    study["pairs"] = claims.pairs(rows, equal, ("prompt 8", "prompt 32", "IDP 4 x 8", "biases"))
+    holds, said = findings.prompts_match_lora(study)
+    assert holds is True and said.count("non-inferior") == 5 + 4
+    assert "prompt 8 (768 parameters) beside LoRA rank 8 (55,296 parameters) on GPTQ 3 bits: " in said
 
 
 def test_claims_stand_first():
