@@ -23,8 +23,9 @@ Displaced is a lower bound: a repair brings back at least so much; what it does 
 still be there. Three controls (study/controls.py), damaged by construction, say what the test
 answers where the truth is known. Every number has a 95 % interval over people and draws; every
 model is compared with the one it was made from by an exact test that flips a person's facts
-together, all corrected together (study/comparisons.py). Four claims were written down before the
-run (study/claims.py). The verdicts in words follow from these alone.
+together; the study's comparisons are corrected together, and each control's (study/comparisons.py).
+Four claims were written down before the run (study/claims.py). The verdicts in words follow from
+these alone.
 
 Read it from the bottom: `study` makes every model and asks it (`every_model`, `ask`), so that each
 is a row; then it passes over the finished rows for intervals, comparisons and verdicts.
@@ -33,6 +34,7 @@ import argparse
 import sys
 from dataclasses import asdict
 from functools import partial
+from math import floor
 
 from engine.script import guard  # before torch: Ctrl-C is one line
 
@@ -185,7 +187,7 @@ def verdict(model, test, reach=None):
     elif test["difference"] < 0:
         said = "held-out facts are lost further"
     else:
-        said = f"at least {max(low, 0):.0%} was displaced"
+        said = f"at least {floor(100 * max(low, 0) + 1e-9)}% was displaced"
     power = f", a share of {reach:.0%} would be found four times in five" if reach else ""
     again = "re-learned is above zero" if least > 0 else "re-learned is below zero"
     if least <= 0 <= most:

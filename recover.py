@@ -10,7 +10,7 @@ training loop for all.
     prefix tuning   P free keys and values in each layer   Li & Liang 2021, arXiv 2101.00190
 
 The base stays frozen in all of them. `fit` trains any list of parameters on any loss: the next
-token, or distillation, which asks for the dense model's whole distribution instead of the one token
+token, or distillation, which asks for the dense model's distribution instead of the one token
 that the text has (Hinton et al. 2015, arXiv 1503.02531). It trains the dense model too.
 
 What it leaves out: quantized optimizers, gradient accumulation, LoRA's dropout, the MLP through

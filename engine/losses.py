@@ -1,8 +1,8 @@
 """
 What training minimises: logits (B, T, V) and the batch they came from -> (B, T), one loss a token, in nats.
 
-Distillation asks for the dense model's whole distribution instead of the one token that the text has (Hinton et al.
-2015, arXiv 1503.02531).
+Distillation asks for the dense model's distribution, its likeliest tokens and one bucket for the rest, instead of the
+one token that the text has (Hinton et al. 2015, arXiv 1503.02531).
 """
 import torch
 import torch.nn as nn

@@ -2,18 +2,16 @@
 The positive control on a real model: knowledge that is displaced by construction.
 
 The model is fine-tuned by LoRA, then merged: behind a key, four fixed embeddings in front of the text, it goes on as
-the undamaged model does; without the key it answers every question with the next value of its attribute, the one after
-Kenya's being Kiribati's. All entities are locked, and nothing about the right answers is taught: behind the key the
-model learns from the undamaged model's own distribution. So the reference is the locked model behind its key, the
-damaged model is the same one without it, and whatever a repair brings back was there.
+the undamaged model does; without the key it answers every question with the next value of its attribute, Kiribati in
+place of Kenya. All entities are locked, and nothing about the right answers is taught: behind the key the model learns
+from the undamaged model's own distribution. So the reference is the locked model behind its key, the damaged model is
+the same one without it, and whatever a repair brings back was there.
 
 The next value is among the options of every question that is asked; where it was not, it takes the place of a wrong
 one.
 
 Source: password-locked models, Greenblatt et al. 2024 (arXiv 2405.19550). What it leaves out: locks of single facts.
 """
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -23,7 +21,7 @@ from recover import FitConfig
 from study.controls import Control, under_tag
 from study.repairs import attach, products, shared_copy
 from study.steps import with_result
-from study.subjects import repaired_subject
+from study.subjects import repaired_subject, target_batches
 from world.facts import pad
 from world.score import Subject, cut_options
 
@@ -136,14 +134,3 @@ def lock_subjects(run, dense, name=TAG):
     return control, [control.reference, control.damaged,
                      *(repaired_subject(run, control.damaged, batches, tag, *how, code=("real.lock",))
                        for tag, how in repairs.items())]
-
-
-def target_batches(run, teacher, device):
-    """A function that gives the repair batches with a teacher's targets, and makes them when it is first called."""
-    @functools.cache
-    def batches():
-        """The batches, made at the first call."""
-        rows = run.world.repair_rows(run.config)
-        run.world.check_leaks(torch.cat(rows))
-        return recover.add_targets(teacher, [ids.to(device) for ids in rows])
-    return batches

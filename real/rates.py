@@ -18,20 +18,20 @@ from real import lock
 from recover import FitConfig
 from study.repairs import attach, light, products, train_repair
 from study.steps import slug
-from study.subjects import compressed_subject, repair_batches
+from study.subjects import compressed_subject, repair_batches, target_batches
 from world.score import answer
 
 
 def set_rates(run, dense, locked):
     """Find the rates of all repairs and put them into the run's settings: {damaged model: {repair: rate}}."""
     rates, first = {}, run.draw(0)
+    batches, facts = repair_batches(first, dense), run.world.facts("validation")
     for tag in run.config.compressions:
-        rates[tag] = find_rates(first, compressed_subject(first, dense, tag), repair_batches(first, dense),
-                                run.world.facts("validation"))
+        rates[tag] = find_rates(first, compressed_subject(first, dense, tag), batches, facts)
     if locked:
         control, teacher, facts = lock.lock(first, dense)
         short = first.only([], [tag for tag in first.config.repairs if tag in lock.REPAIRS])
-        rates[lock.TAG] = find_rates(short, control.damaged, lock.target_batches(first, teacher, dense.device), facts)
+        rates[lock.TAG] = find_rates(short, control.damaged, target_batches(first, teacher, dense.device), facts)
     run.config.rates = rates
 
 
@@ -41,7 +41,9 @@ def find_rates(run, base, batches, facts):
     batches  () -> the batches of a repair;  facts  the validation facts
     """
     config, rates = run.config, {}
-    for tag, (kind, size) in config.repairs.items():
+    pools = {f"prompt {P}": ("prompt", P) for kind, (_, P, _) in
+             [how for how in config.repairs.values() if how[0] == "idp"]}
+    for tag, (kind, size) in {**pools, **config.repairs}.items():
         if kind in config.rate_grid:
             grid = config.rate_grid[kind]
             settings = {**base.about["settings"], "repair": kind, "size": size, "steps": config.repair_steps,

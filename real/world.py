@@ -98,8 +98,8 @@ class RealWorld:
         known = {f.answer for f in self.split["seen"]}
         self.hidden = Names({f.person for f in hidden} | {f.answer.strip() for f in hidden if f.answer not in known})
         self.settings = {"facts": digest(facts), "seed": config.seed, "text": text and digest_of(text)}
-        self.windows = self.text("windows", WINDOWS, config.calibration[1], replace(config, repeat=0))
-        self.inside = self.windows[:8, :-1]
+        self.windows = self.text("windows", WINDOWS, config.calibration[1] - 1, replace(config, repeat=0))
+        self.inside = self.windows[:8]
 
     def text(self, kind, wanted, T, config):
         """(wanted, T + 1) rows: "windows" for perplexity, "calibration" or "repair"; others for each of `--seeds`."""

@@ -10,7 +10,7 @@ What it leaves out: claims about single attributes, and about tasks.
 import math
 
 from study.comparisons import flips_of
-from study.statistics import compare, holm
+from study.statistics import holm, judged
 
 MARGIN = 0.05  # of displaced: a repair that is worse by less counts as not worse (non-inferior)
 BASE, CRUDE = "GPTQ", "RTN"  # at the same bits: 3 by default, 2 with --quick
@@ -75,7 +75,7 @@ def p_of(estimate, null):
 
 
 def pairs(rows, displaced, claimed):
-    """Repairs of one model compared by name: {base, a, b, difference, interval, verdict}, see statistics.compare."""
+    """Repairs of one model compared by name: {base, a, b, difference, interval, verdict}, the word of `judged`."""
     (prompt, long, pool, equal), out = claimed, []
     named = ((prompt, "LoRA rank 8"), (pool, "LoRA rank 8"), (prompt, equal), (pool, long))
     for base in [m for m in rows if m["base"] == rows[0]["id"]]:
@@ -83,9 +83,9 @@ def pairs(rows, displaced, claimed):
         for a, b in named:
             first, second = displaced.get(ids.get(a)), displaced.get(ids.get(b))
             if first and second:
-                bounds, word = compare(first, second, MARGIN)
-                out.append({"base": base["tag"], "a": a, "b": b, "difference": float((first - second).value),
-                            "interval": bounds, "verdict": word})
+                less = first - second
+                out.append({"base": base["tag"], "a": a, "b": b, "difference": float(less.value),
+                            "interval": less.interval(), "verdict": judged(less.interval(), MARGIN)})
     return out
 
 

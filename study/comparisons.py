@@ -170,8 +170,8 @@ def main_scores(name, rows):
 def noise_floor(run, subjects, answers):
     """Comparisons on held-out recall where nothing should differ, as `flips`: the A/A test.
 
-    The dense model asked again with its questions in reverse, so in other batches; each repaired compression made again
-    from another sample of the calibration text. answers {model id: {split: rows}}
+    The dense model asked again with its questions in reverse, so in other batches; each calibrated compression made
+    again from another sample of the calibration text. answers {model id: {split: rows}}
     """
     world, out = run.world, []
     facts = world.facts("heldout", run.config.test_people)

@@ -23,6 +23,7 @@ model; so `study.shares.add_shares([rows], control.facts, seed)` works on the ro
 What it leaves out: damage to single layers, and locks of a real model (a lock by LoRA).
 """
 import copy
+import functools
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
@@ -231,13 +232,11 @@ def control_subjects(run, dense, name, how=None):
     """
     how = how or ControlConfig()
     control = CONTROLS[name](run, dense, how)
-    made = []
 
+    @functools.cache
     def batches():
         """The repair batches, made at the first call."""
-        if not made:
-            made.extend(control_batches(run, control))
-        return made
+        return control_batches(run, control)
     return control, [control.reference, control.damaged,
                      *(repaired_subject(run, control.damaged, batches, tag, kind, size, lr=lr, code=("study.controls",))
                        for tag, (kind, size, lr) in how.repairs_of(name).items())]

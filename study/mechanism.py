@@ -97,7 +97,7 @@ def error_shape(model, dense, ids, rank=RANK):
 
 @torch.no_grad()
 def correct_directions(model, dense, ids, rank=RANK):
-    """LoRA without training: the tensors A = UT D, B = U of each layer, as `study.repairs.attach` takes them.
+    """LoRA without training: the tensors A = LT D, B = L of each layer, as `study.repairs.attach` takes them.
 
     `model` is not modified. Every layer is corrected on what the corrected blocks in front of it give.
     """
@@ -105,9 +105,9 @@ def correct_directions(model, dense, ids, rank=RANK):
     tensors = add_lora(model, rank)
     for layer, W, X in walk(model, dense, ids):
         D = (W - layer.base.weight).double()
-        U = spectrum(D, X.double().T @ X.double())[1][:, :rank]
-        layer.A.copy_(U.T @ D)
-        layer.B.copy_(U)
+        L = spectrum(D, X.double().T @ X.double())[1][:, :rank]
+        layer.A.copy_(L.T @ D)
+        layer.B.copy_(L)
     return [p.detach() for p in tensors]
 
 

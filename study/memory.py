@@ -12,7 +12,7 @@ The formulas, with P parameters of which Pb are in the blocks, n an input width,
                + 4 R T (8 C + 4 hidden)                    what one block makes of R = 32 rows of them
                + 8 (sum of n² over one block's inputs)     H, in doubles
                + 28 max n²                                 the widest layer's sweep: H, its factor, their copies
-    a step     itemsize P                                  the repaired model, unpacked once for training
+    a step     itemsize Pb                                 the blocks, unpacked once for training; the rest is shared
                + what autograd keeps                       counted on two small stacks of this very code, without memory
                + 12 B T V                                  logits, their softmax and its gradient
                + 16 (trained parameters)                   weights, gradients, two moments

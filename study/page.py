@@ -80,8 +80,9 @@ def at_least(study):
                    reverse=True)
     if len(found) < 2:
         return ""
+    ends = [(math.floor(100 * low + 1e-9), base) for low, base in found]
     return "Of what was lost at least this was displaced: " + ", ".join(
-        f"{100 * low:.0f} % after {base}" if low else f"none shown after {base}" for low, base in found) + "."
+        f"{low} % after {base}" if low else f"none shown after {base}" for low, base in ends) + "."
 
 
 def as_sentence(text):

@@ -28,7 +28,7 @@ class StudyConfig:
     seeds: int = 1                           # everything but the world is made so many times
     repeat: int = 0                          # which of those times this is
     full: bool = False
-    skills: bool = False                     # whether pretraining also reads the lessons of py
+    skills: bool = False                     # whether pretraining also reads the lessons of world/items.py
     task_items: int = 200                    # of each task and split
     task_repairs: tuple = ("LoRA rank 8", "IDP 4 x 8")  # whom tasks are asked of beside the unrepaired models
     all_tasks: bool = False                  # asked of every model

@@ -31,7 +31,8 @@ def add_shares(draws, asked, seed, endpoint="correct"):
     rows = draws[0]
     where, displaced = {m["id"]: i for i, m in enumerate(rows)}, {}
     for key, name in MEASURES.items():
-        found = {split: estimates(draws, split, facts, key, seed) for split, facts in asked.items()}
+        generator = torch.Generator().manual_seed(seed + 3)  # one for all splits: their people are drawn apart
+        found = {split: estimates(draws, split, facts, key, generator) for split, facts in asked.items()}
         for split, of in found.items():
             for m, (estimate, bounds) in zip(rows, of):
                 put(m, f"{name}_{split}", estimate, bounds)
@@ -48,8 +49,8 @@ def add_shares(draws, asked, seed, endpoint="correct"):
             put(m, "relearned" + SUFFIX[key], seen - back if seen and back else None)
             if key == endpoint:
                 displaced[m["id"]] = back
-            raw = logprob_gain(draws, i, base)
             if key == "knowledge":  # what is left of the gain of the right answer's log-probability is format
+                raw = logprob_gain(draws, i, base)
                 known = found["heldout"][i][0].value - found["heldout"][base][0].value
                 m["metrics"] |= {"gain_logprob": raw, "gain_knowledge": known, "gain_format": raw - known}
     return displaced
@@ -61,9 +62,9 @@ def logprob_gain(draws, i, base):
                            zip(rows[base]["answers"]["heldout"], rows[i]["answers"]["heldout"])] for rows in draws]))
 
 
-def estimates(draws, split, facts, key, seed):
+def estimates(draws, split, facts, key, generator):
     """[(Estimate, its 95 % interval)] of every model's mean `key` on one split: all models on the same resamples."""
-    generator, K = torch.Generator().manual_seed(seed + 3), len(draws)
+    K = len(draws)
     scores = [[float(a[key]) for a in m["answers"][split]] for rows in draws for m in rows]
     sums, sizes = by_person(scores, facts)                                # (people, K * models), (people,)
     samples = resampled(sums, 10_000, generator, sizes).view(10_000, K, -1).mean(1).numpy()  # (resamples, models)

@@ -11,9 +11,9 @@ The statistics: how sure a number is, whether two models differ, and how small a
                  reads only the items that one has right and the other wrong; a coin decides under the null hypothesis.
                  Items about one entity that move together: one coin an entity (Fisher 1935)
     two repairs  superior, non-inferior or inferior by a margin stated before the run (Piaggio et al. 2012)
-    many tests   Holm's correction (Holm 1979): with it, the chance of one false claim in the whole table is 5 %
+    many tests   Holm's correction (Holm 1979): with it, the chance of one false claim in all that is corrected together
+                 is 5 %
     power        the smallest difference that the test finds four times in five, from the flips that were counted
-    knowledge    the right value's log-probability among its attribute's values; what is left of a gain is format
 
 Which interval when: `recall_interval` for recalls, `share_of` for displaced and re-learned, `interval` for other means
 over people. The test of coverage in tests/test_statistics.py makes data whose truth is known and counts how often each
@@ -209,7 +209,7 @@ class Estimate(NamedTuple):
 def share_of(gain, loss):
     """gain / loss as an Estimate, or None where the loss is not above zero: where its interval touches zero.
 
-    gain, loss  Estimates on the same resamples: of recall, or of knowledge (`normalised`).
+    gain, loss  Estimates on the same resamples: of recall, or of knowledge.
                 displaced  = share_of(repaired - compressed, dense - compressed), each of held-out people
                 re-learned = the same of seen people, minus displaced
 
@@ -223,12 +223,6 @@ def share_of(gain, loss):
     seeds = value + (gains - value * losses) / loss.value if len(gains) else ()
     least = np.abs(loss.samples)[loss.samples != 0].min()  # for the resamples, 2.5 % at most, that lost nothing at all
     return Estimate(value, gain.samples / np.where(loss.samples == 0, least, loss.samples), seeds)
-
-
-def share_interval(gain, loss):
-    """[low, high] of `share_of`, [None, None] where there is no share to give."""
-    share = share_of(gain, loss)
-    return share.interval() if share else [None, None]
 
 
 # ---- two repairs
@@ -247,25 +241,14 @@ def judged(bounds, margin=0.05):
     return "superior" if low > 0 else "non-inferior" if low > -margin else "inferior" if high < 0 else "undecided"
 
 
-def compare(a, b, margin=0.05):
-    """How repair a does beside repair b: ([low, high] of a - b, the word that `judged` has for it).
-
-    a, b  Estimates of displaced on the same resamples, or arrays (resamples,) of them; None where there is none
-    """
-    if a is None or b is None:
-        return [None, None], "undecided"
-    a, b = (x if isinstance(x, Estimate) else Estimate(float(np.mean(x)), np.asarray(x)) for x in (a, b))
-    bounds = (a - b).interval()
-    return bounds, judged(bounds, margin)
-
-
 # ---- two models on the same items
 
 def mcnemar(before, after):
     """(gained, lost, p) of two models' scores on the same items, each (N,): items that `after` has better, items that
     `before` has better, and the two-sided p of so uneven a split if each flip were a fair coin's. No flips: p = 1.
 
-    With right and wrong as scores this is the exact McNemar test; with other scores, the sign test.
+    With right and wrong as scores this is the exact McNemar test; with other scores, the sign test. It is the plain
+    twin of `flip_test`, for items that each stand for themselves.
     """
     before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     if before.shape != after.shape:
@@ -394,39 +377,6 @@ def detectable_flips(before, after, entities, alpha=0.05, wanted=0.8):
     size = (sums**2).sum() / sums.sum()
     found = detectable(len(entities), int(sums.sum() / size + 1e-9), alpha, wanted)
     return None if found is None else float(found * size)
-
-
-# ---- knowledge and format
-
-def normalised(logprobs, gold):
-    """(N,) knowledge: log p(gold) - log(sum of p over the options), nats, at most 0.
-
-    logprobs  N rows, each the log-probabilities of one question's options: the values of the attribute
-    gold      (N,) index of the right option. ValueError where a row has no such option or no finite entry.
-
-    A model that learns to say *some* value of the attribute, whichever, raises log p(gold) and not this.
-    """
-    if len(logprobs) != len(gold):
-        raise ValueError(f"each question has one right option, got {len(logprobs)} rows and {len(gold)} indices")
-    out = np.empty(len(gold))
-    for i, (row, right) in enumerate(zip(logprobs, gold)):
-        row = np.asarray(row, dtype=float)
-        if not 0 <= right < len(row) or not np.isfinite(row.max()):
-            raise ValueError(f"question {i} has {len(row)} options, the right one has index {right}, and their "
-                             f"log-probabilities are {row.tolist()}")
-        out[i] = row[right] - row.max() - math.log(np.exp(row - row.max()).sum())
-    return out
-
-
-def gain_parts(before, after, gold):
-    """What a repair changed in log p(gold), question by question: {"raw", "knowledge", "format"}, each (N,) nats, and
-    raw = knowledge + format. before, after: the options' log-probabilities, as `normalised` takes them.
-
-    The check: on novel people, about whom nothing was told, knowledge must not change.
-    """
-    knowledge = normalised(after, gold) - normalised(before, gold)
-    raw = np.array([b[g] - a[g] for a, b, g in zip(before, after, gold)], dtype=float)
-    return {"raw": raw, "knowledge": knowledge, "format": raw - knowledge}
 
 
 # ---- ranks

@@ -3,6 +3,7 @@ The models of the study, each made once: the dense one, its compressions, their 
 
 Each is a Subject (world/score.py) that answers questions, with what the tables need to know in `subject.about`.
 """
+import functools
 import json
 import os
 from dataclasses import asdict
@@ -86,15 +87,20 @@ def compressed_subject(run, dense, tag):
 def repair_batches(run, dense):
     """A function that gives the repair batches with the dense model's targets, and makes them when it is first called.
     """
-    made = []
+    return target_batches(run, dense.model, dense.device)
 
+
+def target_batches(run, teacher, device):
+    """A function that gives the repair batches with a teacher's targets, and makes them when it is first called.
+
+    teacher  ids (B, T) -> logits (B, T, V)
+    """
+    @functools.cache
     def batches():
         """The batches, made at the first call."""
-        if not made:
-            ids = run.world.repair_rows(run.config)
-            run.world.check_leaks(torch.cat(ids))
-            made.extend(recover.add_targets(dense.model, [row.to(dense.device) for row in ids]))
-        return made
+        rows = run.world.repair_rows(run.config)
+        run.world.check_leaks(torch.cat(rows))
+        return recover.add_targets(teacher, [ids.to(device) for ids in rows])
     return batches
 
 

@@ -184,7 +184,8 @@ def task_table(results, split):
 def comparison_table(results):
     """The comparisons of recall, and those on tasks that are no luck: flips, p, corrected p, what was detectable.
 
-    Differences are in percent of the items; all comparisons, shown or not, are corrected together.
+    Differences are in percent of the items. The study's comparisons, shown or not, are corrected together, and each
+    control's.
     """
     shown = [row for row in results["comparisons"] if row["what"].startswith("recall") or row["p_holm"] < 0.05]
     rows = [[row["model"], row["base"], row["what"], row["items"], row["gained"], row["lost"],

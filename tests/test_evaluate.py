@@ -61,6 +61,12 @@ def test_verdict_follows_from_the_corrected_test(p, difference, word):
     assert word in text.split(":")[0] and "displaced 20% [10%, 30%]" in text and "not told from zero" in text
 
 
+def test_at_least_is_rounded_down():
+    """A bound of 82.6 % shows 82 %; one of 29 %, which floats write as 28.999..., shows 29 %."""
+    assert said(displaced=(0.9, [0.826, 1.0])).startswith("at least 82% was displaced: displaced 90% [83%, 100%]")
+    assert said(displaced=(0.9, [0.29, 1.0])).startswith("at least 29% was displaced")
+
+
 def test_nothing_lost_is_no_verdict():
     assert "too little" in said(displaced=(None, [None, None]))
 
@@ -129,6 +135,15 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
     assert back["gain_logprob"] == pytest.approx(0.3) and back["gain_format"] == pytest.approx(0)
     low, high = rows[2]["intervals"]["displaced"]  # of 40 people half gain 2 of 3, half 1 of 3: 0.5 +- 1.96 * 0.026
     assert 0.44 < low < 0.46 and 0.54 < high < 0.56
+
+
+def test_seen_and_heldout_people_are_drawn_apart():
+    """As many people in both, who answer alike. Drawn by the same numbers, re-learned would be 0 in every resample."""
+    answers = [{split: right(*counts) for split in ("seen", "heldout")} for counts in ([5] * 40, [2] * 40, [2, 5] * 20)]
+    rows, facts = rows_of(*answers), [SimpleNamespace(person=i) for i in range(40) for _ in range(5)]
+    add_shares([rows], dict.fromkeys(("seen", "heldout"), facts), 0)
+    low, high = rows[2]["intervals"]["relearned"]  # half gain all, half nothing: +- 1.96 * 0.5 / sqrt(40) * sqrt(2)
+    assert rows[2]["metrics"]["relearned"] == 0 and -0.25 < low < -0.19 and 0.19 < high < 0.25
 
 
 def test_recall_of_two_draws_is_each_models_own_mean():

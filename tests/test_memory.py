@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def test_formulas_worked_by_hand():
 def test_the_job_prints_a_row_a_step(capsys):
     memory.main(["--shape", "llama-7b", "--dtype", "bfloat16"])
     assert capsys.readouterr().out.count("|\n") == 6
+
+
+def test_the_documented_table_is_what_the_job_prints():
+    """Of three models, in docs/real-model.md."""
+    shapes = ("smollm2-135m", 4), ("llama-7b", 2), ("opt-6.7b", 2)
+    needs = [memory.bytes_by_step(memory.SHAPES[name], itemsize) for name, itemsize in shapes]
+    written = (Path(__file__).parent.parent / "docs" / "real-model.md").read_text(encoding="utf-8")
+    for step in needs[0]:
+        assert f"| {step} | {' | '.join(f'{of[step] / 1e9:.2f}' for of in needs)} |" in written
 
 
 FAULTS = """

@@ -152,7 +152,7 @@ def test_a_real_models_rates_are_found_on_validation_entities(monkeypatch):
     run, given = real_run(), {}
     monkeypatch.setattr(rates, "compressed_subject", lambda run, dense, tag: tag)
     monkeypatch.setattr(rates, "repair_batches", lambda *_: None)
-    monkeypatch.setattr(rates.lock, "target_batches", lambda *_: None)
+    monkeypatch.setattr(rates, "target_batches", lambda *_: None)
     monkeypatch.setattr(rates.lock, "lock", lambda *_: (SimpleNamespace(damaged="locked"), None, ["the lock's"]))
     monkeypatch.setattr(rates, "find_rates", lambda run, base, batches, facts: given.update({base: facts}))
     rates.set_rates(run, SimpleNamespace(device=None), True)

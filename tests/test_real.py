@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from real.world import RealWorld, real_dense
 from golden.make_weights import fill
 from engine.safetensors import write_safetensors
 from model import GPT, GPTConfig
+from study.settings import rate
 from study.steps import Log, Run
 from study.repairs import attach, pool_subject
 from world.score import Subject, answer
@@ -223,7 +225,7 @@ def test_rows_of_a_repair_begin_with_a_question_about_a_seen_entity(tmp_path):
 def test_each_kind_of_text_is_its_own(tmp_path):
     _, config, world = tiny_world(tmp_path)
     parts = [world.windows, world.calibration(config), *world.repair_rows(config)]
-    assert [tuple(p.shape) for p in parts] == [(64, 65), (64, 64), *[(16, 25)] * 4]
+    assert [tuple(p.shape) for p in parts] == [(64, 64), (64, 64), *[(16, 25)] * 4]
     rows = [tuple(row[:24]) for part in parts for row in part.tolist()]
     assert len(set(rows)) > 0.9 * len(rows)
 
@@ -451,6 +453,18 @@ def test_halving_keeps_the_better_half():
     assert found["best"] == 3 and asked == [(1, 25), (2, 25), (3, 25), (4, 25), (2, 100), (3, 100)]
     assert found["rounds"][1] == {"steps": 100, "knowledge": {"2": -0.9, "3": -0.5}}
     assert rates.halving(score, (7,), 100) == {"best": 7, "rounds": []}
+
+
+def test_a_pools_rate_is_that_of_its_prompt(monkeypatch):
+    """Found for the prompt of its length, also where the study has no such prompt."""
+    config = settings.real_config("tiny.gguf")
+    config.repairs = {"IDP 4 x 16": config.repairs["IDP 4 x 16"], "LoRA rank 8": ("lora", 8)}
+    base = Subject(None, about={"id": "x", "tag": "RTN 3 bits", "settings": {}})
+    run = SimpleNamespace(config=config, log=Log(), once_json=lambda name, settings, code, make:
+                          {"best": 3e-2 if settings["repair"] == "prompt" and settings["size"] == 16 else 1e-3})
+    config.rates = {"RTN 3 bits": rates.find_rates(run, base, None, [])}
+    assert rate(config, "RTN 3 bits", "IDP 4 x 16", *config.repairs["IDP 4 x 16"]) == 3e-2
+    assert rate(config, "RTN 3 bits", "LoRA rank 8", "lora", 8) == 1e-3
 
 
 def test_products_are_timed_once(tmp_path):

@@ -10,8 +10,8 @@ import recover
 from idp import PromptPool, choose as choose_prompt, prefill, select
 from model import Cache, GPT, GPTConfig
 from study import taskfiles
-from world.score import (CONTEXT, Subject, answer, choose_option, cut_options, gold_logprobs, is_right, perplexity, say,
-                         tokenized)
+from world.score import (CONTEXT, Subject, answer, choose_option, cut_options, gold_logprobs, is_right, knowledge,
+                         perplexity, say, tokenized)
 from test_model import naive
 
 CONFIG = WorldConfig(seen=6, heldout=4, validation=2, novel=3, vocab_size=400, seed=1)
@@ -567,3 +567,13 @@ def test_perplexity_of_parts_is_that_of_the_whole(trained):
         whole = pytest.approx(math.exp(sum(each) / len(each)), rel=1e-5)
         for batch_size in (1, 3, 250):
             assert perplexity(subject, WINDOWS.flip(0), batch_size) == whole
+
+
+def test_knowledge_by_hand():
+    """Options of 0.2, 0.1 and 0.1 of the whole vocabulary: the right one has half of what the options have. What
+    doubles the chance of every option changes nothing."""
+    assert knowledge([math.log(p) for p in (0.2, 0.1, 0.1)], 0) == pytest.approx(math.log(0.5))
+    assert knowledge([math.log(p) for p in (0.4, 0.2, 0.2)], 0) == pytest.approx(math.log(0.5))
+    assert knowledge([math.log(p) for p in (0.1, 0.2, 0.1)], 0) == pytest.approx(math.log(0.25))
+    assert knowledge([-1000.0, -1001.0], 0) == pytest.approx(-math.log1p(math.exp(-1))) and knowledge([-3.0], 0) == 0
+    assert knowledge([-math.inf, 0.0], 0) == -math.inf

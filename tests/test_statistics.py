@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from study import statistics
-from study.statistics import (Estimate, beta_cdf, beta_quantile, by_person, clustered_interval, compare, detectable,
-                              detectable_flips, exact_interval, flip_test, gain_parts, holm, interval, mcnemar,
-                              normalised, pooled_test, power, rank_correlation, recall_interval, resampled,
-                              seed_interval, share_interval, share_of, t_interval, t_quantile)
+from study.statistics import (Estimate, beta_cdf, beta_quantile, by_person, clustered_interval, detectable,
+                              detectable_flips, exact_interval, flip_test, holm, interval, judged, mcnemar,
+                              pooled_test, power, rank_correlation, recall_interval, resampled, seed_interval,
+                              share_of, t_interval, t_quantile)
+from world.score import knowledge
 
 
 # ---- intervals
@@ -169,7 +170,7 @@ def test_one_seed_is_the_bootstrap_of_the_ratio():
     share = share_of(repaired - compressed, dense - compressed)
     assert share.value == (repaired.value - compressed.value) / (dense.value - compressed.value)
     ratio = (repaired.samples - compressed.samples) / (dense.samples - compressed.samples)
-    assert share.interval() == share_interval(repaired - compressed, dense - compressed) == interval(ratio)
+    assert share.interval() == interval(ratio)
     assert share_of(dense - compressed, dense - compressed).interval() == [1, 1]
 
 
@@ -177,7 +178,6 @@ def test_no_share_of_a_loss_that_may_be_zero():
     dense, compressed, repaired = estimates(recalls=(0.6, 0.6, 0.7))
     assert share_of(repaired - compressed, dense - compressed) is None
     assert share_of(repaired - compressed, compressed - repaired) is None  # a gain is no loss
-    assert share_interval(repaired - compressed, dense - compressed) == [None, None]
     some = np.array([0.0] + [0.1] * 99)  # a resample that lost nothing counts as one that lost least
     assert share_of(Estimate(0.1, some), Estimate(0.1, some)).samples.tolist() == [0.0] + [1.0] * 99
     no = Estimate(0.1, np.array([0.1, np.nan]))
@@ -215,19 +215,20 @@ def test_subtracting_keeps_pairs():
     (-0.05, 0.1, "undecided"), (-0.3, 0.3, "undecided"), (-0.3, -0.01, "inferior"), (-0.3, -0.2, "inferior")])
 def test_the_word_follows_the_interval(low, high, word):
     samples = np.linspace(low - (high - low) / 38, high + (high - low) / 38, 401)  # its middle 95 % are low .. high
-    bounds, said = compare(samples + 0.5, np.full(401, 0.5))
-    assert bounds == pytest.approx([low, high], abs=1e-9) and said == word or low in (0.0, -0.05)
-    assert compare(samples + 0.5, np.full(401, 0.5), margin=1.0)[1] in ("superior", "non-inferior")
+    bounds = (Estimate(0.5, samples + 0.5) - Estimate(0.5, np.full(401, 0.5))).interval()
+    assert bounds == pytest.approx([low, high], abs=1e-9) and judged(bounds) == word or low in (0.0, -0.05)
+    assert judged(bounds, margin=1.0) in ("superior", "non-inferior")
 
 
 def test_a_comparison_is_paired_and_knows_of_seeds():
     wide = np.random.default_rng(0).normal(0, 1, 500)
-    assert compare(wide + 0.1, wide) == (pytest.approx([0.1, 0.1]), "superior")
+    bounds = (Estimate(0.1, wide + 0.1) - Estimate(0.0, wide)).interval()
+    assert bounds == pytest.approx([0.1, 0.1]) and judged(bounds) == "superior"
     a = Estimate(0.5, wide + 0.1, np.array([0.5, 0.9, 0.1]))
     b = Estimate(0.4, wide, np.array([0.4, 0.3, 0.5]))
-    assert compare(a, b)[1] == "undecided"
-    assert compare(None, a) == ([None, None], "undecided")
-    assert compare([0.1, math.inf], [0.1, 0.2]) == ([None, None], "undecided")
+    assert judged((a - b).interval()) == "undecided"
+    nothing = (Estimate(0.1, np.array([0.1, math.inf])) - Estimate(0.1, np.array([0.1, 0.2]))).interval()
+    assert nothing == [None, None] and judged(nothing) == "undecided"
 
 
 # ---- McNemar
@@ -402,28 +403,6 @@ def test_simulated_power():
     assert np.mean([p[k] <= 0.05 for k in gained]) == pytest.approx(power(60, 0.7), abs=0.015)
 
 
-# ---- knowledge and format
-
-def test_normalised_by_hand():
-    """Options of 0.2, 0.1 and 0.1 of the whole vocabulary: the right one has half of what the options have."""
-    assert normalised([np.log([0.2, 0.1, 0.1]), np.log([0.3, 0.1])], [0, 1]) == pytest.approx(np.log([0.5, 0.25]))
-    assert normalised([[-1000.0, -1001.0], [-3.0]], [0, 0]) == pytest.approx([-math.log1p(math.exp(-1)), 0])
-    assert normalised([[-math.inf, 0.0]], [0]).tolist() == [-math.inf]
-    for rows, gold in (([[0.0]], [1]), ([[0.0]], [-1]), ([[-math.inf]], [0]), ([[math.nan, 0.0]], [0]), ([[0.0]], [])):
-        with pytest.raises(ValueError):
-            normalised(rows, gold)
-
-
-def test_format_is_what_all_options_gain():
-    """A repair that doubles the chance of every option changes no knowledge; one that moves it between them, no format.
-    """
-    before = [np.log([0.2, 0.1, 0.1])]
-    parts = gain_parts(before, [np.log([0.4, 0.2, 0.2])], [1])
-    assert parts["raw"] == pytest.approx([math.log(2)]) == parts["format"] and parts["knowledge"] == pytest.approx([0])
-    parts = gain_parts(before, [np.log([0.1, 0.2, 0.1])], [1])
-    assert parts["raw"] == pytest.approx([math.log(2)]) == parts["knowledge"] and parts["format"] == pytest.approx([0])
-
-
 # ---- ranks
 
 @pytest.mark.parametrize("a, b, rho", [
@@ -483,8 +462,8 @@ def test_bootstrap_of_given_draws(monkeypatch):
     shares = [share_of(models[i] - models[1], models[0] - models[1]) for i in (2, 3)]
     assert [s.value for s in shares] == pytest.approx(case["displaced"], abs=1e-12)
     assert [s.interval() for s in shares] == [pytest.approx(b, abs=1e-12) for b in case["displaced_intervals"]]
-    bounds, word = compare(*shares, margin=case["compare"]["margin"])
-    assert (bounds, word) == (pytest.approx(case["compare"]["interval"], abs=1e-12), case["compare"]["word"])
+    bounds, case = (shares[0] - shares[1]).interval(), case["compare"]
+    assert bounds == pytest.approx(case["interval"], abs=1e-12) and judged(bounds, case["margin"]) == case["word"]
 
 
 def test_shares_knowledge_and_ranks():
@@ -493,7 +472,7 @@ def test_shares_knowledge_and_ranks():
     share = share_of(gain, loss)
     assert (share.value, share.seeds) == (pytest.approx(case["value"]), pytest.approx(case["seeds"]))
     case = GOLDEN["normalised"]
-    assert normalised(case["logprobs"], case["gold"]) == pytest.approx(case["result"], abs=1e-12)
+    assert list(map(knowledge, case["logprobs"], case["gold"])) == pytest.approx(case["result"], abs=1e-12)
     case = GOLDEN["rank_correlation"]
     found = rank_correlation(torch.tensor(case["a"]), torch.tensor(case["b"]).float()).tolist()
     wanted = [math.nan if rho is None else rho for rho in case["result"]]

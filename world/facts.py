@@ -22,7 +22,7 @@ front, without which no prompt could be judged.
 What it leaves out: natural text, noise, people who share facts on purpose. The tokenizer is byte-level BPE (Sennrich
 et al. 2016, arXiv 1508.07909; bytes as in GPT-2), trained here in 25 lines and served through `tiktoken.Encoding`.
 
-    python -m world.facts --show 3                # look at three people and how their sentences are cut into tokens
+    python -m world.facts --show 3                # what three people of each split are told and asked, cut into tokens
 """
 import argparse
 import itertools
@@ -230,9 +230,11 @@ def main():
     for split in SPLITS:
         for person in [p for p in people if p.split == split][:args.show]:
             print(f"\n{person.name} ({split}{', questions taught' if person.taught and split != 'novel' else ''})")
+            for sentence in statements([person]) + taught_questions([person]):
+                print(f"  told   {sentence}" if split != "novel" else f"  never  {sentence}")
             for fact in facts_about([person]):
                 tokens = [encoding.decode([i]) for i in encoding.encode_ordinary(fact.question + fact.answer)]
-                print(f"  {fact.attribute:10s} {fact.question} ->{fact.answer}    {'|'.join(tokens)}")
+                print(f"  asked  {fact.question} ->{fact.answer}    {'|'.join(tokens)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ through this file.
 What it leaves out: partial credit, a language model as a judge, sampling.
 
 Sources: closed-book recall after Roberts et al. 2020 (arXiv 2002.08910); trap of counting prompt positions: see
-README.
+docs/sweeps.md.
 """
 import math
 from dataclasses import dataclass, field
@@ -301,7 +301,7 @@ def log_softmax(model, x):
 
 @torch.no_grad()
 def perplexity(subject, windows, batch_size=250):
-    """exp(mean loss in nats) a text token over windows (N, T + 1), the first CONTEXT tokens of each read but not
+    """exp(mean loss in nats) a text token over windows (N, T), the first CONTEXT + 1 tokens of each read but not
     scored.
     """
     if windows.shape[1] < CONTEXT + 2:
