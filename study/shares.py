@@ -31,8 +31,8 @@ def add_shares(draws, asked, seed, endpoint="correct"):
     rows = draws[0]
     where, displaced = {m["id"]: i for i, m in enumerate(rows)}, {}
     for key, name in MEASURES.items():
-        generator = torch.Generator().manual_seed(seed + 3)  # one for all splits: their people are drawn apart
-        found = {split: estimates(draws, split, facts, key, generator) for split, facts in asked.items()}
+        found = {split: estimates(draws, split, asked[split], key, seed + 3 + 1000 * k)
+                 for k, split in enumerate(sorted(asked))}  # a seed each: the splits' people are drawn apart
         for split, of in found.items():
             for m, (estimate, bounds) in zip(rows, of):
                 put(m, f"{name}_{split}", estimate, bounds)
@@ -62,9 +62,9 @@ def logprob_gain(draws, i, base):
                            zip(rows[base]["answers"]["heldout"], rows[i]["answers"]["heldout"])] for rows in draws]))
 
 
-def estimates(draws, split, facts, key, generator):
+def estimates(draws, split, facts, key, seed):
     """[(Estimate, its 95 % interval)] of every model's mean `key` on one split: all models on the same resamples."""
-    K = len(draws)
+    generator, K = torch.Generator().manual_seed(seed), len(draws)
     scores = [[float(a[key]) for a in m["answers"][split]] for rows in draws for m in rows]
     sums, sizes = by_person(scores, facts)                                # (people, K * models), (people,)
     samples = resampled(sums, 10_000, generator, sizes).view(10_000, K, -1).mean(1).numpy()  # (resamples, models)
