@@ -295,25 +295,21 @@ def main():
                         help="ask every model every task of items.py, not a few")
     parser.add_argument("--backwards", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-
-    def job():
-        """The whole job, for `guard` to watch."""
-        if args.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
-        config = config_of(args, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
-        run = Run(config, World(config))
-        if args.backwards:  # beside another process, see study/beside.py
-            beside.quietly(run)
-            return backwards(run)
-        run.alone()
-        run.describe_reuse()
-        run.expect(progress.planned(run))
-        with beside.second_process(run, sys.argv[1:]) as share_threads:
-            dense = dense_subject(run)
-            share_threads()
-            results = study(run, dense)
-        publish.publish(run, dense, results)
-    guard(job)
+    if args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    config = config_of(args, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
+    run = Run(config, World(config))
+    if args.backwards:  # beside another process, see study/beside.py
+        beside.quietly(run)
+        return backwards(run)
+    run.alone()
+    run.describe_reuse()
+    run.expect(progress.planned(run))
+    with beside.second_process(run, sys.argv[1:]) as share_threads:
+        dense = dense_subject(run)
+        share_threads()
+        results = study(run, dense)
+    publish.publish(run, dense, results)
 
 
 if __name__ == "__main__":

@@ -43,29 +43,25 @@ def main(arguments=None):
     parser.add_argument("--only", metavar="PART", help='these damaged models and, behind a colon, these repairs of '
                         'them: "RTN 3 bits, locked: biases, prompt 16"')
     args = parser.parse_args(arguments)
-
-    def job():
-        """The whole job, for `guard` to watch."""
-        config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds, args.rows)
-        place = device_of(args)
-        config.device, config.dtype = args.device, args.dtype
-        config.compressions, config.repairs, locked = part_of(config, args.only, args.lock)
-        read_facts(args.facts)  # what is wrong with a file is said before the model is read
-        read_tasks(args.task)
-        run = Run(config, None)
-        run.alone()
-        dense, encoding = real_dense(args.model, run.log, *place)
-        check = fits(encoding, dense.model.config.context - LONGEST)
-        facts, files = read_facts(args.facts, check), read_tasks(args.task, check)
-        run.world = RealWorld(run, dense, encoding, facts, args.text)
-        dense.about["settings"] |= run.world.settings
-        config.repair_bfloat16 = faster_in_bfloat16(run, dense)
-        run.describe_reuse()
-        if args.rates:
-            set_rates(run, dense, locked)
-        controls = (TAG,) if locked else ()
-        publish(run, dense, study(run, dense, files, controls, lock_subjects))
-    guard(job, "real")
+    config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds, args.rows)
+    place = device_of(args)
+    config.device, config.dtype = args.device, args.dtype
+    config.compressions, config.repairs, locked = part_of(config, args.only, args.lock)
+    read_facts(args.facts)  # what is wrong with a file is said before the model is read
+    read_tasks(args.task)
+    run = Run(config, None)
+    run.alone()
+    dense, encoding = real_dense(args.model, run.log, *place)
+    check = fits(encoding, dense.model.config.context - LONGEST)
+    facts, files = read_facts(args.facts, check), read_tasks(args.task, check)
+    run.world = RealWorld(run, dense, encoding, facts, args.text)
+    dense.about["settings"] |= run.world.settings
+    config.repair_bfloat16 = faster_in_bfloat16(run, dense)
+    run.describe_reuse()
+    if args.rates:
+        set_rates(run, dense, locked)
+    controls = (TAG,) if locked else ()
+    publish(run, dense, study(run, dense, files, controls, lock_subjects))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from world.score import Subject
 
 POOL_LOSSES = {"together": idp.side_by_side, "joint": idp.joint, "competitive": idp.competitive,
                "selected": idp.selected}
+INSIDE = ("lora", "bias", "correction", "gains")  # repairs that stand inside the model; the others stand in front
 
 
 def train_repair(model, kind, size, batches, losses, fit_config, seed, progress=None, bfloat16=False):
@@ -43,12 +44,8 @@ def products(device, bfloat16):
 def trained(model, kind, size, batches, losses, fit_config, seed, progress):
     """The body of `train_repair`, on float weights."""
     generator = torch.Generator().manual_seed(seed)
-    if kind == "lora":
-        parameters = recover.add_lora(model, *lora_size(size), generator=generator)
-        recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
-        return parameters
-    if kind in ("bias", "gains"):
-        parameters = recover.add_biases(model, size) if kind == "bias" else recover.own_gains(model)
+    if kind in INSIDE:
+        parameters = add_inside(model, kind, size, generator)
         recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
         return parameters
     if kind == "prefix":
@@ -71,6 +68,13 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
     return [*pool.prompts] + ([pool.probe] if way == "selected" else [])
 
 
+def add_inside(model, kind, size, generator=None):
+    """Put a repair that stands inside the model into it; returns its tensors."""
+    if kind == "lora":
+        return recover.add_lora(model, *lora_size(size), generator=generator)
+    return recover.own_gains(model) if kind == "gains" else recover.add_biases(model, size)
+
+
 def lora_size(size):
     """(rank, alpha, targets) of a LoRA's size: a rank, for every linear layer, or (rank, "q v")."""
     rank, targets = (size, recover.LINEARS) if isinstance(size, int) else (size[0], tuple(size[1].split()))
@@ -79,22 +83,10 @@ def lora_size(size):
 
 def attach(model, kind, size, tensors):
     """The Subject that a trained repair makes of `model`."""
-    if kind == "lora":
+    if kind in INSIDE:
         model = shared_copy(model)
         with torch.no_grad():
-            for p, trained in zip(recover.add_lora(model, *lora_size(size)), tensors):
-                p.copy_(trained)
-        return Subject(model)
-    if kind == "gains":
-        model = shared_copy(model)
-        with torch.no_grad():
-            for p, trained in zip(recover.own_gains(model), tensors):
-                p.copy_(trained)
-        return Subject(model)
-    if kind in ("bias", "correction"):
-        model = shared_copy(model)
-        with torch.no_grad():
-            for p, trained in zip(recover.add_biases(model, size), tensors):
+            for p, trained in zip(add_inside(model, kind, size), tensors):
                 p.copy_(trained)
         recover.merge_biases(model)
         return Subject(model)

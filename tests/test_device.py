@@ -12,6 +12,7 @@ from checkpoints.compression import compress_files
 from checkpoints.writing import go_on
 from compress import compress
 from elsewhere import ELSEWHERE, Elsewhere, There, here
+from engine.script import guard
 from model import GPT, GPTConfig
 from study import ask, controls, inside, jobs, mechanism, pools, sweeps, training, trial
 from study.repairs import attach, pool_subject, train_repair, unpacked
@@ -223,7 +224,7 @@ def test_an_absent_device_is_one_line(job):
 def test_the_studys_absent_device_has_status_2(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--device", "nowhere"])
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main()
+        guard(evaluate.main)
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("evaluate.py: --device nowhere: ")
 
 

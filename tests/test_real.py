@@ -22,6 +22,7 @@ from real.text import Names, Writer
 from real.world import RealWorld, real_dense
 from golden.make_weights import fill
 from engine.safetensors import write_safetensors
+from engine.script import guard
 from model import GPT, GPTConfig
 from study.settings import rate
 from study.steps import Log, Run
@@ -566,7 +567,7 @@ def test_a_text_file_in_a_new_folder(tmp_path, folder, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
     monkeypatch.setattr("study.publish.write_text", full)
     with pytest.raises(SystemExit) as stopped:
-        real_main(command)
+        guard(lambda: real_main(command), "real")
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and err.splitlines()[-1].endswith("results.json: No space left on device")
     assert "| RTN 3 bits" in out and "24 unrelated tokens" in out
@@ -601,5 +602,5 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, folder, args, word, capsys
     args = [a.replace("{2}", str(long)).replace("{3}", str(wide)) for a in args]
     given = [a.replace("{0}", str(task)).replace("{1}", str(facts)).replace("{}", str(folder)) for a in args]
     with pytest.raises(SystemExit) as stopped:
-        real_main([*given, "--out", str(tmp_path / "out")])
+        guard(lambda: real_main([*given, "--out", str(tmp_path / "out")]), "real")
     assert stopped.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
