@@ -1,5 +1,5 @@
 """
-The product with a packed weight, computed without ever writing the floats of that weight to memory.
+The product with a packed weight; for few rows of x its floats are never written to memory.
 
 What it does: `matmul` multiplies with a packed low-bit or N:M sparse weight, in two forms that give
 the same numbers. The eager form dequantizes and calls F.linear, which is easy to check. The fused
@@ -75,7 +75,8 @@ class _Dequantized(torch.autograd.Function):
 # loops become a straight-line body, and sums over the same words become one loop nest. To read what
 # it made (search for "_mm", "Vectorized"):
 #
-#     TORCH_LOGS=output_code python kernels.py 2>&1 | less
+#     TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) TORCH_LOGS=output_code python kernels.py --compile \
+#         --model tests/golden/trained/dense.safetensors --tokens 3 2>&1 | less
 #
 # Several streams. A hardware prefetcher follows rising addresses to the end of a page of 4 KB; the
 # first words of the next page are waited for. So the loop reads row blocks from several places side

@@ -20,18 +20,19 @@ from checkpoints.gguf import read_header
 from checkpoints.weights import list_folder, list_safetensors
 from engine.decode import choose_decode
 from engine.device import add_device, device_of
+from engine.safetensors import read_safetensors
 from kernels import PackedLinear
 
 
 def show_tensors(path):
-    """A line for every tensor of a checkpoint, and for every setting of a GGUF file."""
+    """A line for every tensor of a checkpoint and, of a file, for every setting."""
     settings = {}
     if os.path.isdir(path):
         tensors = list_folder(path)
     elif path.endswith(".gguf"):
         settings, tensors = read_header(path)
     else:
-        tensors = list_safetensors(path)
+        settings, tensors = read_safetensors(path)[1], list_safetensors(path)
     for key, value in settings.items():
         text = f"{len(value)} values, first {value[:4]}" if isinstance(value, list) else repr(value)
         print(f"{key:48s} {text[:120]}")

@@ -387,7 +387,7 @@ def attach_lora(model, layers, alpha):
         base = model.get_submodule(ours)
         layer = LoRALinear(base, *shape_of(base), len(A), alpha)
         layer.A, layer.B = map(torch.nn.Parameter, (A, B))
-        replace(model, ours, layer)
+        model.set_submodule(ours, layer)
         parameters += [layer.A, layer.B]
     return parameters
 
@@ -396,12 +396,6 @@ def check_bare(model):
     """ValueError for a model that has LoRA or biases beside its layers already."""
     if any(isinstance(m, Wrapper) for m in model.modules()):
         raise ValueError("the model has LoRA or biases already: merge or remove them first")
-
-
-def replace(model, name, layer):
-    """Put another layer where `name` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def read_vectors(path, model, kind, settings, tensors):
@@ -431,7 +425,7 @@ def attach_vectors(model, kind, vectors):
         else:
             layer = BiasLinear(base, len(parameter))
             layer.shift = parameter
-            replace(model, ours, layer)
+            model.set_submodule(ours, layer)
     return list(parameters.values())
 
 

@@ -92,10 +92,10 @@ def read_rows(path, encoding, rows, length):
     """(N, T) token ids of a UTF-8 text file: its first `rows` rows of `length` tokens; a shorter text is one row."""
     with open(path, encoding="utf-8") as f:
         try:
-            text = f.read()
+            text = f.read(16 * rows * length)  # a token is rarely longer; a long file need not be read
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    ids = encoding.encode_ordinary(text[:16 * rows * length])  # a token is rarely longer; a long file need not be read
+    ids = encoding.encode_ordinary(text)
     if not ids:
         raise ValueError(f"{path}: no text in it")
     N = min(rows, len(ids) // length)

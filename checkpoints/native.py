@@ -95,10 +95,8 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = GPT(config)
     for name, spec in (specs or {}).items():
-        parent, _, child = name.rpartition(".")
         try:
-            model.get_submodule(name)
-            setattr(model.get_submodule(parent), child, from_spec(spec))
+            model.set_submodule(name, from_spec(spec), strict=True)
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{path}: module {name!r}: {error}") from None
     expected = {name: t for name, t in model.state_dict().items()}

@@ -275,7 +275,7 @@ def checked(path, config):
 # ---- a checkpoint's parts: (config, tensors {name: Stored}, family, tokenizer)
 
 def list_safetensors(path):
-    """{name: Stored} of one safetensors file, its header judged by model.py."""
+    """{name: Stored} of one safetensors file, its header judged by engine/safetensors.py."""
     read_safetensors(path)  # refuses what is not honest; its tensors are not kept: all would lie in one mapping
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")

@@ -64,8 +64,8 @@ def live_diagonal(H):
 def factor(H, n, damp=0.01, act_order=False, dtype=torch.float32):
     """For the H (n, n) of n inputs: the upper triangular R (of dtype), R Rᵀ = H + damp * mean(diag H) * I -> Factor.
 
-    Where H has not full rank at this damping, the damping is raised to 1e-6, then tenfold, until it has; how often is
-    in the result. `act_order` puts the columns with the largest diagonal first, on a tie the first of them. Raises
+    Where H has not full rank at this damping, it is raised to ten times itself, at least 1e-6, until H has; how often
+    is in the result. `act_order` puts the columns with the largest diagonal first, on a tie the first of them. Raises
     ValueError for an H that is not positive semidefinite: one that needs more than its own mean diagonal added.
     """
     check_damp(damp)

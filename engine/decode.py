@@ -3,7 +3,8 @@ One token through a whole model in compiled code: dense, compressed or adapted m
 
 Each linear layer compiled alone loses time to calls, and to activations written out between the layers; the whole model
 as one graph takes minutes to compile. So one block is compiled, once, with its weights as arguments, and called for
-every layer. Keys, values and the token's position stay in tensors: the loop of `GPT.generate` never waits for a device.
+every layer. Keys, values and the token's position stay in tensors: the loop of `GPT.generate` waits for a device only
+to see whether every row has written its `stop`.
 
     model = compile_decode(model)      # model.generate(...) from now on
 """

@@ -74,8 +74,9 @@ def read_safetensors(path):
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
             raise ValueError(f"{path}: tensor {name!r}: shape {shape!r} is not a list of sizes")
         start, stop = entry["data_offsets"]
-        if start < end:
-            raise ValueError(f"{path}: tensor {name!r}: its bytes overlap another tensor's")
+        if start != end:
+            raise ValueError(f"{path}: tensor {name!r}: its bytes "
+                             + ("overlap another tensor's" if start < end else "do not follow the last tensor's"))
         if stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: tensor {name!r}: {stop - start} bytes for shape {shape} of {entry['dtype']}")
         if 8 + n + stop > size:
@@ -89,6 +90,8 @@ def read_safetensors(path):
             tensors[name] = flat.reshape(shape)
         except RuntimeError:  # no bytes, but sizes whose product overflows
             raise ValueError(f"{path}: tensor {name!r}: shape {shape} is larger than any tensor") from None
+    if 8 + n + end != size:
+        raise ValueError(f"{path}: {size - 8 - n - end} bytes follow the last tensor")
     return tensors, metadata
 
 

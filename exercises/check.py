@@ -289,6 +289,11 @@ def main():
         functions = runpy.run_path(str(path))
     except SyntaxError as error:
         raise ValueError(f"{path}: line {error.lineno}: {error.msg}") from None
+    except OSError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise ValueError(f"{path}: line {line}: {type(error).__name__}: {error}") from None
     right = []
     for i, (name, (sitting, minutes, checks)) in enumerate(CHECKS.items(), 1):
         if args.names and name not in args.names:

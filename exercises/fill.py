@@ -1,5 +1,5 @@
 """
-Twelve functions to write, four sittings, about three and a half hours. Write one, then
+Twelve functions to write, four sittings, a little under four hours. Write one, then
 
     python exercises/check.py                 # of each: right, where the first number differs, or not written yet
     python exercises/check.py gptq            # of one
@@ -77,7 +77,7 @@ def rtn(W, bits, group_size):
 
 
 def second_moments(X, lengths):
-    """5. What the data say, 10 minutes. (compress.py: calibrate)
+    """5. What the data say, 10 minutes. (engine/layers.py: watched, which compress.py: calibrate calls)
 
     X (B, T, in) the inputs of a layer, lengths (B,) real tokens of each row; what stands behind them is padding ->
     H (in, in), the mean of x xᵀ over all real tokens (not over rows first).

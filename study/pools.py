@@ -163,7 +163,7 @@ def try_selectors(run, subject, base):
     pool = make_pool("idp", subject.about["operation"]["parameters"]["size"], subject.about["tensors"])
     generator = torch.Generator().manual_seed(run.config.seed + 4)
     out, each = selectors(world.encoding, base.model, pool, facts, validation, generator)
-    chosen = idp.highest(each["attention"])
+    chosen = idp.highest(each.get("probe", each["attention"]))  # what the subject itself goes by
     by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
                     for a in dict.fromkeys(f.attribute for f in facts)}
     gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)

@@ -202,7 +202,8 @@ const testOf = m => (study.comparisons || []).find(row => row.model === m.id && 
 export function differing(m) {
   const ends = interval(m, "displaced"), test = testOf(m), yes = own(sure, m.id);
   if (!ends || yes === null) return "";
-  const p = test ? `p ${probability(test.p_holm)} after correction for ${count(study.comparisons.length, "test")}`
+  const family = study.comparisons.filter(row => byId.get(row.model)?.group === m.group);  // corrected together
+  const p = test ? `p ${probability(test.p_holm)} after correction for ${count(family.length, "test")}`
     : "the corrected test";
   if (!yes && ends[0] > 0) return `The interval lies above 0, but the gain is not confirmed: ${p}.`;
   if (yes && ends[0] <= 0)

@@ -130,9 +130,11 @@ def test_where_the_first_number_differs():
 
 @pytest.mark.parametrize("arguments, said", [
     (["nonsense"], "no exercise 'nonsense'"),
-    (["--file", "broken.py"], "line 1: "), (["--file", "missing.py"], "No such file")])
+    (["--file", "broken.py"], "line 1: "), (["--file", "undefined.py"], "line 3: NameError: name 'undefined'"),
+    (["--file", "missing.py"], "No such file")])
 def test_a_file_that_cannot_be_run_is_one_line(arguments, said, tmp_path):
     (tmp_path / "broken.py").write_text("def (:\n")
+    (tmp_path / "undefined.py").write_text("import torch\n\nx = undefined\n")
     arguments = [str(tmp_path / a) if a.endswith(".py") else a for a in arguments]
     status, printed, error = run_check(*arguments)
     assert status == 2 and printed == "" and said in error and error.count("\n") == 1

@@ -93,11 +93,11 @@ def test_the_best_single_prompt_is_chosen_on_other_people(scene, monkeypatch):
     assert out["best single on validation"][0].tolist() == [0.0] * 9 + [1.0] == out["prompt 2 alone"][0].tolist()
 
 
-def tried_by_hand(monkeypatch, attention, logprob):
+def tried_by_hand(monkeypatch, attention, logprob, **scores):
     """`try_selectors` where each fact's scores and log-probabilities under three prompts are given."""
     people = make_world(WorldConfig(seen=2, heldout=2, validation=2, novel=2))
     facts = [f for f in facts_about(people[2:4]) if f.attribute in ("city", "year")]  # Ada's city and year, Ben's
-    each = {"attention": torch.tensor(attention), "logprob": torch.tensor(logprob)}
+    each = {name: torch.tensor(of) for name, of in {"attention": attention, "logprob": logprob, **scores}.items()}
     out = {"the rule": (torch.tensor([1.0, 0.0, 0.0, 0.0]), 0), "oracle": (torch.tensor([1.0, 1.0, 1.0, 0.0]), 2)}
     monkeypatch.setattr(pools, "selectors", lambda *given: (out, each))
     run = SimpleNamespace(config=SimpleNamespace(ablation_people=2, seed=0),
@@ -126,6 +126,13 @@ def test_what_prompts_gain_is_against_their_mean_on_the_same_question(monkeypatc
     assert oracle["over_rule"] == [0.5, 0.5]  # one question more for Ada, and one for Ben
     assert rule["interval"] == exact_interval(0.75, 3) and oracle["interval"] == exact_interval(2.25, 3)  # few
     assert (rule["extra_passes"], oracle["extra_passes"]) == (0, 2)
+
+
+def test_a_pool_with_a_probe_is_told_by_what_its_probe_took(monkeypatch):
+    """Attention would take prompts 0, 1, 2, 0."""
+    attention, logprob = [[0.5, 0.2, 0.2], [0.2, 0.5, 0.1], [0.1, 0.2, 0.5], [0.5, 0.2, 0.1]], [[-1.0, -2.0, -3.0]] * 4
+    tried, _ = tried_by_hand(monkeypatch, attention, logprob, probe=[[0.0, 1.0, 2.0]] * 4)
+    assert tried["chosen"] == [0, 0, 4] and tried["by_attribute"] == {"city": [0, 0, 2], "year": [0, 0, 2]}
 
 
 def test_a_pool_whose_prompts_are_all_alike_has_no_correlation(monkeypatch):

@@ -17,6 +17,10 @@ from golden.make_weights import odd_texts, texts
 from model import GPT, GPTConfig
 
 
+def test_the_texts_are_stored_for_a_port():
+    assert GOLDEN["texts"] == texts() and GOLDEN["odd_texts"] == odd_texts()
+
+
 @pytest.mark.parametrize("name", sorted(GOLDEN["tokenizers"]))
 def test_token_ids_equal_the_original_tokenizers(tmp_path, name):
     (tmp_path / "tokenizer.json").write_text(json.dumps(GOLDEN["tokenizers"][name]))

@@ -326,7 +326,7 @@ def main():
     modules = [importlib.import_module(name) for name in ("torch", "transformers", "tokenizers", "gguf")]
     torch, transformers, tokenizers, gguf = modules
     values = {"made_with": {m.__name__: importlib.metadata.version(m.__name__) for m in modules},
-              "models": {}, "tokenizers": {}, "token_ids": {}}
+              "texts": texts(), "odd_texts": odd_texts(), "models": {}, "tokenizers": {}, "token_ids": {}}
     arrays = {}
     with contextlib.suppress(FileNotFoundError):
         old = json.loads((HERE / "weights.json").read_text())
