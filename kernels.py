@@ -71,9 +71,8 @@ class _Dequantized(torch.autograd.Function):
 #
 #     y_n = sum over g of s_ng * (sum over k in g of q_nk x_k  -  z_ng * sum over k in g of x_k)
 #
-# Inductor turns the Python below into that loop: the dimension of 16 becomes the vector, the Python
-# loops become a straight-line body, and sums over the same words become one loop nest. To read what
-# it made (search for "_mm", "Vectorized"):
+# Inductor turns the Python below into that loop: the dimension of 16 becomes the vector, the loops
+# a straight-line body, sums over the same words one loop nest. To read it (search for "_mm"):
 #
 #     TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) TORCH_LOGS=output_code python kernels.py --compile \
 #         --model tests/golden/trained/dense.safetensors --tokens 3 2>&1 | less
