@@ -41,8 +41,7 @@ def find_rates(run, base, batches, facts):
     batches  () -> the batches of a repair;  facts  the validation facts
     """
     config, rates = run.config, {}
-    pools = {f"prompt {P}": ("prompt", P) for kind, (_, P, _) in
-             [how for how in config.repairs.values() if how[0] == "idp"]}
+    pools = {f"prompt {size[1]}": ("prompt", size[1]) for kind, size in config.repairs.values() if kind == "idp"}
     for tag, (kind, size) in {**pools, **config.repairs}.items():
         if kind in config.rate_grid:
             grid = config.rate_grid[kind]

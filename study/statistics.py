@@ -16,7 +16,7 @@ The statistics: how sure a number is, whether two models differ, and how small a
     power        the smallest difference that the test finds four times in five, from the flips that were counted
 
 Which interval when: `recall_interval` for recalls, `share_of` for displaced and re-learned, `interval` for other means
-over people. The test of coverage in tests/test_statistics.py makes data whose truth is known and counts how often each
+over people. The test of coverage, tests/test_coverage.py, makes data whose truth is known and counts how often each
 interval holds it.
 
 What it leaves out: Bayesian estimates, and one joint model of people and seeds.

@@ -1,4 +1,5 @@
 """python -m checkpoints: what it says of every kind of file, and one line where it cannot."""
+import re
 import sys
 
 import pytest
@@ -54,8 +55,9 @@ def test_tensors_are_listed(tmp_path, run):
     path.write_bytes(gguf_bytes(*tiny_gguf()))
     assert "llama.block_count" in run(path, "--tensors") and "blk.0.ffn_down.weight" in run(path, "--tensors")
     save(gpt(), tmp_path / "ours.safetensors")
-    assert "blocks.0.attn.q.weight                           F32   (32, 32)                    4,096 bytes" in run(
-        tmp_path / "ours.safetensors", "--tensors")
+    listed = run(tmp_path / "ours.safetensors", "--tensors")
+    assert "blocks.0.attn.q.weight                           F32   (32, 32)                    4,096 bytes" in listed
+    assert re.search(r"^config +'\{.*vocab_size\W+40\b", listed, re.M)  # of its __metadata__
     assert "transformer.wte.weight" in run(write_folder(tmp_path / "folder", "gpt2"), "--tensors")
 
 

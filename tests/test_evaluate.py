@@ -16,7 +16,8 @@ from kernels import PackedLinear
 from model import GPT, GPTConfig
 from study import comparisons, inside, publish, subjects, tables
 from study.costs import costs
-from study.repairs import unpacked
+from engine.wrapping import Wrapper
+from study.repairs import attach, unpacked
 from study.settings import StudyConfig
 from study.shares import add_attributes, add_shares
 from study.statistics import exact_interval, recall_interval
@@ -135,6 +136,15 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
     assert back["gain_logprob"] == pytest.approx(0.3) and back["gain_format"] == pytest.approx(0)
     low, high = rows[2]["intervals"]["displaced"]  # of 40 people half gain 2 of 3, half 1 of 3: 0.5 +- 1.96 * 0.026
     assert 0.44 < low < 0.46 and 0.54 < high < 0.56
+
+
+@pytest.mark.parametrize("kind", ["bias", "correction"])
+def test_biases_cost_nothing_where_the_model_answers(kind):
+    """They are merged into the layers: no wrapper computes beside them, and the given model stays as it is."""
+    model = GPT(GPTConfig(vocab_size=40, n_layer=2, n_embd=32)).init_weights(torch.Generator().manual_seed(0))
+    subject = attach(model, kind, "o down", [torch.full((32,), 0.5)] * 4)
+    assert not [m for m in subject.model.modules() if isinstance(m, Wrapper)]
+    assert subject.model.blocks[1].attn.o.bias.tolist() == [0.5] * 32 and model.blocks[1].attn.o.bias is None
 
 
 def test_seen_and_heldout_people_are_drawn_apart():

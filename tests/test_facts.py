@@ -257,3 +257,5 @@ def test_main_shows_people(monkeypatch, capsys):
     for split in SPLITS:
         first = next(p for p in people if p.split == split)
         assert f"{first.name} ({split}" in shown and f" {first.values['city']} " in shown
+        heard = [f"  {'never' if split == 'novel' else 'told '}  {s}\n" for s in statements([first])]
+        assert len(heard) == 15 and all(line in shown for line in heard)

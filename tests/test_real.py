@@ -443,6 +443,17 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
     assert all(t["reused"] for t in again["times"]) and same == table
 
 
+def test_a_part_is_what_was_named():
+    """The lock is a part where it is named, or where no damaged model is and --lock is given."""
+    config = settings.real_config("tiny.gguf")
+    every, repairs = list(config.compressions), list(config.repairs)
+    for only, lock_too, wanted in ((None, False, (every, repairs, False)), (None, True, (every, repairs, True)),
+                                   ("locked", False, ([], repairs, True)), (": gains", True, (every, ["gains"], True)),
+                                   ("RTN 3 bits: biases, gains", True, (every[:1], ["biases", "gains"], False))):
+        compressions, kept, locked = settings.part_of(config, only, lock_too)
+        assert (list(compressions), list(kept), locked) == wanted, only
+
+
 def test_halving_keeps_the_better_half():
     """By hand: 4 rates for 25 steps, 2 for all 100; more steps change the order, and the last round decides."""
     asked = []
