@@ -39,7 +39,9 @@ def test_the_second_process_lives_as_long_as_the_study(tmp_path, monkeypatch):
     (tmp_path / "evaluate.py").write_text(
         "import os, pathlib, sys, time\n"
         "told = ' '.join([*sys.argv[1:], os.environ['OMP_NUM_THREADS']])\n"
-        "pathlib.Path(__file__).with_name('told').write_text(told)\n"
+        "path = pathlib.Path(__file__).with_name('part')\n"
+        "path.write_text(told)\n"
+        "path.rename(path.with_name('told'))\n"
         "time.sleep(60)\n")
     monkeypatch.setattr(steps, "ROOT", str(tmp_path))
     monkeypatch.setattr(beside.subprocess, "Popen", lambda *a, popen=beside.subprocess.Popen, **k:
