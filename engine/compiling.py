@@ -66,11 +66,12 @@ class Function(nn.Module):
         return self.f(*tensors)
 
 
-def compiled(f, tensors, key, dynamic=()):
+def compiled(f, tensors, key, dynamic=(), instead=()):
     """f(*tensors) compiled for tensors such as these: called with a list of them, it returns a list of one.
 
     key      all that the code takes for granted: it names the file. Nothing is looked at again when the code is called
     dynamic  {number of a tensor: its dimension that may have any size}, the same size for all of them
+    instead  {operator of PyTorch: function that stands in its place}
     """
     # Inductor keeps its files there, too; to ask it where takes the second of its import
     default = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.environ.get('USER', '')}")
@@ -82,6 +83,8 @@ def compiled(f, tensors, key, dynamic=()):
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns of itself
             program = torch.export.export(Function(f), (tensors,), dynamic_shapes=(sizes,))
+            if instead:
+                program = program.run_decompositions(dict(instead))
             part = f"{path}.{os.getpid()}.pt2"
             torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=dict(OPTIONS))
         os.replace(part, path)

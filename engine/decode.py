@@ -78,10 +78,27 @@ class Decoder:
                 def function(*tensors):
                     return torch.func.functional_call(step, dict(zip(held, tensors)), tensors[len(held):])
                 dynamic = {len(held) + i: dim for i, dim in ((2, 3), (3, 3))}  # mask and cache: of any length
-                ready[key] = compiled(function, [*held.values(), *given], key, dynamic)
+                plain = torch.ops.aten.scaled_dot_product_attention.default
+                instead = {plain: one_query} if given[0].device.type == "cpu" else {}
+                ready[key] = compiled(function, [*held.values(), *given], key, dynamic, instead)
             self.known[name] = list(held.values()), ready[key]
         tensors, code = self.known[name]
         return code([*tensors, *given])[0]
+
+
+def one_query(q, k, v, attn_mask, enable_gqa=False):
+    """F.scaled_dot_product_attention for one token a row, as sums that the compiler fuses with what stands around them:
+    on a CPU PyTorch's kernel is made for many tokens, and takes longer to begin than one needs.
+
+    q (B, nh, 1, hs); k, v (B, nkv, S, hs); attn_mask (B, 1, 1, S) -> (B, nh, 1, hs)
+    """
+    (B, nh, _, hs), nkv = q.shape, k.shape[1]
+    heads = q.float().view(B, nkv, 1, nh // nkv, hs) * hs ** -0.5  # those that share keys: each key is read once
+    score = (heads * k.float()[:, :, :, None]).sum(-1).mT  # (B, nkv, nh / nkv, S)
+    score = score.masked_fill(~attn_mask, -torch.inf)
+    weight = (score - score.amax(-1, keepdim=True)).exp()
+    y = (weight[..., None] * v.float()[:, :, None]).sum(-2) / weight.sum(-1, keepdim=True)  # (B, nkv, nh / nkv, hs)
+    return y.view(q.shape).to(q.dtype)
 
 
 def layout(t):

@@ -219,8 +219,7 @@ def pack_sparse(weight, n_m):
     kept = F.pad(values != zero, pad).view(N, -1, m)  # (N, cells, m)
     if int(kept.sum(-1).max()) > n:
         raise ValueError(f"not {n}:{m} sparse: {int(kept.sum(-1).max())} of {m} neighbours are not zero")
-    place = kept.byte().argsort(dim=-1, descending=True, stable=True)[..., :n]
-    place = place.sort(dim=-1).values
+    place = kept.byte().argsort(dim=-1, descending=True, stable=True)[..., :n].sort(dim=-1).values
     values = F.pad(values, pad).view(N, -1, m).gather(-1, place)  # (N, cells, n)
     # cells take the place of columns: sorted by group, padded to whole words
     group = F.pad(weight.group, pad, value=int(weight.group[-1])) if quantized else place.new_zeros(values.shape[1] * m)
@@ -271,9 +270,7 @@ def in_lanes(t):
 
 
 def n_tiles(span, groups, unit):
-    """How many tiles to cut the positions into: tiles of at most 2,048 positions, if that cuts no cell and no one of
-    many groups.
-    """
+    """How many tiles to cut into: of at most 2,048 positions each, if that cuts no cell and no one of many groups."""
     atom, n = (span, groups) if groups > 1 else (unit, span // unit)  # n atoms, not to be cut
     fits = [T for T in range(1, n + 1) if n % T == 0 and n // T * atom <= 2048]
     return fits[0] if fits and n // fits[0] * atom >= 128 else 1 if groups == 1 or span <= 2048 else groups

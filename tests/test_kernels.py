@@ -261,7 +261,7 @@ def test_compiled_code_is_given_only_what_it_was_made_for(monkeypatch):
     """Compiled code takes strides for granted: a cache whose keys lie otherwise in memory is compiled anew."""
     made = []
 
-    def compiled(function, tensors, key, dynamic):
+    def compiled(function, tensors, key, dynamic, instead):
         """Stands in for the compiler: refuses what is laid out otherwise than when it was made."""
         strides = [t.stride() for t in tensors[:-1]]  # the last, the cache, is of any length
 
@@ -475,6 +475,23 @@ def test_compiled_decode_writes_the_same_tokens(monkeypatch, tmp_path):
     assert len({str(tokens) for tokens in seen}) > 2
 
     assert "step" not in vars(compile_decode(gpt, False))
+
+
+@pytest.mark.parametrize("heads, kv_heads, dtype", [(6, 2, torch.float32), (3, 3, torch.float32),
+                                                    (4, 1, torch.bfloat16)])
+def test_attention_of_one_query_is_pytorchs(heads, kv_heads, dtype):
+    """Of rows of unequal length, with slots before them and behind them that must not count, however large."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, slots, 8, generator=generator, dtype=dtype)
+               for n, slots in ((heads, 1), (kv_heads, 11), (kv_heads, 11)))
+    mask = torch.zeros(2, 1, 1, 11, dtype=torch.bool)
+    mask[0, ..., 2:7], mask[1, ..., 10:] = True, True
+    k[0, :, 7:], v[0, :, :2] = 100, 100
+    got = decode.one_query(q, k, v, mask, enable_gqa=kv_heads != heads)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(t.double() for t in (q, k, v)), attn_mask=mask, enable_gqa=kv_heads != heads)
+    assert got.dtype == dtype and got.shape == q.shape
+    assert torch.allclose(got.double(), want, atol=1e-6 if dtype == torch.float32 else 0.01)
 
 
 def test_compiled_decode_of_every_repair():
