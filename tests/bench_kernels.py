@@ -3,7 +3,7 @@ What a packed weight costs in bytes, and what that buys in time: every claim abo
 
     python -m tests.bench_kernels                # on two cores; then, on a CPU with AVX512, the code for AVX2 on one
     python -m tests.bench_kernels --quick        # only what a claim is made about
-    ATEN_CPU_CAPABILITY=avx2 python -m tests.bench_kernels --threads 1        # the code for AVX2 alone
+    ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m tests.bench_kernels --threads 1    # AVX2 alone
 
 The first line names the CPU's vector width, on which everything below depends.
 
@@ -318,7 +318,8 @@ def main():
     if torch.backends.cpu.get_cpu_capability() == "AVX512":  # then the narrow code, in a process of its own
         print(flush=True)
         missed |= subprocess.run([sys.executable, __file__, *sys.argv[1:], "--threads", "1"],
-                                 env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}).returncode
+                                 env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+                                 ).returncode
     return missed
 
 
