@@ -179,9 +179,9 @@ def _fused(x, packed):
         x_sum = x.sum(-1)[..., None]  # (M, T, 1, groups, bodies, 1)
         offsets = (x * x.new_tensor([offset for *_, offset in codes[0]])).sum(-1)[..., None]
         x = x * x.new_tensor([1 / factor for _, factor, _ in codes[0]])
-        # each stream reads an x of its own: one x shared by all is kept in registers from the first
-        # stream to the last, and there are not enough
-        x = written_out(torch.stack([x] * S))  # (S, M, T, 1, groups, bodies, body)
+        # one x shared by all streams is kept in registers from the first to the last; on AVX2 there
+        # are not enough: each stream has its own (S, M, T, 1, groups, bodies, body)
+        x = written_out(torch.stack([x] * S) if NARROW else x[None]).expand(S, *x.shape)
         inputs = [[[x[s, i, ..., p, None] for p in range(body)] for i in range(M)]
                   for s in range(S)]
     y = []
@@ -219,13 +219,14 @@ def _run(f, x, packed):
     tensors = [x, *(t for t in packed[:len(Packed.TENSORS)] if t is not None)]
     key = (f.__name__, x.shape, x.dtype, x.device, packed.words.shape, packed.words.stride(),
            packed[len(Packed.TENSORS):], len(tensors), torch.get_num_threads())
-    if key not in ready:
+    code = ready.get(key)
+    if code is None:
         names = [name for name in Packed.TENSORS if getattr(packed, name) is not None]
 
         def function(x, *given):
             return f(x, packed._replace(**dict(zip(names, given))))
-        ready[key] = compiled(function, tensors, key)
-    return ready[key](tensors)[0]
+        code = ready[key] = compiled(function, tensors, key)
+    return code(tensors)[0]
 
 
 def _fused_matmul(x, packed):
