@@ -91,6 +91,7 @@ SUMS = 8  # of products, in all streams together: an addition takes four cycles,
 # codes from this bit up are shifted down, to use the masks of the lower ones
 HALF = {2: 16, 3: 15, 4: 16 if NARROW else 32, 8: 32}
 UNROLL = 32 if NARROW else 16  # positions written out in the loop body; 1 / M of that for N:M
+LONG = {64: 64} if NARROW else {128: 32}  # {span: as many for one row of x}: what was found best
 CHUNK = 1 << 20  # weights that a thread dequantizes at a time: 4 MB
 
 
@@ -141,8 +142,8 @@ def _fused(x, packed):
     unit = math.lcm(per, CELL[place_bits(m)][1], n) if packed.n_m else per
     T, NB, groups, n_words, _ = packed.codes.shape
     tile = groups * n_words // cell_words * per  # positions
-    # positions written out in the body, a divisor of a group's; on AVX2 a whole group of 64
-    most = 64 if NARROW and (M, m, packed.span) == (1, 1, 64) else UNROLL // m
+    # positions written out in the body, a divisor of a group's
+    most = LONG.get(packed.span, UNROLL) if (M, m) == (1, 1) else UNROLL // m
     body = unit * math.gcd(max(1, most // unit), min(tile, packed.span) // unit)
     bodies = tile // groups // body
     S = math.gcd(NB, STREAMS) if M == 1 and not packed.n_m else 1  # streams
