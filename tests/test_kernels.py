@@ -441,10 +441,13 @@ def test_compiled_decode_writes_the_same_tokens(monkeypatch, tmp_path):
     compiling.ready.clear()
     fused, traced = kernels._fused, []
     monkeypatch.setattr(kernels, "_fused", lambda x, packed: traced.append(packed.shape) or fused(x, packed))
+    query, attended = decode.one_query, []
+    monkeypatch.setattr(decode, "one_query", lambda q, *a, **k: attended.append(len(q)) or query(q, *a, **k))
     compile_decode(gpt)
     for (i, n, p), want in zip(calls, expected):
         assert torch.equal(gpt.generate(i, n, prompt=p), want)
     assert len(compiling.ready) == 4  # the head and the block, for one row and for two
+    assert set(attended) == {1, 2}  # rows: it stands in the place of PyTorch's attention
     assert traced == [(16, 16), (16, 32), (32, 16), (16, 16), (32, 16)]  # of two rows 2:4 does not take the fused loop
     other = compile_decode(small_packed_model())  # another model of this kind: its tensors, the same code
     for block in other.blocks:
@@ -487,11 +490,12 @@ def test_attention_of_one_query_is_pytorchs(heads, kv_heads, dtype):
     mask = torch.zeros(2, 1, 1, 11, dtype=torch.bool)
     mask[0, ..., 2:7], mask[1, ..., 10:] = True, True
     k[0, :, 7:], v[0, :, :2] = 100, 100
+    q[0, 0] *= 300  # products beyond the largest exponent
     got = decode.one_query(q, k, v, mask, enable_gqa=kv_heads != heads)
     want = torch.nn.functional.scaled_dot_product_attention(
         *(t.double() for t in (q, k, v)), attn_mask=mask, enable_gqa=kv_heads != heads)
     assert got.dtype == dtype and got.shape == q.shape
-    assert torch.allclose(got.double(), want, atol=1e-6 if dtype == torch.float32 else 0.01)
+    assert torch.allclose(got.double(), want, atol=1e-4 if dtype == torch.float32 else 0.01)
 
 
 def test_compiled_decode_of_every_repair():
