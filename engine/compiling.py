@@ -84,7 +84,7 @@ def compiled(f, tensors, key, dynamic=(), instead=()):
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns of itself
             program = torch.export.export(Function(f), (tensors,), dynamic_shapes=(sizes,))
             if instead:
-                program = program.run_decompositions(dict(instead))
+                program = program.run_decompositions(instead)
             part = f"{path}.{os.getpid()}.pt2"
             torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=dict(OPTIONS))
         os.replace(part, path)
