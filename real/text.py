@@ -74,7 +74,8 @@ class Writer:
         while len(kept) < wanted:
             begun = [[self.encoding.eot_token, *self.encoding.encode_ordinary(text)] for text in starts(batch)]
             ids, lengths = pad([row[:length - 1] for row in begun], self.encoding, device)
-            rows = self.subject.model.generate(ids, length - 1, lengths, temperature=1.0, generator=generator)
+            most = length - int(lengths.min())  # tokens that the shortest start lacks
+            rows = self.subject.model.generate(ids, most, lengths, temperature=1.0, generator=generator)
             rows = rows[:, :length].cpu()
             good = [row for row in rows if self.may_be_read(row.tolist())]
             kept, dropped = kept + good, dropped + len(rows) - len(good)
