@@ -66,6 +66,11 @@ def t_quantile(df, alpha=0.05):
     return math.sqrt(df * (1 - x) / x)
 
 
+def t_tails(t, df):
+    """The chance that Student's variable of df > 0 degrees of freedom is as far from 0 as t, on either side."""
+    return beta_cdf(df / (df + t * t), df / 2, 0.5)
+
+
 # ---- intervals over people
 
 def resampled(scores, resamples, generator, sizes=None):
@@ -159,12 +164,17 @@ def seed_interval(bounds, values):
     if len(values) < 4:
         of_seeds = t_interval(values)
         return [min(low, of_seeds[0]), max(high, of_seeds[1])]
-    mean, of_seeds = values.mean(), values.var(ddof=1) / len(values)  # the variance of their mean
-    of_people = ((high - low) / 2 / NORMAL) ** 2
-    df = (len(values) - 1) * ((of_people + of_seeds) / of_seeds) ** 2
-    longer, spread = t_quantile(min(df, 10_000)) / NORMAL, NORMAL * math.sqrt(of_seeds)
+    mean, (of_seeds, df) = values.mean(), variance_of_seeds(bounds, values)
+    longer, spread = t_quantile(df) / NORMAL, NORMAL * math.sqrt(of_seeds)
     return [float(mean - longer * math.hypot(mean - low, spread)),
             float(mean + longer * math.hypot(high - mean, spread))]
+
+
+def variance_of_seeds(bounds, values):
+    """(the variance of the mean of K seeds' values, Satterthwaite's degrees of freedom of that and the people's)."""
+    of_seeds = values.var(ddof=1) / len(values)
+    of_people = ((bounds[1] - bounds[0]) / 2 / NORMAL) ** 2
+    return of_seeds, min((len(values) - 1) * ((of_people + of_seeds) / of_seeds) ** 2, 10_000)
 
 
 FEW = 10  # right or wrong answers: with 4 a bootstrap's interval holds the truth 90 % of the time, with 1, 62 %
@@ -198,6 +208,24 @@ class Estimate(NamedTuple):
     def interval(self):
         """95 %, over people and seeds: [low, high]."""
         return seed_interval(interval(self.samples), self.seeds)
+
+    def p(self, null):
+        """Two-sided p against a value: 1 - the level of the interval over people and seeds that ends there.
+
+        The people's half of the interval that looks at `null` is taken as a normal variable's.
+        """
+        bounds, seeds = interval(self.samples), np.asarray(self.seeds, dtype=float)
+        if None in bounds:
+            return 1.0
+        distance = abs(self.value - null)
+        half = max(self.value - bounds[0] if self.value > null else bounds[1] - self.value, 1e-12)
+        of_people = math.erfc(distance / half * NORMAL / math.sqrt(2))
+        if len(seeds) < 2 or (seeds == seeds[0]).all():
+            return of_people
+        of_seeds, df = variance_of_seeds(bounds, seeds)
+        if len(seeds) < 4:
+            return max(of_people, t_tails(distance / math.sqrt(of_seeds), len(seeds) - 1))
+        return t_tails(distance / math.hypot(half / NORMAL, math.sqrt(of_seeds)), df)
 
     def __sub__(self, other):
         seeds = np.subtract(self.seeds, other.seeds) if len(self.seeds) and len(other.seeds) else ()

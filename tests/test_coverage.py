@@ -113,6 +113,26 @@ def test_three_seeds(spread, most, counts):
     assert outside(found, 0.93, most) == {}
 
 
+@pytest.mark.parametrize("spread", [0.03, 0.15])
+def test_five_seeds(spread, counts):
+    """As the README's table has them."""
+    found = simulate((0.99, 0.85, 0.89, 0.87), 5, spread, counts)
+    assert 0.93 <= found.pop("relearned") <= 0.99  # a difference of two splits, whose seeds move together
+    assert outside(found, 0.93, 0.99) == {}
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 5])
+def test_p_of_a_difference_that_is_none(K, counts):
+    """Two repairs that bring back the same: p is below 0.05 in one world of twenty, below 0.0125 in one of eighty, or
+    less often."""
+    rng, p = np.random.default_rng(K), []
+    for _ in range(WORLDS // 50):
+        worlds = [right_answers(rng, (0.99, 0.85, 0.88, 0.88), shifts(rng, 4, K, 0.15 if K > 1 else 0.0),
+                                0.15 if K > 1 else 0.0) for _ in range(50)]
+        p += [(share_of(A - C, D - C) - share_of(B - C, D - C)).p(0.0) for D, C, A, B in estimates(worlds, counts)]
+    assert np.mean(np.less(p, 0.05)) < 0.07 and np.mean(np.less(p, 0.0125)) < 0.025
+
+
 def test_two_seeds_are_never_short(counts):
     """t is 12.7: a second seed says little of a third."""
     assert outside(simulate((0.99, 0.85, 0.89, 0.87), 2, 0.15, counts), 0.93, 0.998) == {}

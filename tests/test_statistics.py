@@ -13,7 +13,7 @@ from study import statistics
 from study.statistics import (Estimate, beta_cdf, beta_quantile, by_person, clustered_interval, detectable,
                               detectable_flips, exact_interval, flip_test, holm, interval, judged, mcnemar,
                               pooled_test, power, rank_correlation, recall_interval, resampled, seed_interval,
-                              share_of, t_interval, t_quantile)
+                              share_of, t_interval, t_quantile, t_tails)
 from world.score import knowledge
 
 
@@ -80,6 +80,28 @@ def test_quantiles_undo_the_distribution():
     for q in (0.025, 0.5, 0.975):
         for a, b in ((0.5, 0.5), (3, 1), (197.3, 4.2), (5000, 5000)):
             assert beta_cdf(beta_quantile(q, a, b), a, b) == pytest.approx(q, abs=1e-11)
+
+
+@pytest.mark.parametrize("df", [1, 2, 4, 7.3, 100])
+def test_t_tails_are_what_lies_beyond_a_quantile(df):
+    for alpha in (0.5, 0.05, 1e-4):
+        assert t_tails(t_quantile(df, alpha), df) == pytest.approx(alpha, rel=1e-8)
+    assert t_tails(2.0, 1) == pytest.approx(1 - 2 * math.atan(2.0) / math.pi, rel=1e-12)  # Cauchy's distribution
+    assert t_tails(2.0, 2) == pytest.approx(1 - 2.0 / math.sqrt(2 + 2.0**2), rel=1e-12)
+    assert t_tails(0.0, df) == 1.0
+
+
+@pytest.mark.parametrize("seeds", [(), (0.3,), (0.25, 0.35), (0.2, 0.3, 0.4), (0.2, 0.25, 0.35, 0.4),
+                                   (0.28, 0.31, 0.30, 0.29, 0.32), (0.3, 0.3, 0.3)])
+def test_p_is_one_in_twenty_at_both_ends_of_the_interval(seeds):
+    """Lopsided people, and seeds from nearly alike to far apart; beyond an end p is smaller, within it larger."""
+    samples = 0.3 + np.array([-0.1] * 10 + [0.0] * 80 + [0.05] * 10)
+    found = Estimate(0.3, samples, seeds)
+    for end, out in zip(found.interval(), (-0.01, 0.01)):
+        assert found.p(end) == pytest.approx(0.05, rel=1e-6)
+        assert found.p(end + out) < 0.05 < found.p(end - out)
+    assert found.p(0.3) == pytest.approx(1.0)
+    assert Estimate(0.3, np.array([0.1, np.inf]), seeds).p(0.0) == 1.0
 
 
 def test_t_quantiles_of_the_printed_tables():
