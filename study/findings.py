@@ -9,8 +9,7 @@ it is then named). Perplexities, bytes and parameters have no interval; they are
 
 Besides "models" with their "intervals" the rules read, where results.json has them,
 
-    model["confirmed"]   whether the corrected test says that a repair gained on held-out people; else the row of
-                         results["comparisons"] on "recall, held-out" says it
+    model["confirmed"]   whether a repair gained on held-out people
     results["pairs"]     [{"base", "a", "b": tags, "interval": [low, high] of displaced(a) - displaced(b)}]
     results["claims"]    [{"statement", "verdict"}]: the claims stated before the run; all else is exploratory
 
@@ -96,13 +95,12 @@ def between(interval):
 
 def displaced(results):
     """Of every compressed model whose loss is sure, a repair brings something back on people it never read about."""
-    said, holds, tests = [], [], {row["model"]: row["p_holm"] < 0.05 and row["difference"] > 0
-                                  for row in results.get("comparisons", []) if row["what"] == "recall, held-out"}
+    said, holds = [], []
     for base in results["models"]:
         repairs = [m for m in results["models"] if m["base"] == base["id"] and bounds(m, "displaced")[1] < float("inf")]
         if base["base"] != "dense" or base.get("kind") == "control" or not repairs:
             continue
-        sure = [m for m in repairs if m.get("confirmed", tests.get(m["id"])) and bounds(m, "displaced")[0] > 0]
+        sure = [m for m in repairs if m.get("confirmed") and bounds(m, "displaced")[0] > 0]
         holds.append(True if sure else None)
         best = max(sure, key=lambda m: bounds(m, "displaced")[0], default=None)
         said.append(f"{base['tag']}: at least {percent(bounds(best, 'displaced')[0])} of what was lost ({best['tag']})"

@@ -120,13 +120,10 @@ def test_nothing_leaves_the_picture_or_is_too_small(study):
     assert "@media screen and (prefers-color-scheme: dark)" in figure.STYLE
 
 
-def test_an_old_file_says_by_its_comparisons_what_is_confirmed(study):
+def test_what_nothing_tested_is_drawn_hollow(study):
     study = json.loads(json.dumps(study))
-    before = figure.picture(study)
     for m in study["models"]:
         m.pop("confirmed", None)
-    assert figure.picture(study) == before
-    del study["comparisons"]
     assert all("hollow" in mark.get("class") for title, mark, _ in marks(parsed(study)) if ", displaced" in title)
 
 

@@ -107,12 +107,6 @@ def test_displaced_needs_test_and_interval(change, now):
     assert found(results)["displaced"] is None
 
 
-@pytest.mark.parametrize("p, difference, now", [(0.01, 0.1, True), (0.06, 0.1, None), (0.01, -0.1, None)])
-def test_displaced_by_the_comparisons(p, difference, now):
-    row = {"what": "recall, held-out", "model": "LoRA", "p_holm": p, "difference": difference}
-    assert found({**RESULTS, "comparisons": [row]})["displaced"] is now
-
-
 @pytest.mark.parametrize("a, b, interval, now", [
     ("IDP", "LoRA", [0.01, 0.2], True), ("IDP", "LoRA", [-0.04, 0.2], True), ("IDP", "LoRA", [-0.06, 0.2], None),
     ("IDP", "LoRA", [-0.3, -0.2], False), ("LoRA", "IDP", [0.2, 0.3], False), ("LoRA", "IDP", [-0.2, 0.04], True),
