@@ -160,13 +160,16 @@ def every_draw(run, dense, rows_of):
 # ---- passes over the finished rows
 
 def add_verdicts(rows, tests):
-    """From its comparison: whether a repair's held-out gain is confirmed, the verdict in words."""
+    """Whether a repair's held-out gain is confirmed, by its comparison (people, in these draws) and
+    by the interval of displaced (people and draws); and the verdict in words."""
     recall = {m["id"]: m["metrics"]["recall_heldout"] for m in rows}
     for m in rows:
         if m["kind"] == "repaired":
             test, = [t for t in tests if (t["model"], t["what"]) == (m["id"], "recall, held-out")]
             lost = recall[rows[0]["id"]] - recall[m["base"]]
-            m["confirmed"] = bool(test["p_holm"] < 0.05 and test["difference"] > 0)
+            low = m["intervals"]["displaced"][0]
+            m["confirmed"] = bool(test["p_holm"] < 0.05 and test["difference"] > 0
+                                  and (low is None or low > 0))
             reach = test["detectable"] / lost if test["detectable"] and lost > 0 else None
             m["verdict"] = verdict(m, test, reach)
 
@@ -186,8 +189,10 @@ def verdict(model, test, reach=None):
         said = "no held-out gain is shown"
     elif test["difference"] < 0:
         said = "held-out facts are lost further"
+    elif low <= 0:
+        said = "a held-out gain in these draws, which others may not have"
     else:
-        said = f"at least {floor(100 * max(low, 0) + 1e-9)}% was displaced"
+        said = f"at least {floor(100 * low + 1e-9)}% was displaced"
     power = f", a share of {reach:.0%} would be found four times in five" if reach else ""
     again = "re-learned is above zero" if least > 0 else "re-learned is below zero"
     if least <= 0 <= most:
@@ -216,18 +221,20 @@ def context_check(run, dense):
 
 # ---- the main job
 
-def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjects):
+def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjects,
+          guessed=(None, None)):
     """The whole study of one dense model: what results.json holds, rows with their single answers.
 
     files     {task: its questions} to ask of every model beside the facts, see study/taskfiles.py
     controls  the names of the kinds of damage that are known by construction, which `make_control`
               makes (control_rows)
+    guessed   ({split: whether each fact can be guessed}, what is said of it), see real/guess.py
     """
     config, asked, seed = run.config, run.world.asked(run.config), run.config.seed
     draws, subjects = every_draw(run, dense, own_rows)
     rows, items = draws[0], task_items(run)
 
-    displaced = add_shares(draws, asked, seed, config.endpoint)
+    displaced = add_shares(draws, asked, seed, guessed[0])
     add_tasks(rows, items, seed + 6)
     add_attributes(rows, asked, seed)
     add_files(run, rows, subjects, files or {})
@@ -255,11 +262,12 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         "hypothesis": "H0: displaced = 0. "
                       "H1: displaced > 0 on people that no repair has read about.",
         "headline": claims.headline(draws[0]),
-        "claims": claims.claims(draws, displaced, config.claimed, config.endpoint),
+        "claims": claims.claims(draws, displaced, config.claimed),
         "pairs": claims.pairs(draws[0], displaced, config.claimed),
         "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"}
                      for m in rows if m["verdict"]],
         "models": rows, "comparisons": compared, "noise": noise, "context": context,
+        "guessing": guessed[1],
         "metrics": publish.describe_metrics(rows, files or {}),
         "files": {name: len(questions) for name, questions in (files or {}).items()},
         "operations": [{"name": name, "parameters": None, "description": what}

@@ -17,6 +17,7 @@ from engine.script import guard  # before torch: Ctrl-C is one line
 
 from engine.device import device_of
 from evaluate import study
+from real.guess import guessed
 from real.lock import TAG, lock_subjects
 from real.rates import faster_in_bfloat16, set_rates
 from real.settings import FACTS, LONGEST, STEPS, part_of, real_config
@@ -60,8 +61,9 @@ def main(arguments=None):
     run.describe_reuse()
     if args.rates:
         set_rates(run, dense, locked)
-    controls = (TAG,) if locked else ()
-    publish(run, dense, study(run, dense, files, controls, lock_subjects))
+    known = guessed(run.world.split, run.world.asked(config))
+    run.log.say(known[1])
+    publish(run, dense, study(run, dense, files, (TAG,) if locked else (), lock_subjects, known))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ number of the study is exploratory.
 
 What it leaves out: claims about single attributes, and about tasks.
 """
-import math
-
 from study.comparisons import flips_of
 from study.statistics import holm, judged
 
@@ -24,14 +22,16 @@ STATEMENTS = {
 }
 
 
-def claims(draws, displaced, claimed, endpoint="correct"):
+def claims(draws, displaced, claimed):
     """The four claims, each {name, statement, estimate, interval, p, p_holm, verdict}; those whose models were not made
     are left out.
+
+    p is that of the interval over people and draws; where the claim is about two models' answers, or their exact flip
+    test's (people, in these draws) if that is larger.
 
     draws      [rows] of the study's own group; displaced {id: Estimate or None} as add_shares gives it
     claimed    the repairs they are about: a prompt, one of as many tokens as the pool, the pool, and repairs of the
                weights with as many parameters as the first
-    endpoint   what is measured: "correct" or "knowledge"
     """
     named = dict(zip(("prompt", "long", "pool", "equal"), claimed))  # {role: tag}
     ids = {(m["base"], m["tag"]): m["id"] for m in draws[0]}
@@ -44,38 +44,34 @@ def claims(draws, displaced, claimed, endpoint="correct"):
     prompt, long, pool, equal = (share(BASE, tag) for tag in claimed)
     crude = share(CRUDE, named["prompt"])
     if prompt:
-        p = flips_of(draws, bases[BASE], ids[bases[BASE], named["prompt"]], key=endpoint)[2]
-        out.append(entry("prompt", prompt, p, prompt.value > 0, named))
+        p = flips_of(draws, bases[BASE], ids[bases[BASE], named["prompt"]])[2]
+        out.append(entry("prompt", prompt, 0.0, named, p))
     if pool and long:
-        p = flips_of(draws, *(ids[bases[BASE], named[role]] for role in ("long", "pool")), key=endpoint)[2]
-        out.append(entry("pool", pool - long, p, (pool - long).value > 0, named))
+        p = flips_of(draws, *(ids[bases[BASE], named[role]] for role in ("long", "pool")))[2]
+        out.append(entry("pool", pool - long, 0.0, named, p))
     if prompt and equal:
-        worse = prompt - equal
-        out.append(entry("weights", worse, p_of(worse, -MARGIN), worse.value > -MARGIN, named))
+        out.append(entry("weights", prompt - equal, -MARGIN, named))
     if prompt and crude:
-        less = crude - prompt
-        out.append(entry("compressor", less, p_of(less, 0.0), less.value > 0, named))
+        out.append(entry("compressor", crude - prompt, 0.0, named))
     for row, p in zip(out, holm([row["p"] for row in out])):
         decided = "holds" if row.pop("positive") else "the opposite holds"
         row |= {"p_holm": p, "verdict": decided if p < 0.05 else "undecided"}
     return out
 
 
-def entry(name, estimate, p, positive, named):
-    """One claim before it is corrected; `positive`: the estimate lies on the claim's side; named {role: repair}."""
+def entry(name, estimate, null, named, flips=0.0):
+    """One claim before it is corrected: the estimate is above `null`; flips: p of the flip test; named {role: repair}.
+    """
     return {"name": name, "statement": STATEMENTS[name].format(**named), "estimate": float(estimate.value),
-            "interval": estimate.interval(), "p": float(p), "positive": bool(positive)}
-
-
-def p_of(estimate, null):
-    """Two-sided p of an Estimate against a value, from its 95 % interval: the normal distribution of that width."""
-    low, high = estimate.interval()
-    half = (estimate.value - low) if estimate.value > null else (high - estimate.value)
-    return math.erfc(abs(estimate.value - null) / max(half, 1e-12) * 1.96 / math.sqrt(2))
+            "interval": estimate.interval(), "p": float(max(flips, estimate.p(null))),
+            "positive": bool(estimate.value > null)}
 
 
 def pairs(rows, displaced, claimed):
-    """Repairs of one model compared by name: {base, a, b, difference, interval, verdict}, the word of `judged`."""
+    """Repairs of one model compared by name: {base, a, b, difference, interval, verdict}, the word of `judged`.
+
+    They are exploratory: each 95 % interval stands by itself, and nothing is corrected.
+    """
     (prompt, long, pool, equal), out = claimed, []
     named = ((prompt, "LoRA rank 8"), (pool, "LoRA rank 8"), (prompt, equal), (pool, long))
     for base in [m for m in rows if m["base"] == rows[0]["id"]]:

@@ -119,14 +119,14 @@ def flips(what, model, base, before, after, entities):
             "difference": float(np.mean(after) - np.mean(before)), "p": p}
 
 
-def flips_of(draws, base, model, split="heldout", key="correct"):
-    """(gained, lost, p) of two models' recalls, or knowledge, a person's facts flipped together, over all draws."""
-    return pooled_test(*(recalls(draws, name, split, key) for name in (base, model)), entities_of(draws, split))
+def flips_of(draws, base, model, split="heldout"):
+    """(gained, lost, p) of two models' recalls, a person's facts flipped together, over all draws."""
+    return pooled_test(*(recalls(draws, name, split) for name in (base, model)), entities_of(draws, split))
 
 
-def recalls(draws, name, split, key="correct"):
-    """(draws, facts) 1 where the model is right; or another number of each answer."""
-    return [[float(a[key]) for a in next(m for m in rows if m["id"] == name)["answers"][split]] for rows in draws]
+def recalls(draws, name, split):
+    """(draws, facts) 1 where the model is right."""
+    return [[float(a["correct"]) for a in next(m for m in rows if m["id"] == name)["answers"][split]] for rows in draws]
 
 
 def entities_of(draws, split):

@@ -196,7 +196,7 @@ function words(v) {
 const briefly = (m, shown) => isRepaired(m) && shown.includes(parent(m)) ? `+ ${m.tag || m.id}` : m.label;
 const settingsOf = m => m.operation?.parameters ? words(m.operation.parameters) : "";
 
-// The test that decides whether a repair is confirmed, and a sentence where it differs from the interval.
+// The test that decides whether a repair is confirmed, and a sentence where the interval alone would say so.
 const HELD_OUT = "recall, held-out";
 const testOf = m => (study.comparisons || []).find(row => row.model === m.id && row.what === HELD_OUT);
 export function differing(m) {
@@ -206,8 +206,6 @@ export function differing(m) {
   const p = test ? `p ${probability(test.p_holm)} after correction for ${count(family.length, "test")}`
     : "the corrected test";
   if (!yes && ends[0] > 0) return `The interval lies above 0, but the gain is not confirmed: ${p}.`;
-  if (yes && ends[0] <= 0)
-    return `The gain is confirmed (${p}), though the interval reaches 0: it also holds the error of what was lost.`;
   return "";
 }
 
@@ -1181,8 +1179,8 @@ function testTable(shown, noise, what) {
     floors && behind("tests-noise", "Where nothing should differ: the noise floor", () => tableOf(noise.map(one)))];
   return [drawn,
     html("p.note", "Filled: the corrected p is below 0.05. An arrow: beyond the axis. Shaded: the largest difference "
-      + "of the noise floor. Short strokes: what could be seen. A test counts the flips between two models. An "
-      + "interval of displaced also carries the error of what was lost, so the two can differ.")];
+      + "of the noise floor. Short strokes: what could be seen. A test counts the flips between two models. A gain is "
+      + "confirmed where its interval of displaced lies above 0, too.")];
 }
 function pairTable() {
   if (!study.pairs?.length) return null;

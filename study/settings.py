@@ -39,7 +39,6 @@ class StudyConfig:
     repairs: dict = field(default_factory=lambda: REPAIRS)
     rates: dict = field(default_factory=lambda: RATES)
     claimed: tuple = ("prompt 8", "prompt 32", "IDP 4 x 8", "biases")  # repairs the claims are about (study/claims.py)
-    endpoint: str = "correct"                # what the claims measure: "correct", recall, or "knowledge"
     rate_grid: dict = field(default_factory=lambda: RATE_GRID)
 
     @property

@@ -15,23 +15,26 @@ import torch
 
 from study.statistics import Estimate, by_person, recall_interval, resampled, share_of
 
-MEASURES = {"correct": "recall", "knowledge": "knowledge"}  # key of an answer: how its mean is called
-SUFFIX = {"correct": "", "knowledge": "_knowledge"}         # of displaced and relearned in a row's metrics
+MEASURES = [("recall", "correct", ""),                # how its mean is called, the key of an answer, and the suffix of
+            ("knowledge", "knowledge", "_knowledge"),  # displaced and relearned in a row's metrics
+            ("unguessed", "correct", "_unguessed")]    # recall of facts that cannot be guessed
 
 
-def add_shares(draws, asked, seed, endpoint="correct"):
+def add_shares(draws, asked, seed, guessed=None):
     """Write means, displaced and relearned with their intervals into the rows of the first draw.
 
-    draws     [rows], one list a draw of `--seeds`, the reference first
-    asked     {split: facts}, which every row answered
-    endpoint  of which measure the Estimates are: a key of MEASURES
+    draws    [rows], one list a draw of `--seeds`, the reference first
+    asked    {split: facts}, which every row answered
+    guessed  {split: whether each fact can be guessed}, see real/guess.py; None: none can, and all are one kind
 
-    Returns {id: Estimate of displaced}.
+    Returns {id: Estimate of displaced}, by recall.
     """
     rows = draws[0]
     where, displaced = {m["id"]: i for i, m in enumerate(rows)}, {}
-    for key, name in MEASURES.items():
-        found = {split: estimates(draws, split, asked[split], key, seed + 3 + 1000 * k)
+    for name, key, suffix in MEASURES[:3 if guessed else 2]:
+        kept = {split: [i for i in range(len(facts)) if name != "unguessed" or not guessed[split][i]]
+                for split, facts in asked.items()}
+        found = {split: estimates(draws, split, asked[split], key, seed + 3 + 1000 * k, kept[split])
                  for k, split in enumerate(sorted(asked))}  # a seed each: the splits' people are drawn apart
         for split, of in found.items():
             for m, (estimate, bounds) in zip(rows, of):
@@ -45,11 +48,11 @@ def add_shares(draws, asked, seed, endpoint="correct"):
                 whole, damaged, repaired = (found[split][j][0] for j in (0, base, i))
                 share[split] = share_of(repaired - damaged, whole - damaged)
             back, seen = share["heldout"], share["seen"]
-            put(m, "displaced" + SUFFIX[key], back)
-            put(m, "relearned" + SUFFIX[key], seen - back if seen and back else None)
-            if key == endpoint:
+            put(m, "displaced" + suffix, back)
+            put(m, "relearned" + suffix, seen - back if seen and back else None)
+            if name == "recall":
                 displaced[m["id"]] = back
-            if key == "knowledge":  # what is left of the gain of the right answer's log-probability is format
+            if name == "knowledge":  # what is left of the gain of the right answer's log-probability is format
                 raw = logprob_gain(draws, i, base)
                 known = found["heldout"][i][0].value - found["heldout"][base][0].value
                 m["metrics"] |= {"gain_logprob": raw, "gain_knowledge": known, "gain_format": raw - known}
@@ -62,11 +65,14 @@ def logprob_gain(draws, i, base):
                            zip(rows[base]["answers"]["heldout"], rows[i]["answers"]["heldout"])] for rows in draws]))
 
 
-def estimates(draws, split, facts, key, seed):
-    """[(Estimate, its 95 % interval)] of every model's mean `key` on one split: all models on the same resamples."""
+def estimates(draws, split, facts, key, seed, kept):
+    """[(Estimate, its 95 % interval)] of every model's mean `key` on one split: all models on the same resamples.
+
+    kept  the places of the facts that count
+    """
     generator, K = torch.Generator().manual_seed(seed), len(draws)
-    scores = [[float(a[key]) for a in m["answers"][split]] for rows in draws for m in rows]
-    sums, sizes = by_person(scores, facts)                                # (people, K * models), (people,)
+    scores = [[float(m["answers"][split][i][key]) for i in kept] for rows in draws for m in rows]
+    sums, sizes = by_person(scores, [facts[i] for i in kept])             # (people, K * models), (people,)
     samples = resampled(sums, 10_000, generator, sizes).view(10_000, K, -1).mean(1).numpy()  # (resamples, models)
     by_seed = (sums.sum(0) / sizes.sum()).reshape(K, -1)                  # (K, models)
     right = sums.reshape(len(sums), K, -1).mean(1)                        # (people, models), mean over draws

@@ -55,8 +55,8 @@ def main_table(results):
         rows.append([name, f"{m['metrics']['extra_parameters']:,}", *cells])
     head = ["model", "params", "held-out recall %", "displaced %", "re-learned %"]
     draws = f"; over {results['settings']['seeds']} draws" if several else ""
-    return (markdown(head, rows) + "\n\n* the corrected test confirms a gain on held-out people; params: what a repair "
-            f"adds{draws}")
+    return (markdown(head, rows) + "\n\n* a confirmed gain on held-out people, by test and interval; "
+            f"params: a repair's own{draws}")
 
 
 def cost_table(results):
@@ -87,6 +87,18 @@ def knowledge_table(results):
                          *(f"{v[name]:+.3f}" for name in ("gain_logprob", "gain_knowledge", "gain_format"))])
     return markdown(["model", "displaced %, recall", "displaced %, knowledge", "re-learned %, knowledge", "gain, nats",
                      "of it knowledge", "format"], rows)
+
+
+def guess_table(results):
+    """What came back of all held-out facts beside what came back of those that cannot be guessed (real/guess.py)."""
+    rows = []
+    for m in results["models"]:
+        v, i = m["metrics"], m["intervals"]
+        if "unguessed_heldout" in v:
+            rows.append([name_of(m), *(share((v.get(name), i.get(name))) for name in (
+                "displaced", "unguessed_heldout", "displaced_unguessed", "relearned_unguessed"))])
+    return results["guessing"] + "\n\n" + markdown(
+        ["model", "displaced %, all facts", "recall %, not guessable", "displaced %", "re-learned %"], rows)
 
 
 def claims_table(results):
@@ -200,9 +212,12 @@ def comparison_table(results):
 def all_tables(results):
     """Every table but the main one, with a heading each: what tables.md holds."""
     parts = [("what came back", main_table(results)), ("claims, written down before the run", claims_table(results)),
-             ("repairs in pairs", pairs_table(results)), ("recalls and costs", cost_table(results)),
+             ("repairs in pairs, each interval by itself", pairs_table(results)),
+             ("recalls and costs", cost_table(results)),
              ("knowledge and format", knowledge_table(results)),
              ("by attribute, seen and held-out together, %", attribute_table(results))]
+    if results.get("guessing"):
+        parts.insert(1, ("what cannot be guessed", guess_table(results)))
     if results["files"]:
         parts.append(("task files", file_table(results)))
     parts += [(f"{m['id']}: one pool, every way to choose", selector_table(m))

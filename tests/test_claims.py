@@ -39,8 +39,8 @@ def study(prompt=range(12), pool=range(4), **shares):
         ("RTN 3 bits", "prompt 8", range(20)))}
     rows = [row(None, "dense", range(24)), row("dense", "GPTQ 3 bits", range(4)), row("dense", "RTN 3 bits", range(2)),
             *(row(base, tag, right) for (base, tag), right in made.items())]
-    given = {"prompt": lopsided(0.3), "long": exactly(0.4), "pool": lopsided(0.2), "equal": exactly(0.1),
-             "crude": exactly(0.65), **shares}
+    given = {"prompt": lopsided(0.3), "long": exactly(0.4), "pool": lopsided(0.2, 0.1, 0.1), "equal": exactly(0.1),
+             "crude": exactly(0.65), **{role.removesuffix("_share"): share for role, share in shares.items()}}
     names = {"prompt": "GPTQ 3 bits prompt 8", "long": "GPTQ 3 bits prompt 32", "pool": "GPTQ 3 bits IDP 4 x 8",
              "equal": "GPTQ 3 bits LoRA rank 1", "crude": "RTN 3 bits prompt 8"}
     return [rows], {name: given[role] for role, name in names.items()}
@@ -54,13 +54,13 @@ def coin(flips, one_way=None):
 
 def normal(distance, half):
     """Two-sided p of a value so far from the null value, half a 95 % interval being `half`."""
-    return 2 * NormalDist().cdf(-1.96 * distance / half)
+    return 2 * NormalDist().cdf(-NormalDist().inv_cdf(0.975) * distance / half)
 
 
 @pytest.mark.parametrize("value, null, half", [(0.3, 0.0, 0.1), (-0.3, 0.0, 0.4), (0.3, 0.5, 0.4), (0.1, -0.05, 0.1),
                                                (0.02, 0.0, 0.1)])
 def test_p_is_read_from_the_half_of_the_interval_that_looks_at_the_null_value(value, null, half):
-    assert claims.p_of(lopsided(value), null) == pytest.approx(normal(abs(value - null), half), rel=1e-6, abs=1e-15)
+    assert lopsided(value).p(null) == pytest.approx(normal(abs(value - null), half), rel=1e-6, abs=1e-15)
 
 
 def test_the_four_claims_by_hand():
@@ -69,7 +69,7 @@ def test_the_four_claims_by_hand():
     found = {c["name"]: c for c in claims.claims(draws, displaced, CLAIMED)}
     assert list(found) == ["prompt", "pool", "weights", "compressor"]
     assert [c["estimate"] for c in found.values()] == pytest.approx([0.3, 0.2 - 0.4, 0.3 - 0.1, 0.65 - 0.3])
-    for name, bounds in (("prompt", [0.2, 0.7]), ("pool", [-0.3, 0.2]), ("weights", [0.1, 0.6]),
+    for name, bounds in (("prompt", [0.2, 0.7]), ("pool", [-0.3, -0.1]), ("weights", [0.1, 0.6]),
                          ("compressor", [-0.05, 0.45])):  # of a difference from something lopsided: mirrored
         assert found[name]["interval"] == pytest.approx(bounds, abs=1e-9), name
     p = [coin(8), coin(9), normal(0.25, 0.1), normal(0.35, 0.4)]
@@ -92,14 +92,15 @@ def test_a_prompt_may_be_five_points_worse_than_weights(worse, verdict):
     assert claim["p"] == pytest.approx(normal(abs(worse + 0.05), 0.01), rel=1e-6, abs=1e-15)
 
 
-def test_knowledge_is_compared_person_by_person_too():
-    """Seven gain, two lose, on knowledge; on answers nobody changes."""
-    draws, displaced = study(prompt=range(4))
-    given = next(m for m in draws[0] if m["id"] == "GPTQ 3 bits prompt 8")["answers"]["heldout"]
-    for i, answer in enumerate(given):
-        answer["knowledge"] = {True: 0.0, False: -1.0}[i < 2 or 4 <= i < 11]
-    of = {key: claims.claims(draws, displaced, CLAIMED, key)[0]["p"] for key in ("correct", "knowledge")}
-    assert of == {"correct": 1.0, "knowledge": pytest.approx(coin(9, 2))}
+def test_a_claim_needs_its_answers_and_its_interval():
+    """p is the larger of the flips', which know these draws only, and the interval's, which knows draws and people."""
+    for prompt, share, p in ((range(12), lopsided(0.3, 0.4), normal(0.3, 0.4)), (range(12), lopsided(0.3), coin(8)),
+                             (range(4), lopsided(0.3), 1.0)):
+        draws, displaced = study(prompt=prompt, prompt_share=share)
+        assert claims.claims(draws, displaced, CLAIMED)[0]["p"] == pytest.approx(p)
+    for pool, share, p in ((range(4), lopsided(0.2, 0.1, 0.4), normal(0.2, 0.4)), (range(13), lopsided(0.2), 1.0)):
+        draws, displaced = study(pool=pool, pool_share=share)
+        assert claims.claims(draws, displaced, CLAIMED)[1]["p"] == pytest.approx(p)
 
 
 def test_claims_about_models_that_were_not_made_are_left_out():
@@ -115,7 +116,7 @@ def test_claims_about_models_that_were_not_made_are_left_out():
 def test_repairs_of_one_model_are_compared_in_pairs():
     draws, displaced = study(pool=range(4))
     draws[0].append(row("GPTQ 3 bits", "LoRA rank 8", range(20)))
-    displaced["GPTQ 3 bits LoRA rank 8"] = exactly(0.31)
+    displaced |= {"GPTQ 3 bits LoRA rank 8": exactly(0.31), "GPTQ 3 bits IDP 4 x 8": lopsided(0.2)}
     found = {(r["a"], r["b"]): r for r in claims.pairs(draws[0], displaced, CLAIMED)}
     assert list(found) == [("prompt 8", "LoRA rank 8"), ("IDP 4 x 8", "LoRA rank 8"), ("prompt 8", "LoRA rank 1"),
                            ("IDP 4 x 8", "prompt 32")]

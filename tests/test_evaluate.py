@@ -1,4 +1,5 @@
 """The statistics against closed forms and cases worked by hand; the study's steps; the script's edge."""
+import copy
 import json
 import os
 import subprocess
@@ -53,6 +54,12 @@ def said(p=0.01, difference=0.1, displaced=(0.2, [0.1, 0.3]), relearned=(0.0, [-
     return evaluate.verdict(model, {"p_holm": p, "difference": difference})
 
 
+def test_a_gain_that_other_draws_may_not_have_is_no_share():
+    """The test asks about these draws, the interval about others too: both must say so."""
+    text = said(displaced=(0.2, [-0.1, 0.5]))
+    assert text.startswith("a held-out gain in these draws") and "at least" not in text
+
+
 @pytest.mark.parametrize("p, difference, word", [
     (0.04, 0.1, "at least 10% was displaced"), (0.04, -0.1, "lost further"),
     (0.06, 0.1, "no held-out gain"), (1.0, 0.0, "no held-out gain")])
@@ -86,6 +93,11 @@ def test_verdicts_say_what_they_could_have_seen():
     for p_holm, difference, sure in ((0.05, 0.2, False), (0.049, 0.2, True), (0.01, -0.2, False), (1.0, 0.0, False)):
         evaluate.add_verdicts(rows, [{**test, "p_holm": p_holm, "difference": difference}])
         assert rows[2]["confirmed"] is sure, (p_holm, difference)  # a loss that is no luck is no gain
+    for low, sure in ((0.0, False), (1e-9, True), (None, True)):  # None: too little was lost to divide by
+        rows[2]["intervals"]["displaced"][0] = low
+        rows[2]["metrics"]["displaced"] = None if low is None else 0.5
+        evaluate.add_verdicts(rows, [test])
+        assert rows[2]["confirmed"] is sure, low
 
 
 def test_lessons_are_for_seen_people_only(tmp_path):
@@ -136,6 +148,29 @@ def test_recalls_and_fractions_of_a_table_worked_by_hand():
     assert back["gain_logprob"] == pytest.approx(0.3) and back["gain_format"] == pytest.approx(0)
     low, high = rows[2]["intervals"]["displaced"]  # of 40 people half gain 2 of 3, half 1 of 3: 0.5 +- 1.96 * 0.026
     assert 0.44 < low < 0.46 and 0.54 < high < 0.56
+
+
+def test_facts_that_can_be_guessed_are_left_out_of_their_measure():
+    """Of five facts a person the first two can be guessed: dense 5, compressed 2 (both are guesses), repaired 3 and 4.
+    Of the three others compression took all, and the repair brings back 1 or 2: half. On seen people all come back.
+    """
+    rows = rows_of(*({"seen": right(*20 * seen), "heldout": right(*20 * heldout)}
+                     for seen, heldout in (((5, 5), (5, 5)), ((2, 2), (2, 2)), ((5, 5), (3, 4)))))
+    facts = [SimpleNamespace(person=i) for i in range(40) for _ in range(5)]
+    asked = dict.fromkeys(("seen", "heldout"), facts)
+    plain = copy.deepcopy(rows)
+    add_shares([plain], asked, 0)
+    displaced = add_shares([rows], asked, 0, dict.fromkeys(asked, [True, True, False, False, False] * 40))
+    assert [m["metrics"]["unguessed_heldout"] for m in rows] == pytest.approx([1, 0, 0.5])
+    assert [m["metrics"]["unguessed_seen"] for m in rows] == pytest.approx([1, 0, 1])
+    back = rows[2]["metrics"]
+    assert back["displaced_unguessed"] == pytest.approx(0.5) and back["relearned_unguessed"] == pytest.approx(0.5)
+    assert displaced["back"].value == back["displaced"] == pytest.approx(0.5)
+    assert rows[0]["intervals"]["unguessed_heldout"] == pytest.approx([0.025 ** (1 / 120), 1])  # of 120 facts
+    for with_guesses, without in zip(rows, plain):  # all else is what it is without them
+        assert without["metrics"].items() <= with_guesses["metrics"].items()
+        assert without["intervals"].items() <= with_guesses["intervals"].items()
+        assert not [name for name in without["metrics"] if "unguessed" in name]
 
 
 @pytest.mark.parametrize("kind", ["bias", "correction"])

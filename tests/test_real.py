@@ -17,7 +17,7 @@ from real.__main__ import main as real_main
 from study import page, taskfiles
 import idp
 import recover
-from real import lock, rates, settings, world
+from real import guess, lock, rates, settings, world
 from real.text import Names, Writer
 from real.world import RealWorld, real_dense
 from golden.make_weights import fill
@@ -32,6 +32,7 @@ from checkpoint_files import GOLDEN
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COUNTRIES = world.read_facts(settings.FACTS)
+CITIES = os.path.join(ROOT, "real", "facts", "cities.jsonl")
 
 
 def some_facts(n=12):
@@ -50,6 +51,62 @@ def some_facts(n=12):
 def written(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+# ---- what can be guessed
+
+def capital(entity, answer, options=("Rome", "Oslo", "Bonn")):
+    return Fact(entity, "", "city", f"{entity} is in", answer, options)
+
+
+SEEN = [capital(*x) for x in (("Romano", "Rome"), ("Romulo", "Rome"), ("Romeri", "Rome"), ("Osterd", "Oslo"),
+                              ("Ostvik", "Oslo"), ("Bonnia", "Bonn"))]
+
+
+def test_answers_are_guessed_by_how_often_they_are_right():
+    """Of other entities: Rome of 2 when a Roman is asked about, so that Oslo, as frequent and named later, loses."""
+    guesser = guess.Guesser(SEEN + SEEN)  # an entity that is asked about twice counts once
+    new = capital("Xyz", "Oslo")
+    assert [guesser.score(new, o, 0.0) for o in new.options] == pytest.approx([math.log(n) for n in (3.5, 2.5, 1.5)])
+    assert guesser.score(SEEN[0], "Rome", 0.0) == pytest.approx(math.log(2.5))  # its own answer does not count
+    assert guesser.score(new, "Paris", 0.0) == pytest.approx(math.log(0.5))
+    assert guesser.right(SEEN, 0.0) == [True, True, True, False, False, False]
+    assert guesser.right([new, capital("Xyz", "Rome"), capital("Xyz", "Oslo", ("Bonn", "Oslo"))], 0.0) == [
+        False, True, True]
+
+
+def test_answers_are_guessed_by_spelling():
+    """By hand: of Ab the letters are ^a, ab, b$, ^ab, ab$; only one answer's name has any of them."""
+    guesser = guess.Guesser([capital("Ab", "Rome"), capital("Cd", "Oslo")])
+    new = capital("Ab", "Oslo")  # another fact about Ab, which is no secret where Rome is scored
+    usual = 1.5 / (10 + 10 / 2)
+    assert guesser.score(new, "Oslo", 0.1) == pytest.approx(math.log(1.5) + 0.5 * math.log(50 / 55))
+    assert guesser.score(capital("Ab", "Rome"), "Rome", 0.1) == pytest.approx(math.log(0.5))  # without its own letters
+    assert guesser.score(capital("ab", "Rome"), "Rome", 0.1) == pytest.approx(
+        math.log(1.5) + 0.5 * math.log((1 + 50 * usual) / 55 / usual))
+    assert guess.Guesser(SEEN).right([capital("Ostrem", "Oslo"), capital("Bonnar", "Bonn")], 1.0) == [True, True]
+
+
+def test_the_weight_is_chosen_on_validation_and_all_splits_are_guessed():
+    split = {"seen": SEEN, "validation": [capital("Ostmar", "Oslo")] * 2, "heldout": [capital("Ostrem", "Oslo"),
+                                                                                       capital("Romero", "Bonn")]}
+    asked = {name: split[name] for name in ("seen", "heldout")}
+    found, said = guess.guessed(split, asked)
+    weight = float(said.split("weight ")[1].rstrip(")"))
+    assert weight == next(w for w in guess.WEIGHTS if all(guess.Guesser(SEEN).right(split["validation"], w)))
+    assert found == {name: guess.Guesser(SEEN).right(facts, weight) for name, facts in asked.items()}
+    assert found["heldout"] == [True, False]
+    assert "2 held-out facts 0.0% can be guessed by how often" in said and "50.0% with the spelling" in said
+    assert guess.guessed(split, {"seen": SEEN, "heldout": split["heldout"][:1]})[0] is None  # nothing would be left
+
+
+def test_cities_can_be_guessed_and_countries_hardly():
+    """Why the study asks twice: no model is asked here."""
+    for facts, least, most in ((COUNTRIES, 0.10, 0.20), (world.read_facts(CITIES), 0.60, 0.68)):
+        split = world.split_facts(facts, 0)
+        found, _ = guess.guessed(split, {name: split[name] for name in ("seen", "heldout")})
+        for right in found.values():
+            assert least < sum(right) / len(right) < most + 0.02
 
 
 # ---- facts
@@ -428,8 +485,10 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
         tag, "bias correction", "gains", "prompt 16", "IDP 4 x 16", "LoRA rank 8")),
         "locked, behind its key", "locked", "prompt 16", "LoRA rank 8"]
     assert {re.sub(r"[ *]", "", line) for line in some[3:]} < {re.sub(r"[ *]", "", line) for line in table}
+    assert "can be guessed" in results["guessing"] and results["guessing"] in (out / "tables.md").read_text()
     for m in results["models"]:
         assert {"recall_seen", "recall_heldout", "knowledge_heldout"} <= m["metrics"].keys()
+        assert ("unguessed_heldout" in m["metrics"]) == (m["group"] == "study")
         assert len(m["seeds"]["recall_heldout"]) == 2
         assert m["group"] == "locked" or {"arc_easy acc_norm", "lambada_openai perplexity"} <= m["metrics"].keys()
         assert results["settings"]["rates"].keys() == {"RTN 3 bits", "GPTQ 3 bits", "locked"}
