@@ -23,7 +23,7 @@ from checkpoints import load_pretrained
 from real.text import Names, Writer, one_of, read_documents, rows_of_documents
 from study.steps import digest, digest_of
 from study.taskfiles import check_line, lines_of
-from world.facts import Fact
+from world.facts import Fact, sample
 from world.score import Subject
 
 SPLITS = {"seen": 0.35, "heldout": 0.5, "validation": 0.15}  # shares: most where the question is decided
@@ -126,9 +126,9 @@ class RealWorld:
                             one_of(list(dict.fromkeys(texts)), generator, every))
 
     def facts(self, split, people=None):
-        """The facts of a split, of its first `people` entities."""
-        first = set(list(dict.fromkeys(f.person for f in self.split[split]))[:people])
-        return [f for f in self.split[split] if f.person in first]
+        """The facts of a split, of so many of its entities: a sample, as files may begin with the best known."""
+        some = set(sample(list(dict.fromkeys(f.person for f in self.split[split])), people))
+        return [f for f in self.split[split] if f.person in some]
 
     def asked(self, config):
         return {split: self.facts(split, config.test_people) for split in ("seen", "heldout")}

@@ -20,7 +20,7 @@ from engine.device import add_device, device_of
 from engine.files import read_json
 from study.statistics import by_person, interval, recall_interval, resampled
 from study.tables import SPLIT_NAMES, markdown, share
-from world.facts import WorldConfig, facts_about, make_world
+from world.facts import WorldConfig, facts_about, make_world, sample
 from world.score import Subject, answer
 
 TRAINED = os.path.join("tests", "golden", "trained")  # a small GPT that comes with the project
@@ -49,9 +49,9 @@ def read_world(model, facts=None):
 
 
 def facts_by_split(config, people=None):
-    """{split: facts} of the seen, held-out and novel people, the first `people` of each split."""
+    """{split: facts} of the seen, held-out and novel people, of `people` of each split, drawn as the study draws."""
     everybody = make_world(config)
-    return {split: facts_about([p for p in everybody if p.split == split][:people]) for split in SPLIT_NAMES}
+    return {split: facts_about(sample([p for p in everybody if p.split == split], people)) for split in SPLIT_NAMES}
 
 
 def recall(answers, facts, seed=0):

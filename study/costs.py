@@ -12,16 +12,18 @@ from engine.wrapping import shape_of
 
 def costs(subject):
     """What a subject takes: bits a weight of the blocks' linear layers, bytes on disk, extra parameters."""
-    bits = weights = 0
-    for layer in subject.model.blocks.modules():
+    bits = weights = 0  # without the layers' biases
+    for name, layer in subject.model.blocks.named_modules(prefix="blocks"):
         if isinstance(layer, torch.nn.Linear):
-            zeros = int((layer.weight == 0).sum())
-            mask = layer.weight.numel() if zeros > layer.weight.numel() / 32 else 0  # as `save` stores it
-            bits += mask + 32 * (layer.weight.numel() - (zeros if mask else 0))
-            weights += layer.weight.numel()
+            stored = numel = layer.weight.numel()
+            if name.removesuffix(".base") in subject.model.pruned:  # `save` stores a bit each, and the others
+                stored -= int((layer.weight == 0).sum())
+                bits += numel
+            bits += 32 * stored
+            weights += numel
         elif shape_of(layer):  # packed
-            bits += 8 * sum(t.nbytes for t in layer.buffers())
+            bits += 8 * sum(t.nbytes for part, t in layer.named_buffers() if part != "bias")
             weights += layer.in_features * layer.out_features
-    stored = subject.about.get("bytes") or os.path.getsize(subject.about["path"])
-    return {"bits_per_weight": bits / weights, "bytes": stored + 4 * subject.about["extra"],
+    file = subject.about.get("bytes") or os.path.getsize(subject.about["path"])
+    return {"bits_per_weight": bits / weights, "bytes": file + 4 * subject.about["extra"],
             "extra_parameters": subject.about["extra"]}

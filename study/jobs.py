@@ -5,7 +5,7 @@ and after.
 import os
 
 from checkpoints.compression import print_layers
-from study.settings import config_of, job_parser
+from study.settings import KIND_RATES, config_of, job_parser
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject, repair_batches, repaired_subject
 from study.training import RECIPE
@@ -53,9 +53,10 @@ def repair_job(arguments):
     parser.add_argument("--way", choices=["together", "independent", "joint", "competitive", "selected"],
                         default="together", help="idp: how the pool is trained")
     parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, help="peak learning rate; none: the study's for repairs of this kind")
     args = parser.parse_args(arguments)
     config = config_of(args)
+    args.lr = KIND_RATES[args.method] if args.lr is None else args.lr
     base, run = tag_of(config, args.base), Run(config, World(config))
     dense = dense_subject(run)
     base = compressed_subject(run, dense, base)
@@ -67,9 +68,9 @@ def repair_job(arguments):
     print(f"{repaired.about['extra']:,} extra parameters")
 
 
-def tag_of(config, tag):
-    """The compression that `tag` names among those of this size of the study; without a tag the one by GPTQ."""
-    tag = tag or next(name for name, (_, method, _) in config.compressions.items() if method == "gptq")
+def tag_of(config, tag, method="gptq"):
+    """The compression that `tag` names among those of this size of the study; without a tag the one by `method`."""
+    tag = tag or next(name for name, (_, how, _) in config.compressions.items() if how == method)
     if tag not in config.compressions:
         raise ValueError(f"no compression {tag!r} at --size {config.size}; there are {', '.join(config.compressions)}")
     return tag

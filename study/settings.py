@@ -114,6 +114,7 @@ RATES = {  # peak learning rates, the same for every compressed model; a pool's 
     "biases": 3e-2, "LoRA rank 1 on o": 1e-2, "prompt 8": 1e-1, "prompt 32": 1e-1, "prefix 8": 1e-1,
     "LoRA rank 8": 3e-3,
 }
+KIND_RATES = {"lora": 3e-3, "bias": 3e-2, "prompt": 1e-1, "prefix": 1e-1, "idp": 1e-1}
 RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
              "prefix": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "bias": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}  # five tries for each
 

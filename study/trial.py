@@ -26,6 +26,7 @@ import recover
 from recover import FitConfig, next_token
 from study import pools
 from study.controls import everybody_told, told_text
+from study.jobs import tag_of
 from study.repairs import unpacked
 from study.settings import config_of, job_parser
 from study.statistics import by_person, recall_interval, resampled
@@ -51,7 +52,7 @@ class TrialConfig:
     rows: int = 40                # of a repair's batch, the same number of each set, or of each attribute
     tokens: int = 16              # a row
     people: int = 60              # held-out people who are asked about, and as many validation people
-    base: str = "RTN 3 bits"      # the damage of the second trial: the one of which a prompt restores most
+    base: str = "RTN 3 bits"      # the damage of the second trial: RTN's, of which a prompt restores most
 
 
 class Outcome(NamedTuple):
@@ -217,7 +218,8 @@ def main(arguments):
     """python -m study trial: both trials, as one table."""
     parser = job_parser("study trial", "The fair trial of IDP: where a pool of prompts should beat one prompt.")
     args = parser.parse_args(arguments)
-    config, how = config_of(args), TrialConfig()
+    config = config_of(args)
+    how = TrialConfig(base=tag_of(config, None, "rtn"))
     run = Run(config, World(config))
     dense, began = dense_subject(run), time.time()
     outcomes = two_locks(run, dense, how, run.log.progress) + ceiling(run, dense, how, run.log.progress)

@@ -244,6 +244,13 @@ def test_costs_count_what_is_stored(tmp_path):
         weights = 4 * 96 * 96 + 2 * 96 * 384
         others = 4 * (300 * 96 + 3 * 96)
         assert abs(path.stat().st_size - weights * bits / 8 - others) < 6000  # header: names and settings
+        repaired = attach(small, "bias", "o down", [torch.ones(96)] * 2)
+        repaired.about = about
+        assert costs(repaired)["bits_per_weight"] == pytest.approx(bits)  # a repair's own are told apart from them
+    for W in model.blocks.parameters():
+        if W.dim() == 2:
+            W.data[W.abs() < W.std() / 4] = 0  # a fifth: `save` stores every weight where nobody pruned
+    assert costs(Subject(model, about=about))["bits_per_weight"] == 32
 
 
 # ---- the study

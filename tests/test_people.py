@@ -12,12 +12,33 @@ from model import GPT, GPTConfig
 from real import lock, rates, settings
 from recover import FitConfig
 from real import world as real_world
-from study import pools, sweeps, training, trial
+from study import ask, jobs, pools, sweeps, training, trial
+from study.settings import KIND_RATES, SIZES, rate, sized
 from study.steps import Run
 from test_evaluate import tiny
-from world.facts import SPLITS, facts_about
+from world.facts import SPLITS, facts_about, make_world
 from world.score import Subject
 from world.small import World, sample
+
+
+def test_a_checkpoint_is_asked_about_a_sample_of_people_too():
+    """As the study asks: the first ones are known best."""
+    config = tiny("").world
+    people = [p for p in make_world(config) if p.split == "heldout"]
+    assert ask.facts_by_split(config, 4)["heldout"] == facts_about(sample(people, 4)) != facts_about(people[:4])
+    assert ask.facts_by_split(config)["heldout"] == facts_about(people)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_job_without_a_base_finds_one_at_every_size(size):
+    """At 2 bits with --size quick; LoRA has another rate than a prompt."""
+    config = sized(size)
+    assert [config.compressions[jobs.tag_of(config, None, method)][1] for method in ("gptq", "rtn")] == ["gptq", "rtn"]
+    with pytest.raises(ValueError, match="no compression 'AWQ'"):
+        jobs.tag_of(config, "AWQ")
+    for tag, (kind, *_) in config.repairs.items():
+        if kind in KIND_RATES:
+            assert KIND_RATES[kind] == rate(config, None, tag, *config.repairs[tag][:2]), tag
 
 
 @pytest.fixture(scope="module")

@@ -145,6 +145,14 @@ def taught_questions(people):
             for p in people if p.taught for attribute in TAUGHT]
 
 
+def sample(people, n=None):
+    """n of the people, drawn by a fixed seed; all of them for None. The first n would not do: pretraining begins with
+    them, so they are told more often than others.
+    """
+    n = len(people) if n is None else min(n, len(people))
+    return [people[i] for i in sorted(random.Random(0).sample(range(len(people)), n))]
+
+
 def facts_about(people):
     """One Fact a person and attribute, in the phrasing that asks for it."""
     return [Fact(p.name, p.split, attribute, QUESTIONS[attribute].format(p.name), " " + p.values[attribute])

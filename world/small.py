@@ -1,22 +1,13 @@
 """
 The small world as the study meets it: people by split, the texts that are read, the tokenizer, what is asked.
 """
-import random
 import re
 
 import torch
 
-from world.facts import (SPLITS, VALUES, facts_about, make_encoding, make_world, statements, taught_questions,
-                         text_batches, train_bpe)
+from world.facts import (SPLITS, VALUES, facts_about, make_encoding, make_world, sample, statements,
+                         taught_questions, text_batches, train_bpe)
 from world.items import TASKS, lessons, make_items
-
-
-def sample(people, n=None):
-    """n of the people, drawn by a fixed seed; all of them for None. The first n would not do: pretraining begins with
-    them, so they are told more often than others.
-    """
-    n = len(people) if n is None else min(n, len(people))
-    return [people[i] for i in sorted(random.Random(0).sample(range(len(people)), n))]
 
 
 class World:
