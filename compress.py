@@ -21,10 +21,11 @@ What it leaves out: embedding, head and activations, which stay floating point.
     python compress.py --in MODEL --text FILE --method gptq --bits 3 --group-size 64
     python compress.py --in MODEL --text FILE --method sparsegpt --n-m 2 4 --bits 4
 
-Where we deviate. N:M keeps N of every M (NVIDIA's and Wanda's meaning; SparseGPT counts the zeros).
+Where we deviate. N:M keeps N of every M (NVIDIA's meaning and the Wanda paper's; the code of
+SparseGPT and of Wanda counts the zeros).
 Masks have exactly the promised number of zeros, ties included. A group's grid is fitted to columns
 to which all errors before them were applied, so GPTQ's result does not depend on `block_size`.
-Symmetric grids always reach the largest weight.
+Symmetric grids come within half a step of the largest weight, in rows of one sign too.
 """
 import copy
 import sys

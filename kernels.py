@@ -26,14 +26,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.compiling import (NARROW, compile_enabled, compile_failure, compiled, loaded, or_eager,
-                              ready, use_compile, written_out)
+from engine.compiling import (NARROW, compile_failure, compiled, loaded, or_eager, ready,
+                              written_out)
 from engine.grids import Quantized
 from engine.packing import (CELL, LANES, LAYOUT, Packed, pack, pack_sparse, pieces, place_bits,
                             stored_bits, unpack)
 
 __all__ = ["Packed", "PackedLinear", "compile_failure", "from_spec", "matmul", "pack",
-           "pack_sparse", "unpack", "use_compile"]
+           "pack_sparse", "unpack"]
 
 # ---- the matmul, eager: short and obviously right
 
@@ -67,7 +67,7 @@ class _Dequantized(torch.autograd.Function):
 # word do not fit the registers (HALF), as loading a mask again for every code costs as much as
 # the code. The code at the top of a word is stored less half its range
 # (packing.signed_top); half its range times x[k] is added with the zero-point. Scale and zero-point
-# are applied once a group g: with W = s (q - z),
+# are applied once for every loop body g, which is a group or a part of one: with W = s (q - z),
 #
 #     y_n = sum over g of s_ng * (sum over k in g of q_nk x_k  -  z_ng * sum over k in g of x_k)
 #
@@ -283,13 +283,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out): x Wᵀ + bias."""
-        if torch.compiler.is_compiling():  # part of a larger graph, such as a block's
+        if torch.compiler.is_compiling():  # part of a larger graph: engine/decode.py
             rows = x.reshape(-1, self.in_features)
             y = _fused(rows, self.packed) if len(rows) <= fused_rows(self.packed) else \
                 F.linear(rows, self.packed.dequantize().to(x.dtype))
             y = y.view(*x.shape[:-1], self.out_features)
         else:
-            y = matmul(x, self.packed, compile_enabled())
+            y = matmul(x, self.packed, fused=False)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def spec(self):
@@ -321,6 +321,8 @@ def from_spec(spec):
         n_m = tuple(spec["n_m"]) if spec["n_m"] else None
         packed = Packed(**dict.fromkeys(Packed.TENSORS) | buffers, shape=tuple(spec["shape"]),
                         bits=spec["bits"], span=spec["span"], n_m=n_m)
+        if packed.words is None:
+            raise ValueError("no words")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"not the specification of a packed layer: {error}") from None
     return PackedLinear(packed, bias)

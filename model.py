@@ -22,7 +22,8 @@ Symbols, used in every file of this study:
 
 Sources: Radford et al. 2019 (GPT-2), Zhang et al. 2022 (OPT, arXiv 2205.01068), Touvron et al. 2023
 (Llama, arXiv 2302.13971), Su et al. 2021 (rotary positions, arXiv 2104.09864), Ainslie et al. 2023
-(grouped queries, arXiv 2305.13245).
+(grouped queries, arXiv 2305.13245), Zhang & Sennrich 2019 (RMSNorm, arXiv 1910.07467), Hendrycks &
+Gimpel 2016 (GELU, arXiv 1606.08415), Shazeer 2020 (SwiGLU, arXiv 2002.05202).
 """
 import argparse
 import math
@@ -274,8 +275,8 @@ class GPT(nn.Module):
             x = torch.cat([prompt.to(x.dtype), x], dim=1)  # (B, P + T, C)
         used, room = (cache.used, cache.slots) if cache else (0, self.config.context)
         if used + P + T > room:
-            raise ValueError(f"{used} cached + {P} prompt + {T} text tokens do not fit the "
-                             f"context of {room}")
+            raise ValueError(f"{used} cached + {P} prompt + {T} text tokens do not fit "
+                             f"{'a cache' if cache else 'the context'} of {room}")
         if cache:
             positions = cache.positions(P + T)  # (B, P + T)
             mask = cache.mask(positions)  # (B, 1, P + T, S)
@@ -329,10 +330,11 @@ class GPT(nn.Module):
         lengths = torch.full((B,), T, device=ids.device) if lengths is None else lengths
         if not 1 <= int(lengths.min()) <= int(lengths.max()) <= T:
             raise ValueError(f"lengths must be in [1, {T}], got {lengths.tolist()}")
+        used, room = (cache.used, cache.slots) if cache else (0, self.config.context)
+        if used + P + T + max_new_tokens > room:
+            raise ValueError(f"{used} cached + {P} prompt + {T} text + {max_new_tokens} new tokens "
+                             f"do not fit {'a cache' if cache else 'the context'} of {room}")
         cache = cache or self.new_cache(B, P + T + max_new_tokens)
-        if cache.used + P + T + max_new_tokens > cache.slots:
-            raise ValueError(f"{cache.used} cached + {P} prompt + {T} text + {max_new_tokens} new "
-                             f"tokens do not fit a cache of {cache.slots}")
         out = torch.cat([ids, ids.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
         done = torch.zeros(B, dtype=torch.bool, device=ids.device)
         # read the text; each row goes on behind its last real token

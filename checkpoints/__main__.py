@@ -59,6 +59,8 @@ def show_model(path, text, tokens, device, dtype):
     if encoding is not None:
         bos = getattr(encoding, "bos", None)
         ids = torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(text)], device=device)
+        if not ids.numel():
+            raise ValueError("--text must not be empty: this model has no token that a text begins with")
         if any(isinstance(layer, PackedLinear) for layer in model.modules()):
             print(choose_decode(model, tokens))
         print(encoding.decode(model.generate(ids, tokens)[0].tolist()))

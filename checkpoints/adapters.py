@@ -37,7 +37,7 @@ import torch
 from checkpoints.weights import FAMILIES, Settings
 from engine.safetensors import dump, read_safetensors
 from engine.files import read_json, whole_file
-from engine.wrapping import Wrapper, shape_of, wrapped
+from engine.wrapping import Wrapper, check_bare, shape_of, wrapped
 from idp import PromptPool
 from recover import BiasLinear, LoRALinear, Prefix, SoftPrompt
 
@@ -390,12 +390,6 @@ def attach_lora(model, layers, alpha):
         model.set_submodule(ours, layer)
         parameters += [layer.A, layer.B]
     return parameters
-
-
-def check_bare(model):
-    """ValueError for a model that has LoRA or biases beside its layers already."""
-    if any(isinstance(m, Wrapper) for m in model.modules()):
-        raise ValueError("the model has LoRA or biases already: merge or remove them first")
 
 
 def read_vectors(path, model, kind, settings, tensors):

@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from checkpoints.vocabulary import to_json
 from engine.safetensors import read_safetensors, write_safetensors
+from engine.wrapping import shape_of
 from kernels import from_spec
 from model import GPT, GPTConfig
 
@@ -96,7 +97,10 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
         model = GPT(config)
     for name, spec in (specs or {}).items():
         try:
-            model.set_submodule(name, from_spec(spec), strict=True)
+            packed, plain = from_spec(spec), model.get_submodule(name)
+            if shape_of(packed) != shape_of(plain):
+                raise ValueError(f"(in, out) is {shape_of(packed)}, the model needs {shape_of(plain)}")
+            model.set_submodule(name, packed, strict=True)
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{path}: module {name!r}: {error}") from None
     expected = {name: t for name, t in model.state_dict().items()}

@@ -18,7 +18,8 @@ class Cache:
             to (prompts of unequal length are aligned at their end)
     slots   S
     context positions of the model: the largest S that `repeat` may give
-    used    the largest `length` as a plain int, so that checking for room never waits for a GPU
+    used    at least the largest `length`, as a plain int: checking for room never waits for a GPU.
+            Padding counts
     """
 
     def __init__(self, config, batch, slots, device=None, dtype=None):

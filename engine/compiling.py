@@ -35,19 +35,8 @@ ready = {}  # {all that the code takes for granted: compiled code}
 
 
 class _State:
-    """The one switch, and why compilation was given up, if it was."""
-    enabled = False
+    """Why compilation was given up, if it was."""
     failure = None
-
-
-def use_compile(enabled):
-    """Whether PackedLinear calls the fused matmul. Off at first: a small model never earns the compiler's time back."""
-    _State.enabled = bool(enabled)
-
-
-def compile_enabled():
-    """What `use_compile` said last; False at first."""
-    return _State.enabled
 
 
 def compile_failure():

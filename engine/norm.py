@@ -3,7 +3,7 @@ RMSNorm with its gradient written out: autograd walks through memory eight times
 
 With r = (mean x² + eps)^-½ and g the gradient of y = w r x, the gradient of x is r (w g - x r² mean(w g x)). The kernel
 computes r (w g - mean(w g) - x r² mean(w g x)) where it is told that the mean of x is 0; what it subtracts too much,
-r mean(w g), is added again. tests/test_model.py holds it to the definition.
+r mean(w g), is added again. tests/test_model.py holds it to the definition, Zhang & Sennrich 2019 (arXiv 1910.07467).
 """
 import torch
 import torch.nn as nn

@@ -7,7 +7,8 @@ and on disk.
 
 What it leaves out: the product with a packed weight (kernels.py), the choice of codes (compress.py).
 
-Source of N:M: Mishra et al. 2021 (2:4 sparsity, arXiv 2104.08378).
+Sources: 32 codes of 3 bits in three words, the GPTQ reference code (there split codes stand between the others); N:M,
+Mishra et al. 2021 (2:4 sparsity, arXiv 2104.08378).
 """
 import math
 from typing import NamedTuple

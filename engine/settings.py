@@ -41,6 +41,8 @@ class CompressConfig:
             check_pattern(self.sparsity, self.n_m)
         elif self.bits is None:
             raise ValueError(f"{self.method} needs bits, from 2 to 8")
+        if self.bits is None and self.group_size is not None:
+            raise ValueError(f"group_size needs bits: without them nothing is rounded, got {self.group_size}")
         check_grid(self.bits, self.group_size, self.n_m)
         check_count(self.block_size, "block_size")
         check_damp(self.damp)

@@ -22,6 +22,12 @@ def shape_of(layer):
     return None if n_in is None or n_out is None else (n_in, n_out)
 
 
+def check_bare(model):
+    """ValueError for a model that has LoRA or biases beside its layers already."""
+    if wrapped(model):
+        raise ValueError("the model has LoRA or biases already: merge or remove them first")
+
+
 def wrap(model, targets, make):
     """Replace each layer of the blocks named in `targets` by make(layer, in, out); returns the new ones, in order.
 
@@ -29,8 +35,7 @@ def wrap(model, targets, make):
     Raises ValueError for targets that name no layer, and for a model with wrappers in it already.
     """
     targets = targets.split() if isinstance(targets, str) else targets
-    if wrapped(model):
-        raise ValueError("the model has LoRA or biases already: merge or remove them first")
+    check_bare(model)
     found = [(parent, name, child) for parent in model.blocks.modules()
              for name, child in parent.named_children() if name in targets and shape_of(child)]
     if not found:

@@ -14,6 +14,7 @@ from engine.script import guard
 from model import GPT, GPTConfig
 
 ADAPTERS = HERE / "golden" / "adapters"
+TRAINED = HERE / "golden" / "trained" / "dense.safetensors"
 
 
 @pytest.fixture
@@ -76,6 +77,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, run, capsys):
     for args, said in (([tmp_path / "x.gguf"], "version 0"), ([tmp_path / "x.gguf", "--tensors"], "version 0"),
                        ([tmp_path / "nowhere"], "No such file"), ([tmp_path], "config.json: No such file"),
                        ([tmp_path / "adapter", "--base", tmp_path / "1.safetensors"], "made for the base"),
+                       ([TRAINED, "--text", ""], "--text must not be empty"),
                        ([tmp_path / "adapter", "--base", tmp_path / "nowhere"], "No such file")):
         with pytest.raises(SystemExit) as stop:
             run(*args)

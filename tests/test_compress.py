@@ -989,6 +989,8 @@ BAD_CALLS = {  # C11: what is wrong -> (what to change in a good call, what the 
     "sparsity as a text": (dict(method="wanda", bits=None, sparsity="half"), "'half'"),
     "sparsity beyond 1": (dict(method="wanda", bits=None, sparsity=50), "got 50"),
     "a setting that the method lacks": (dict(method="rtn", refit=True), "rtn has no setting refit"),
+    "groups of what is not rounded": (dict(method="sparsegpt", bits=None, sparsity=0.5, group_size=16),
+                                      "group_size needs bits.* got 16"),
 }
 
 

@@ -511,6 +511,10 @@ def test_generation_that_does_not_fit_is_refused_before_anything_is_read():
             model.generate(ids[:, 4:], new, prompt=prompt, cache=cache)
         assert cache.used == 4 and all(torch.equal(a, b) for a, b in zip(kept, cache.kv))
         model.generate(ids[:, 4:], new - 1, prompt=prompt, cache=cache)
+    with pytest.raises(ValueError, match="0 cached . 0 prompt . 9 text . 90 new tokens do not fit the context of"):
+        model.generate(ids, 90)
+    with pytest.raises(ValueError, match="9 text tokens do not fit a cache of 8"):
+        model(ids, cache=model.new_cache(2, 8))
 
 
 @pytest.mark.parametrize("P", [1, 2, 5])
