@@ -18,7 +18,7 @@ from checkpoints import read_model
 from checkpoints.compression import parameters
 from engine.device import add_device, device_of
 from engine.files import read_json
-from study.statistics import by_person, interval, recall_interval, resampled
+from study.statistics import by_person, interval, recalls_of, resampled
 from study.tables import SPLIT_NAMES, markdown, share
 from world.facts import WorldConfig, facts_about, make_world, sample
 from world.score import Subject, answer
@@ -56,9 +56,7 @@ def facts_by_split(config, people=None):
 
 def recall(answers, facts, seed=0):
     """[mean, low, high] of right answers, the interval over people."""
-    sums, sizes = by_person([[row["correct"] for row in answers]], facts)
-    samples = resampled(sums, 10_000, torch.Generator().manual_seed(seed), sizes)[:, 0].numpy()
-    return [float(sums.sum() / sizes.sum()), *recall_interval(sums[:, 0], sizes, samples)]
+    return recalls_of([[row["correct"] for row in answers]], facts, torch.Generator().manual_seed(seed))[0]
 
 
 def mean(answers, facts, key, seed=0):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from study.repairs import light
-from study.statistics import by_person, detectable_flips, holm, pooled_test, recall_interval, resampled
+from study.statistics import detectable_flips, holm, pooled_test, recalls_of
 from study.steps import digest
 from study.subjects import compressed_subject
 from world.facts import TAUGHT
@@ -97,11 +97,9 @@ def add_tasks(rows, asked, seed):
         for split, questions in splits.items():
             scored = [m["scores"][name][split] for m in some]
             for metric in [key for key in scored[0][0] if key not in ("logprob", "text")]:
-                sums, sizes = by_person([[row[metric] for row in r] for r in scored], questions)
-                means, samples = sums.sum(0) / sizes.sum(), resampled(sums, 10_000, generator, sizes).numpy()
-                for i, m in enumerate(some):
-                    bounds = recall_interval(sums[:, i], sizes, samples[:, i])
-                    m["tasks"][name][split][metric] = [float(means[i]), *bounds]
+                found = recalls_of([[row[metric] for row in r] for r in scored], questions, generator)
+                for m, recall in zip(some, found):
+                    m["tasks"][name][split][metric] = recall
             for m, r in zip(some, scored):
                 if name == "last word":  # as LAMBADA: of the whole word
                     mean = sum(row["logprob"] for row in r) / len(r)

@@ -13,7 +13,7 @@ What it leaves out: verdicts (evaluate.py), tests (comparisons.py).
 import numpy as np
 import torch
 
-from study.statistics import Estimate, by_person, recall_interval, resampled, share_of
+from study.statistics import Estimate, by_person, recall_interval, recalls_of, resampled, share_of
 
 MEASURES = [("recall", "correct", ""),                # how its mean is called, the key of an answer, and the suffix of
             ("knowledge", "knowledge", "_knowledge"),  # displaced and relearned in a row's metrics
@@ -102,8 +102,6 @@ def add_attributes(rows, asked, seed):
         m["attributes"] = {}
     for attribute in dict.fromkeys(f.attribute for f in facts):
         own = [i for i, f in enumerate(facts) if f.attribute == attribute]
-        sums, sizes = by_person([[answers[i] for i in own] for answers in right], [facts[i] for i in own])
-        samples = resampled(sums, 10_000, generator, sizes).numpy()
-        for i, m in enumerate(rows):
-            m["attributes"][attribute] = [float(sums[:, i].sum() / sizes.sum()),
-                                          *recall_interval(sums[:, i], sizes, samples[:, i])]
+        found = recalls_of([[answers[i] for i in own] for answers in right], [facts[i] for i in own], generator)
+        for m, recall in zip(rows, found):
+            m["attributes"][attribute] = recall

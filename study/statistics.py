@@ -15,9 +15,9 @@ The statistics: how sure a number is, whether two models differ, and how small a
                  is 5 %
     power        the smallest difference that the test finds four times in five, from the flips that were counted
 
-Which interval when: `recall_interval` for recalls, `share_of` for displaced and re-learned, `interval` for other means
-over people. The test of coverage, tests/test_coverage.py, makes data whose truth is known and counts how often each
-interval holds it.
+Which interval when: `recalls_of`, or `recall_interval`, for recalls, `share_of` for displaced and re-learned,
+`interval` for other means over people. The test of coverage, tests/test_coverage.py, makes data whose truth is known
+and counts how often each interval holds it.
 
 What it leaves out: Bayesian estimates, and one joint model of people and seeds.
 """
@@ -192,6 +192,14 @@ def recall_interval(right, sizes, samples, by_seed=()):
     people = interval(samples) if FEW <= total <= n - FEW else clustered_interval(right, sizes)
     low, high = seed_interval(people, by_seed)
     return [max(0.0, low), min(1.0, high)]
+
+
+def recalls_of(columns, facts, generator):
+    """[[mean, low, high]] of each column of scores in [0, 1], columns (models, facts): 95 % over people."""
+    sums, sizes = by_person(columns, facts)
+    samples = resampled(sums, 10_000, generator, sizes).numpy()
+    return [[float(right.sum() / sizes.sum()), *recall_interval(right, sizes, drawn)]
+            for right, drawn in zip(sums.T, samples.T)]
 
 
 class Estimate(NamedTuple):

@@ -42,7 +42,7 @@ from study.comparisons import ANSWERS
 from study.repairs import attach, light, train_repair
 from study.settings import MORE, OPERATION, REPAIRS, config_of, job_parser, rate
 from study.shares import add_shares
-from study.statistics import by_person, recall_interval, resampled
+from study.statistics import recalls_of
 from study.steps import Run
 from study.subjects import compressed_subject, dense_of_draw, dense_subject, repair_batches, repaired_subject
 from study.tables import markdown, share
@@ -107,9 +107,8 @@ def measure(run, point, dense):
     subject = Subject(compress(dense.model, world.calibration(run.config), point["method"], **point["how"])[0])
     out = {"series": point["series"], "x": point["x"], "perplexity": perplexity(subject, world.windows)}
     for split, facts in world.asked(run.config).items():
-        sums, sizes = by_person([[a["correct"] for a in answer(subject, facts, world.encoding)]], facts)
-        drawn = resampled(sums, 10_000, generator, sizes)[:, 0]
-        out[f"recall_{split}"] = [float(sums.sum() / sizes.sum()), *recall_interval(sums[:, 0], sizes, drawn)]
+        right = [[a["correct"] for a in answer(subject, facts, world.encoding)]]
+        out[f"recall_{split}"], = recalls_of(right, facts, generator)
     return out
 
 

@@ -29,9 +29,10 @@ from study.controls import everybody_told, told_text
 from study.jobs import tag_of
 from study.repairs import unpacked
 from study.settings import config_of, job_parser
-from study.statistics import by_person, recall_interval, resampled
+from study.statistics import recalls_of
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject
+from study.tables import markdown, share
 from world.facts import VALUES, text_batches
 from world.score import Subject, answer
 from world.small import World
@@ -201,17 +202,13 @@ def ceiling(run, dense, how, progress=lambda *_: None):
 
 def outcome_table(outcomes, facts, seed):
     """The outcomes as a Markdown table: recall in percent on each set of attributes, and on all with 95 % intervals."""
-    generator = torch.Generator().manual_seed(seed + 23)
-    sums, sizes = by_person([o.right.tolist() for o in outcomes], facts)
-    samples = resampled(sums, 10_000, generator, sizes)
-    lines = ["| trial | repair, and how it chooses | parameters | " + " | ".join(", ".join(s) + " %" for s in SETS)
-             + " | all % [95 %] |", "|---|---|" + "---:|" * (2 + len(SETS))]
-    for i, o in enumerate(outcomes):
-        parts = [100 * float(o.right[[f.attribute in s for f in facts]].mean()) for s in SETS]
-        low, high = (100 * x for x in recall_interval(sums[:, i], sizes, samples[:, i].numpy()))
-        lines.append(f"| {o.trial} | {o.way} | {o.parameters:,} | " + " | ".join(f"{p:.1f}" for p in parts)
-                     + f" | {100 * float(o.right.mean()):.1f} [{low:.1f}, {high:.1f}] |")
-    return "\n".join(lines)
+    found = recalls_of([o.right.tolist() for o in outcomes], facts, torch.Generator().manual_seed(seed + 23))
+    rows = []
+    for o, recall in zip(outcomes, found):
+        parts = [f"{100 * float(o.right[[f.attribute in s for f in facts]].mean()):.1f}" for s in SETS]
+        rows.append([o.trial, o.way, f"{o.parameters:,}", *parts, share(recall)])
+    head = ["trial", "repair, and how it chooses", "parameters", *(", ".join(s) + " %" for s in SETS), "all % [95 %]"]
+    return markdown(head, rows, 2)
 
 
 def main(arguments):
