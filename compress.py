@@ -339,7 +339,7 @@ def lesson():
     codes, _, _ = gptq_loop(W, inverse(factored.R), 3, n, False, torch.ones_like(W).bool())
     different = int((codes != swept.quantized.codes).sum())
     print(f"gptq_loop and the blocked sweep: {different} of {codes.numel():,} codes differ")
-    print("\nnext: python -m study compress (a GPT that knows facts, before and after), or\n"
+    print("\nnext: python -m study compress --size quick (a GPT's facts, before and after), or\n"
           "      python compress.py --in MODEL --text FILE --bits 3 (any checkpoint; --help)")
 
 

@@ -292,7 +292,7 @@ def main():
     away = max((model(ids[b:b + 1], prompt=pool.prompts[m])[0] - logits[b]).abs().max().item()
                for b, m in enumerate(chosen.tolist()))
     print(f"\nlogits under the pool and under the chosen prompt alone differ by at most {away:.0e}")
-    print("\nnext: python -m study repair --method idp    # a trained pool: what it restores")
+    print("\nnext: python -m study repair --size quick --method idp    # what a pool restores")
 
 
 if __name__ == "__main__":

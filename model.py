@@ -4,7 +4,8 @@ The GPT of this study: one decoder-only transformer, small enough to read in one
 The model (`embed`, `blocks`, `head`), soft prompts in front of the text, a cache of keys and values
 whose rows may have different lengths, generation. One class covers three families by configuration
 alone: GPT-2 (learned positions, LayerNorm, GELU), OPT (the same with ReLU and an offset) and Llama
-(rotary positions, RMSNorm, SwiGLU, grouped queries). The default is the small world's own GPT.
+(rotary positions, RMSNorm, SwiGLU, grouped queries). The default is the small world's own GPT, but
+for its vocabulary.
 
 What it leaves out: dropout, beam search, paged caches, padding on the left (on the right causal
 attention never sees it; each row of a cache knows its length). Files: checkpoints/; training:
@@ -403,7 +404,7 @@ def main():
             print(f"step {step:4d}: loss {loss.item():.3f}")
     answer = model.generate(ids[None, :13], 76)[0].tolist()
     print(f"\n{text[:13]!r} goes on: {''.join(letters[i] for i in answer[13:])!r}")
-    print("\nnext: python -m study train    # a GPT learns facts about people, and is asked")
+    print("\nnext: python -m study train --size quick    # a GPT learns facts, and is asked")
 
 
 if __name__ == "__main__":

@@ -378,7 +378,7 @@ def main():
     repaired("biases", add_biases, 0.01)
     repaired("LoRA rank 1 on o", lambda m: add_lora(m, 1, None, "o", generator), 0.01)
     repaired("LoRA rank 4", lambda m: add_lora(m, 4, generator=generator), 0.01)
-    print("\nnext: python -m study repair --method lora    # what a repair restores of known facts")
+    print("\nnext: python -m study repair --size quick --method lora    # what LoRA restores")
 
 
 if __name__ == "__main__":

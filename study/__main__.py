@@ -13,7 +13,7 @@ JOBS = {  # name: (what runs, what it does)
     "repair": (jobs.repair_job, "repair a compressed model in one way: recall before and after"),
     "ask": (ask.main, "ask checkpoints the facts of the world they know; one comes with the project"),
     "sweep": (sweeps.main, "vary one setting: bits, sparsity, damage, size, steps; or lr, on validation people"),
-    "trial": (trial.main, "where a pool of prompts should beat one prompt: two locks, and the ceiling of any selector"),
+    "trial": (trial.main, "where a pool of prompts should beat one prompt: two locks, and routing by attribute"),
     "why": (mechanism.main, "why one compressor's damage is displaced and another's is not: where layers' errors lie"),
     "findings": (findings.main, "what others found, with our numbers beside it"),
     "figure": (figure.main, "the README's picture: what each repair brings back, from results.json to an SVG"),

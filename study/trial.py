@@ -6,7 +6,7 @@ The fair trial of IDP: two places in which a pool of prompts should beat one pro
                  both, and which key a question needs is known. Here a pool of two prompts should pay, and a rule that
                  chooses well should reach what the right key reaches
     the ceiling  On a compressed model: five prompts, each trained on the sentences of one attribute and used for the
-                 questions of that attribute. No selector knows more than the question's true attribute. Beside them
+                 questions of that attribute: the best that a selector can do who tells attributes apart. Beside them
                  one prompt of as many tokens and one prompt as long as one of the five, all trained on the same rows
                  in equally many steps
 
@@ -169,7 +169,7 @@ def alone_right(model, facts, world):
     return torch.tensor([float(a["correct"]) for a in answer(Subject(model), facts, world.encoding)])
 
 
-# ---- the ceiling of any selector
+# ---- the ceiling of routing by attribute
 
 def ceiling(run, dense, how, progress=lambda *_: None):
     """[Outcome] of the second trial: a prompt an attribute, routed by the true attribute, beside single prompts."""
