@@ -1,4 +1,5 @@
 """python -m checkpoints: what it says of every kind of file, and one line where it cannot."""
+import copy
 import re
 import sys
 
@@ -7,11 +8,14 @@ import torch
 
 from checkpoint_files import HERE, gguf_bytes, tiny_gguf, write_folder
 from checkpoints import __main__ as job
-from checkpoints import save
-from checkpoints.adapters import save_adapter
+from checkpoints import read_model, save
+from checkpoints.adapters import save_adapter, save_tensors
 from compress import compress
 from engine.script import guard
+from idp import PromptPool, probed
 from model import GPT, GPTConfig
+from recover import Prefix
+from study.repairs import add_inside, attach
 
 ADAPTERS = HERE / "golden" / "adapters"
 TRAINED = HERE / "golden" / "trained" / "dense.safetensors"
@@ -68,6 +72,56 @@ def test_adapters_are_described_and_held_to_a_base(tmp_path, run):
     save_adapter(tmp_path, gpt(), "idp", [torch.zeros(2, 32)])
     save(gpt(), tmp_path / "0.safetensors")
     assert "it fits this base\n" in run(tmp_path, "--base", tmp_path / "0.safetensors")
+
+
+def test_a_base_goes_on_with_a_text_under_its_adapter(tmp_path, run):
+    """Each kind says what the repair itself says: in front of the text, inside the model, or chosen by the text."""
+    stored, encoding = read_model(TRAINED)
+    model = copy.deepcopy(stored).float()
+    ids, generator = torch.tensor([encoding.encode_ordinary("The capital")]), torch.Generator().manual_seed(11)
+
+    def random(*shapes):
+        return [4 * torch.randn(shape, generator=generator) for shape in shapes]
+
+    def said(*tensors, kind, targets=None, probe=False):
+        save_tensors(tmp_path / kind, stored, kind, tensors, targets, probe)
+        said = run(tmp_path / kind, "--base", TRAINED, "--text", "The capital", "--tokens", 12).split("\n", 2)
+        assert said[1] == "it fits this base"
+        return said[2].removesuffix("\n")
+
+    def text(model, **how):
+        return encoding.decode(model.generate(ids, 12, **how)[0].tolist())
+    C, plain = model.config.n_embd, text(model)
+    for kind, size, targets in (("lora", 2, None), ("bias", "o down", ("o", "down")), ("gains", None, None)):
+        shapes = [p.shape for p in add_inside(copy.deepcopy(model), kind, size)]
+        tensors = random(*shapes)
+        assert said(*tensors, kind=kind, targets=targets) == text(attach(model, kind, size, tensors).model) != plain
+    prompt, = random((4, C))
+    assert said(prompt, kind="prompt") == text(model, prompt=prompt) != plain
+    pool = random(*[(3, C)] * 8)
+    scores = attention_to(model, pool, ids)
+    assert said(*pool, kind="idp") == text(model, prompt=pool[scores.index(max(scores))]) != text(model, prompt=pool[0])
+    probe, = random((8, C))
+    best = int(probed(model, PromptPool(pool, probe), ids).argmax())
+    assert best != 0 and said(*pool, probe, kind="idp", probe=True) == text(model, prompt=pool[best])
+    prefix, = random((model.config.n_layer, 2, model.config.n_kv_head, 3, C // model.config.n_head))
+    behind = Prefix(prefix).cache(model, 1, ids.shape[1] + 12)
+    assert said(prefix, kind="prefix") == text(model, cache=behind) != plain
+
+
+def attention_to(model, pool, ids):
+    """What a text attends to each prompt (P, C) of a pool in the first layer: one softmax over all of them and itself.
+    """
+    (P, _), T, at = pool[0].shape, ids.shape[1], torch.arange(len(pool[0]) + ids.shape[1])[None]
+    q, keys = None, []
+    for prompt in pool:
+        x = model.place(torch.cat([prompt[None], model.wte(ids)], 1), at)
+        q, k, _ = model.blocks[0].attn.qkv(model.blocks[0].norm1(x), at)
+        keys.append(k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    scores = q[:, :, P:] @ torch.cat([*(k[:, :, :P] for k in keys), keys[0][:, :, P:]], 2).mT / q.shape[-1] ** 0.5
+    seen = torch.ones(T, len(pool) * P + T).tril(len(pool) * P).bool()
+    p = scores.masked_fill(~seen, float("-inf")).softmax(-1)[..., :len(pool) * P]
+    return p.mean((0, 1, 2)).view(len(pool), P).mean(1).tolist()
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, run, capsys):
