@@ -56,7 +56,6 @@ class ControlConfig:
     old_batch: tuple = (8, 32)       # about those of whom pretraining told
     rank_one: float = 0.22           # Frobenius norm of what is added to a matrix, as a share of the matrix's own
     repairs: dict = field(default_factory=lambda: {  # tag: (kind, size, learning rate)
-        "biases": ("bias", "o down", 3e-2),
         "prompt 8": ("prompt", 8, 1e-1),
         "LoRA rank 1": ("lora", 1, 3e-3),        # of *rank one* alone: it can hold the exact inverse
         "LoRA rank 8": ("lora", 8, 3e-3),
