@@ -19,6 +19,7 @@ from checkpoints.adapters import CONFIG, load_adapter, read_adapter
 from checkpoints.compression import parameters
 from checkpoints.gguf import read_header
 from checkpoints.weights import list_folder, list_safetensors
+from checkpoints.writing import read_text
 from engine.decode import choose_decode
 from engine.device import add_device, device_of
 from engine.safetensors import read_safetensors
@@ -54,7 +55,7 @@ def show_adapter(folder, base, text, tokens, device, dtype):
         print("it fits this base" + ("" if "base_fingerprint" in metadata else ", by names and shapes alone"))
         if isinstance(repair, torch.nn.Module):
             repair.to(device, dtype)
-        go_on(model.to(device, dtype), encoding, text, tokens, repair)
+        say_more(model.to(device, dtype), encoding, text, tokens, repair)
 
 
 def show_model(path, text, tokens, device, dtype):
@@ -62,16 +63,14 @@ def show_model(path, text, tokens, device, dtype):
     model, encoding = read_model(path)
     print(model.config)
     print(f"{parameters(model):,} parameters")
-    go_on(model.to(device, dtype), encoding, text, tokens)
+    say_more(model.to(device, dtype), encoding, text, tokens)
 
 
-def go_on(model, encoding, text, tokens, repair=None):
+def say_more(model, encoding, text, tokens, repair=None):
     """Print `text` and so many `tokens` more, greedily; `repair` as `load_adapter` gives it."""
     if encoding is None:
         return
-    bos = getattr(encoding, "bos", None)
-    ids = ([] if bos is None else [bos]) + encoding.encode_ordinary(text)
-    ids = torch.tensor([ids], device=model.wte.weight.device)
+    ids = read_text(text, encoding, model.wte.weight.device)
     if not ids.numel():
         raise ValueError("--text must not be empty: this model has no token that a text begins with")
     if any(isinstance(layer, PackedLinear) for layer in model.modules()):

@@ -72,6 +72,12 @@ def writing_parser():
     return parser
 
 
+def read_text(text, encoding, device):
+    """ids (1, T) of a text, behind the token that a text of this vocabulary begins with, if there is one."""
+    bos = getattr(encoding, "bos", None)
+    return torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(text)], device=device)
+
+
 def go_on(arguments):
     """The command line of kernels.py. Raises ValueError or OSError, naming the file, for what cannot be read."""
     args = writing_parser().parse_args(arguments)
@@ -82,8 +88,7 @@ def go_on(arguments):
     dense, encoding = read_model(args.model, dtype=dtype)
     if encoding is None:
         raise ValueError(f"{args.model} has no vocabulary to read the text with")
-    bos = getattr(encoding, "bos", None)
-    ids = torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(args.text)], device=device)
+    ids = read_text(args.text, encoding, device)
     if ids.shape[1] == 0 or ids.shape[1] + args.tokens > dense.config.context:
         raise ValueError(f"{ids.shape[1]} tokens of text and {args.tokens} new ones must be at least 1 and fit the "
                          f"context of {dense.config.context}")

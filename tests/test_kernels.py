@@ -416,6 +416,10 @@ def test_a_compressed_model_survives_the_disk(tmp_path):
     save(gpt, tmp_path / "small")
     ids = torch.arange(12)[None]
     assert torch.equal(load(tmp_path / "small")(ids), gpt(ids))
+    gpt.blocks[1].attn.q = PackedLinear(pack(quantized(64, 32, 3, 16)))  # 64 rows where the model needs 32
+    save(gpt, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"'blocks.1.attn.q': .*\(32, 64\), the model needs \(32, 32\)"):
+        load(tmp_path / "small")
 
 
 def small_packed_model():
