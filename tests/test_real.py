@@ -270,6 +270,22 @@ def test_rows_of_the_models_own_that_name_what_is_hidden_are_dropped(tmp_path):
     assert rows.tolist() == [seen[:33]] * 50
 
 
+def test_a_row_is_full_however_short_its_beginning(tmp_path):
+    """Beginnings of different lengths in one batch: the model writes behind each, up to the row's end."""
+    _, _, world = tiny_world(tmp_path)
+    word = world.encoding.encode_ordinary(" e")[0]
+
+    class Echo:
+        def generate(self, ids, new, lengths, temperature, generator):
+            return torch.tensor([row[:n] + [word] * new + [word + 1] * (ids.shape[1] - n)
+                                 for row, n in zip(ids.tolist(), lengths.tolist())])
+    starts = [" they", " they they they they"] * 8
+    rows = Writer(Subject(Echo()), world.encoding, world.hidden, Log()).write("text", 16, 24, None, lambda n: starts)
+    assert rows.shape == (16, 24)
+    begun = [[world.encoding.eot_token, *world.encoding.encode_ordinary(text)] for text in starts]
+    assert rows.tolist() == [start + [word] * (24 - len(start)) for start in begun]
+
+
 def test_rows_of_a_repair_begin_with_a_question_about_a_seen_entity(tmp_path):
     """And go on in the model's own words, whatever they are: the row is what the model draws behind the question."""
     model, config, world = tiny_world(tmp_path, steps=20)
