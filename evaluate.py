@@ -222,19 +222,20 @@ def context_check(run, dense):
 # ---- the main job
 
 def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjects,
-          guessed=(None, None)):
+          guess=lambda asked: (None, None)):
     """The whole study of one dense model: what results.json holds, rows with their single answers.
 
     files     {task: its questions} to ask of every model beside the facts, see study/taskfiles.py
     controls  the names of the kinds of damage that are known by construction, which `make_control`
               makes (control_rows)
-    guessed   ({split: whether each fact can be guessed}, what is said of it), see real/guess.py
+    guess     (facts) -> ({split: whether each can be guessed}, what is said of it), as
+              real/guess.py; by default there is nothing to guess by
     """
     config, asked, seed = run.config, run.world.asked(run.config), run.config.seed
     draws, subjects = every_draw(run, dense, own_rows)
-    rows, items = draws[0], task_items(run)
+    rows, items, (guessed, guessing) = draws[0], task_items(run), guess(asked)
 
-    displaced = add_shares(draws, asked, seed, guessed[0])
+    displaced = add_shares(draws, asked, seed, guessed)
     add_tasks(rows, items, seed + 6)
     add_attributes(rows, asked, seed)
     add_files(run, rows, subjects, files or {})
@@ -246,7 +247,7 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
             m["similarity"]["nearer"] = inside.nearer(texts[m["id"]], texts[m["base"]], seed + 8)
     for name in controls:
         known, facts = every_draw(run, dense, partial(control_rows, name=name, make=make_control))
-        add_shares(known, facts, seed)
+        add_shares(known, facts, seed, guess(facts)[0])
         tests = comparisons(known, {})
         add_verdicts(known[0], tests)
         compared, rows = compared + tests, rows + known[0]
@@ -267,7 +268,7 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"}
                      for m in rows if m["verdict"]],
         "models": rows, "comparisons": compared, "noise": noise, "context": context,
-        "guessing": guessed[1],
+        "guessing": guessing,
         "metrics": publish.describe_metrics(rows, files or {}),
         "files": {name: len(questions) for name, questions in (files or {}).items()},
         "operations": [{"name": name, "parameters": None, "description": what}

@@ -15,6 +15,8 @@ Every step is kept: the same command goes on where it was stopped.
 """
 from engine.script import guard  # before torch: Ctrl-C is one line
 
+from functools import partial
+
 from engine.device import device_of
 from evaluate import study
 from real.guess import guessed
@@ -26,6 +28,7 @@ from study.publish import publish
 from study.settings import job_parser
 from study.steps import Run
 from study.taskfiles import fits, read_tasks
+
 
 def main(arguments=None):
     """The script: see the top of this file, and --help. `arguments` default to the command line's."""
@@ -61,9 +64,9 @@ def main(arguments=None):
     run.describe_reuse()
     if args.rates:
         set_rates(run, dense, locked)
-    known = guessed(run.world.split, run.world.asked(config))
-    run.log.say(known[1])
-    publish(run, dense, study(run, dense, files, (TAG,) if locked else (), lock_subjects, known))
+    guess = partial(guessed, run.world.split)
+    run.log.say(guess(run.world.asked(config))[1])
+    publish(run, dense, study(run, dense, files, (TAG,) if locked else (), lock_subjects, guess))
 
 
 if __name__ == "__main__":
