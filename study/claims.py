@@ -2,8 +2,8 @@
 What was claimed before the run, and whether it holds: four tests, corrected together; and repairs compared in pairs.
 
 The paper's thesis is that compression displaces knowledge and that prompts bring it back as well as LoRA does. Our four
-claims take it apart. They were written down before any result was seen, and are the one primary family; every other
-number of the study is exploratory.
+claims take it apart. They were written down after planning runs on one seed and before the study's, and are the one
+primary family; every other number of the study is exploratory. docs/evidence.md has their verdicts in every run.
 
 What it leaves out: claims about single attributes, and about tasks.
 """

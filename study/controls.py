@@ -20,7 +20,7 @@ Each control is a small study of its own: `control_subjects` gives the reference
 `base` in `about` leads from a repair to the damaged model and from that to the reference, as elsewhere to the dense
 model; so `study.shares.add_shares([rows], control.facts, seed)` works on the rows of one control.
 
-What it leaves out: damage to single layers, and locks of a real model (a lock by LoRA).
+What it leaves out: damage to single layers. A real model's lock: real/lock.py.
 """
 import copy
 import functools

@@ -2,10 +2,11 @@
 The checklist: what LLM-KICK (Jaiswal et al. 2024, arXiv 2310.01382) and the paper (arXiv 2310.00867) found, and our
 numbers next to each.
 
-Each finding is a rule on results.json, written before the run. It judges by the intervals and tests that the verdicts
-are made of, never by the estimates alone: a finding holds where the whole interval says so, does not hold where the
-whole interval says the opposite, and is open in between, as it is where it was not measured (the command that measures
-it is then named). Perplexities, bytes and parameters have no interval; they are compared as they are.
+Each finding is a rule on results.json, written before the run (`two_regimes` after a first look). It judges by the
+intervals and tests that the verdicts are made of, never by the estimates alone: a finding holds where the whole
+interval says so, does not hold where the whole interval says the opposite, and is open in between, as it is where it
+was not measured (the command that measures it is then named). Perplexities, bytes and parameters have no interval; they
+are compared as they are.
 
 Besides "models" with their "intervals" the rules read, where results.json has them,
 
@@ -246,9 +247,9 @@ def two_regimes(results):
 FINDINGS = [
     ("the paper: what compression takes is displaced, in part at least", displaced),
     ("LLM-KICK, the paper: perplexity hides what compression does to knowledge", perplexity_hides),
-    ("LLM-KICK: 25 to 30 % sparsity already hurts knowledge", early_sparsity_hurts),
+    ("LLM-KICK: 25 to 30 % sparsity can already hurt knowledge", early_sparsity_hurts),
     ("LLM-KICK: N:M sparsity is worse than as many zeros anywhere", n_m_is_worse),
-    ("LLM-KICK: quantization is gentler than pruning at equal bytes", quantization_is_gentler),
+    ("LLM-KICK: quantization does better than pruning (here: in no more bytes)", quantization_is_gentler),
     ("LLM-KICK: retrieval in context survives 50 % sparsity", retrieval_survives),
     ("the paper: prompts (IDP) recover as much as LoRA", prompts_match_lora),
     ("the paper: longer prompts lower perplexity", longer_prompts_read_better),
