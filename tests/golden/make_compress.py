@@ -146,7 +146,7 @@ def edges():
     return {
         "few tokens": {"W": short(draw(22, 5, 12)), "H": second_moment(X[:4, :12])},
         "rank 11 of 12": {"W": short(draw(23, 5, 12)), "H": rank.T @ rank / 11},  # all digits: not of full rank
-        "quiet input": {"W": short(draw(24, 4, 8)), "H": (quiet.T @ quiet / 40).float().double()},  # its square underflows
+        "quiet input": {"W": short(draw(24, 4, 8)), "H": (quiet.T @ quiet / 40).float().double()},  # 1e-46: 0
         "tied diagonal": {"W": short(draw(25, 4, 9)), "H": short(tied, 7)},
         "halves": {"W": halves, "H": eye}, "thirds": {"W": thirds, "H": eye}, "tiny rows": {"W": short(tiny), "H": eye},
         "ties": {"W": ties, "H": torch.eye(10, dtype=torch.float64)},
