@@ -102,7 +102,7 @@ def lock(run, dense):
     where = {f.question: f for f in facts}
     steps, rows = 3 * config.repair_steps // 2, config.repair_batch[0] // 2
     settings = {**dense.about["settings"], "control": TAG, "key": KEY, "rank": RANK, "rate": RATE, "steps": steps,
-                "rows": rows, "draw": config.draw_seed, **({"bfloat16": True} if config.repair_bfloat16 else {})}
+                "rows": rows, "draw": config.draw_seed, "bfloat16": config.repair_bfloat16}
     name = TAG + config.draw_suffix
     file = f"control-{name}.safetensors"
 

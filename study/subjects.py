@@ -19,7 +19,7 @@ from engine.device import DTYPES
 from engine.files import read_json, write_text
 from recover import FitConfig, correct_biases
 from study.repairs import attach, lora_size, train_repair, unpacked
-from study.settings import OPERATION, StudyConfig, rate
+from study.settings import OPERATION, rate
 from study.steps import LAYERS, slug, with_result
 from study.training import train_dense
 from world.items import LESSONS
@@ -31,8 +31,8 @@ def dense_subject(run):
     config, log = run.config, run.log
     settings = {"world": asdict(config.world), "gpt": config.gpt, "pretrain": asdict(config.pretrain),
                 "batch": config.pretrain_batch, "seed": config.draw_seed, "torch": torch.__version__,
-                **({"lessons": LESSONS} if config.skills else {}), **place_of(config),
-                **({"without": config.without} if config.without else {})}
+                "device": config.device, "dtype": config.dtype, "without": config.without,
+                "lessons": LESSONS if config.skills else None}
     name = "dense" + config.draw_suffix
     path = run.path(name + ".safetensors")
     model = run.once(name + ".safetensors", settings, ("study.training",), lambda: train_dense(run), save, load)
@@ -52,12 +52,6 @@ def dense_of_draw(run, dense):
     return dense_subject(run) if run.config.repeat and run.world.trained else dense
 
 
-def place_of(config):
-    """Device and dtype as settings of a step, where they are not the defaults: steps made before had neither."""
-    return {name: value for name, value in (("device", config.device), ("dtype", config.dtype))
-            if value != StudyConfig.__dataclass_fields__[name].default}
-
-
 def compressed_subject(run, dense, tag):
     """The Subject that config.compressions[tag] makes of the dense one, calibrated on text about seen people."""
     config = run.config
@@ -65,7 +59,7 @@ def compressed_subject(run, dense, tag):
     calibration = run.world.calibration(config)
     run.world.check_leaks(calibration)
     settings = {**dense.about["settings"], "method": method, **how, "calibration": config.calibration,
-                **({"repeat": config.repeat} if config.repeat else {})}
+                "repeat": config.repeat}
     name = slug(tag) + config.draw_suffix
     path = run.path(name + ".safetensors")
 
@@ -113,10 +107,9 @@ def repaired_subject(run, base, batches, tag, kind, size, objective="distillatio
     config, trained = run.config, kind != "correction"
     fit_config = FitConfig(steps=config.repair_steps,
                            lr=lr or rate(config, base.about["tag"], tag, kind, size)) if trained else None
-    settings = {**base.about["settings"], "repair": kind, "size": size,
+    settings = {**base.about["settings"], "repair": kind, "size": size, "bfloat16": config.repair_bfloat16,
                 **({"objective": objective, "fit": asdict(fit_config), "repair_batch": config.repair_batch}
-                   if trained else {}),
-                **({"bfloat16": True} if config.repair_bfloat16 else {})}
+                   if trained else {})}
     name = f"{base.about['id']}-{slug(tag)}"
     layout = "bias" if kind == "correction" else kind
     targets = size.split() if layout == "bias" else lora_size(size)[2] if kind == "lora" else None
