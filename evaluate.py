@@ -46,7 +46,7 @@ from study.comparisons import (ANSWERS, add_tasks, comparisons, compressed_again
                                score_tasks, task_items)
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
-from study.repairs import light
+from study.repairs import answers, light
 from study.settings import OPERATIONS, StudyConfig, config_of, job_parser
 from study.shares import add_attributes, add_shares
 from study.steps import Run
@@ -81,8 +81,7 @@ def ask(run, subject, asked, group="study"):
     about, world = subject.about, run.world
     settings = {**about["settings"], "asked": publish.digest_of_facts(asked)}
     given = run.once_json(about["id"] + ".answers", settings, ANSWERS,
-                          lambda: {split: answer(light(subject), facts, world.encoding)
-                                   for split, facts in asked.items()})
+                          lambda: answers(subject, asked, world.encoding))
     entities = {split: [fact.person for fact in facts] for split, facts in asked.items()}
     return {**{key: about[key] for key in ("id", "tag", "base", "operation", "layers")},
             "kind": kind_of(about), "group": group, "metrics": costs(subject), "intervals": {},

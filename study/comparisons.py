@@ -3,11 +3,11 @@ Models compared: what each scores on the tasks of items.py, and which difference
 made from are more than luck.
 
 A comparison is two models on the same items: a compressed model against the dense one, a repaired one against the
-compressed one. Each is an exact McNemar test of the flips, all of a table corrected together by Holm; beside it stands
-the smallest difference that the test would have found four times in five, given as many flips and at the level that
-Holm asks of the smallest p (0.05 over the number of tests). The noise floor is the
-same comparison where nothing should differ: a model asked again in other batches, and a compression made again from
-another sample of the calibration text.
+compressed one. Each is an exact test of the answers that flip, one coin an entity over all draws, and all of a table
+are corrected together by Holm; beside it stands the smallest difference that the test would have found four times in
+five, given as many flips and at the level that Holm asks of the smallest p (0.05 over the number of tests). The noise
+floor is the same comparison where nothing should differ: a model asked again in other batches, and a compression made
+again from another sample of the calibration text.
 
 What it leaves out: comparisons of two repairs with each other.
 """
@@ -30,7 +30,7 @@ ANSWERS = ("world.score", "world.items", "study.repairs", "compress", "study.tra
 
 def measure_tasks(subject, asked, people, encoding):
     """{task: {split: [scores of an item]}}; asked {task: {split: items}}, people {name: Person}."""
-    out = {}
+    subject, out = light(subject), {}
     for name, splits in asked.items():
         out[name] = {}
         for split, questions in splits.items():

@@ -10,7 +10,7 @@ import torch
 import idp
 import recover
 from kernels import PackedLinear
-from world.score import Subject
+from world.score import Subject, answer
 
 POOL_LOSSES = {"together": idp.side_by_side, "joint": idp.joint, "competitive": idp.competitive,
                "selected": idp.selected}
@@ -117,6 +117,12 @@ def pool_subject(model, pool):
 def light(subject):
     """The same Subject on weights that are unpacked once: the same numbers, without unpacking at every product."""
     return replace(subject, model=unpacked(subject.model))
+
+
+def answers(subject, asked, encoding):
+    """{split: what the subject answers} to asked {split: facts}, on weights that are unpacked once."""
+    subject = light(subject)
+    return {split: answer(subject, facts, encoding) for split, facts in asked.items()}
 
 
 def unpacked(model):

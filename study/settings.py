@@ -52,6 +52,7 @@ class StudyConfig:
         """What the names of this draw's files end in: nothing in the first one."""
         return f"-seed-{self.repeat}" if self.repeat else ""
 
+
 SIZES = ("default", "quick", "medium")
 
 

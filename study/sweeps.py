@@ -39,8 +39,8 @@ import recover
 from compress import compress
 from engine.files import read_json, write_text
 from study.comparisons import ANSWERS
-from study.repairs import attach, light, train_repair
-from study.settings import MORE, OPERATION, REPAIRS, config_of, job_parser, rate
+from study.repairs import answers, attach, light, train_repair
+from study.settings import KIND_RATES, MORE, OPERATION, REPAIRS, config_of, job_parser
 from study.shares import add_shares
 from study.statistics import recalls_of
 from study.steps import Run
@@ -57,7 +57,6 @@ SIZES = {**{f"prompt {n}": ("prompt", n) for n in (1, 2, 4, 8, 16, 32)},
          **{f"LoRA rank {n}": ("lora", n) for n in (1, 2, 4, 8, 16)}}
 REPAIRED = {"damage": ("prompt 8", "biases", "LoRA rank 1", "LoRA rank 8"), "size": tuple(SIZES),
             "steps": ("prompt 8", "prompt 32", "biases")}  # how a sweep repairs what it damaged
-LENT = {"prompt": "prompt 8", "lora": "LoRA rank 8"}  # whose learning rate a size takes for which none was chosen
 SWEEPS = ("bits", "sparsity", *REPAIRED)
 
 
@@ -104,7 +103,7 @@ def runs_of(name, config, times=STEPS):
 def measure(run, point, dense):
     """The point of one compressed model: its recall by split [mean, low, high] and its perplexity."""
     world, generator = run.world, torch.Generator().manual_seed(run.config.seed + 8)
-    subject = Subject(compress(dense.model, world.calibration(run.config), point["method"], **point["how"])[0])
+    subject = light(Subject(compress(dense.model, world.calibration(run.config), point["method"], **point["how"])[0]))
     out = {"series": point["series"], "x": point["x"], "perplexity": perplexity(subject, world.windows)}
     for split, facts in world.asked(run.config).items():
         right = [[a["correct"] for a in answer(subject, facts, world.encoding)]]
@@ -121,7 +120,7 @@ def dosed(run, point, dense, batches):
 
     def repaired(repair, kind, size):
         """Kept apart from the study's own repairs, which may have been trained on more threads."""
-        lr = rate(config, tag, repair if repair in config.rates else LENT[kind], kind, size)
+        lr = config.rates.get(repair, KIND_RATES[kind])  # a size for which none was chosen takes its kind's
         return repaired_subject(level, base, lambda: batches()[:steps], f"{repair}, {steps} steps", kind, size, lr=lr)
     return [dense, base, *(repaired(repair, *how) for repair, how in point["repairs"].items())]
 
@@ -136,23 +135,22 @@ def dose(run, name, point, dense, batches):
         drawn = run.draw(k)
         subjects = dosed(drawn, point, dense_of_draw(drawn, dense), lambda: batches(k)())
         draws.append([{"id": s.about["id"], "base": s.about["base"], "metrics": {}, "intervals": {},
-                       "answers": {split: answer(light(s), facts, run.world.encoding)
-                                   for split, facts in asked.items()}} for s in subjects])
+                       "answers": answers(s, asked, run.world.encoding)} for s in subjects])
     rows, tag = draws[0], point["base"]
     add_shares(draws, asked, run.config.seed)
     lost = rows[0]["metrics"]["recall_heldout"] - rows[1]["metrics"]["recall_heldout"]
 
-    def share(row, name):
+    def bounded(row, key):
         """[mean, low, high], or None where too little was lost to divide by."""
-        value = row["metrics"][name]
-        return None if value is None else [value, *row["intervals"][name]]
+        value = row["metrics"][key]
+        return None if value is None else [value, *row["intervals"][key]]
     points = []
     for (repair, (kind, _)), subject, row in zip(repairs.items(), subjects[2:], rows[2:]):
         extra = subject.about["extra"]
         series, x = {"damage": (tag.split()[0], tag), "size": (OPERATION[kind], extra),
                      "steps": (repair, point["steps"])}[name]
         points.append({"series": series, "x": x, "base": tag, "repair": repair, "parameters": extra, "lost": lost,
-                       **{key: share(row, key) for key in ("displaced", "relearned")}})
+                       **{key: bounded(row, key) for key in ("displaced", "relearned")}})
     return points
 
 
@@ -176,7 +174,7 @@ def run_sweep(run, name, dense, times=STEPS):
         point = points[i]
         settings = {**dense.about["settings"], "run": point, "calibration": config.calibration,
                     "repair_batch": config.repair_batch, "steps": config.repair_steps,
-                    "test_people": config.test_people, **({"seeds": config.seeds} if config.seeds > 1 else {})}
+                    "test_people": config.test_people, "seeds": config.seeds}
         made[i] = run.once_json(f"sweep-{name}-{i:02d}", settings, ("study.sweeps", *ANSWERS),
                                 lambda: dose(run, name, point, dense, batches) if name in REPAIRED
                                 else [measure(run, point, dense)])
@@ -234,9 +232,9 @@ def results_of(path):
 
 def sweep_table(name, points):
     """A sweep as a Markdown table, recalls and shares in percent with their intervals."""
-    def said(p, name="displaced"):
+    def said(p, key="displaced"):
         """A share in a cell."""
-        return share(p[name]) if p[name] else "too little was lost"
+        return share(p[key]) if p[key] else "too little was lost"
     if name == "size":
         return markdown(["model", "repair", "parameters", "displaced %", "re-learned %"],
                         [[p["base"], p["repair"], f"{p['parameters']:,}", said(p), said(p, "relearned")]

@@ -21,6 +21,7 @@ import string
 import numpy as np
 import torch
 
+from study.repairs import light
 from study.statistics import interval, recall_interval, resampled
 from study.steps import digest, slug
 from world.facts import Fact, pad
@@ -229,7 +230,7 @@ def add_files(run, rows, subjects, files):
             settings = {**subject.about["settings"], "questions": digest(questions)}
             scores = run.once_json(f"{row['id']}.{slug(name)}", settings,
                                    ("study.taskfiles", "compress", "study.repairs"),
-                                   lambda: score(subject, name, questions, run.world.encoding))
+                                   lambda: score(light(subject), name, questions, run.world.encoding))
             generator = torch.Generator().manual_seed(run.config.seed + 7)
             for metric, values in scores.items():
                 drawn = resampled(np.array(values)[:, None], 10_000, generator)[:, 0]

@@ -104,7 +104,7 @@ def test_full_adds_rivals_that_have_a_rate(size):
 
 
 def test_what_a_size_learns_at_and_on_what(tmp_path, monkeypatch):
-    """Its own rate, or that of a prompt of 8 or LoRA of rank 8; n steps on the first n batches, whatever else runs."""
+    """Its own rate, or that of its kind; n steps on the first n batches, whatever else runs."""
     config, asked = tiny(tmp_path), []
     config.rates = {"prompt 8": 1, "prompt 32": 2, "LoRA rank 1 on o": 3, "LoRA rank 8": 4, "biases": 5}
     run = Run(config, World(config))
@@ -116,8 +116,8 @@ def test_what_a_size_learns_at_and_on_what(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "repaired_subject", repaired)
     sweeps.run_sweep(run, "size", dense)
     rates = {tag.removesuffix(", 4 steps"): lr for tag, lr, _, _ in asked}
-    assert rates == {**{f"prompt {n}": 1 for n in (1, 2, 4, 8, 16)}, "prompt 32": 2, "biases": 5, "LoRA rank 1 on o": 3,
-                     **{f"LoRA rank {n}": 4 for n in (1, 2, 4, 8, 16)}}
+    assert rates == {**{f"prompt {n}": 0.1 for n in (1, 2, 4, 16)}, **{f"LoRA rank {n}": 3e-3 for n in (1, 2, 4, 16)},
+                     "prompt 8": 1, "prompt 32": 2, "LoRA rank 1 on o": 3, "LoRA rank 8": 4, "biases": 5}
     text = [ids.sum().item() for ids in run.world.repair_rows(replace(config, repair_steps=32))]
     asked.clear()
     points = sweeps.run_sweep(run, "steps", dense)
@@ -164,7 +164,7 @@ def test_a_dose_is_displaced_by_hand(tmp_path, monkeypatch):
     state, config = [], tiny(tmp_path)
     run = Run(config, World(config))
     dense = dense_subject(run)
-    monkeypatch.setattr(sweeps, "answer", answered)
+    monkeypatch.setattr("study.repairs.answer", answered)
     monkeypatch.setitem(sweeps.REPAIRED, "damage", ("prompt 8", "biases"))
     monkeypatch.setattr(sweeps, "DAMAGE", sweeps.quantized("RTN", (3, 16)))
     prompt, biases = sweeps.run_sweep(run, "damage", dense)
@@ -196,7 +196,7 @@ def test_a_dose_of_two_dense_models_is_the_share_of_both(tmp_path, monkeypatch):
         read.append((run.config.repeat, dense.about["id"]))
         return batches(run, dense)
     monkeypatch.setattr(sweeps, "repair_batches", noted)
-    monkeypatch.setattr(sweeps, "answer", answered)
+    monkeypatch.setattr("study.repairs.answer", answered)
     monkeypatch.setitem(sweeps.REPAIRED, "damage", ("prompt 8",))
     monkeypatch.setattr(sweeps, "DAMAGE", sweeps.quantized("RTN", (3, 16)))
     point, = sweeps.run_sweep(run, "damage", dense_subject(run))
