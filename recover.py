@@ -179,11 +179,6 @@ def remove_lora(model):
     unwrap(model, LoRALinear)
 
 
-def remove_biases(model):
-    """Take every wrapper of `add_biases` off again, in place: the base as it was."""
-    unwrap(model, BiasLinear)
-
-
 # ---- in front of the model: soft prompts and prefixes
 
 class SoftPrompt(nn.Module):

@@ -103,7 +103,7 @@ def assemble(config, tensors, specs=None, path="checkpoint"):
             model.set_submodule(name, packed, strict=True)
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{path}: module {name!r}: {error}") from None
-    expected = {name: t for name, t in model.state_dict().items()}
+    expected = model.state_dict()
     tensors = {name: t.clone() for name, t in tensors.items()}  # out of the mapped file
     pruned = [n[:-len(".bitmap")] for n in tensors if n.endswith(".bitmap")]
     for name in pruned:

@@ -167,7 +167,7 @@ def mistral_config(s):
     if window is not None and not (type(window) is int and window >= config["context"]):
         raise ValueError(f"{s.path}: sliding_window={window!r} is not supported below max_position_embeddings="
                          f"{config['context']}"[:300])
-    return {**config, "zeros": ()}
+    return config
 
 
 def rotary_config(s, kv_heads=None):

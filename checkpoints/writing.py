@@ -93,7 +93,6 @@ def go_on(arguments):
         raise ValueError(f"{ids.shape[1]} tokens of text and {args.tokens} new ones must be at least 1 and fit the "
                          f"context of {dense.config.context}")
     dense = dense.to(device, dtype).requires_grad_(False)
-    dense.tie()
     models = {f"packed, {args.bits} bits": packed_model(dense, args.bits, args.group_size)}
     if not any(isinstance(layer, PackedLinear) for layer in dense.modules()):
         models = {f"dense, {args.dtype}": dense, **models}

@@ -94,7 +94,7 @@ def train_lora_lock(dense, key, facts, wrong, encoding, steps, rows, generator, 
 
 
 def lock(run, dense):
-    """(Control, the teacher of its repairs, its validation facts), made once a draw."""
+    """(Control, its validation facts), made once a draw."""
     config, world, encoding = run.config, run.world, run.world.encoding
     generator = torch.Generator().manual_seed(config.draw_seed + 11)
     key = recover.prompt_init(dense.model, KEY, generator=generator)
@@ -110,26 +110,20 @@ def lock(run, dense):
         """The locked model."""
         with products(dense.device, config.repair_bfloat16):
             return train_lora_lock(dense.model, key, facts, wrong, encoding, steps, rows, generator, RATE,
-                              run.log.progress(name, steps))
+                                   run.log.progress(name, steps))
     model = run.once(file, settings, ("real.lock",), make, save, load).requires_grad_(False).to(dense.device)
     about = {**dense.about, "settings": with_result(settings, run.path(file)), "path": run.path(file)}
     reference, damaged = attach(model, "prompt", KEY, [key]), Subject(model)
     reference.about = under_tag(run, about, f"{TAG}, behind its key", None, key.numel())
     damaged.about = under_tag(run, about, TAG, f"{TAG}, behind its key")
-
-    def teacher(ids):
-        """Logits (B, T, V) of the reference."""
-        cache = reference.cache(torch.zeros(len(ids), dtype=torch.long, device=ids.device), ids.shape[1])
-        return model(ids, cache=cache)
     asked = {split: [where[f.question] for f in of] for split, of in world.asked(config).items()}
-    return (Control(reference, damaged, asked, []), teacher,
-            [where[f.question] for f in world.facts("validation")])
+    return Control(reference, damaged, asked, []), [where[f.question] for f in world.facts("validation")]
 
 
-def lock_subjects(run, dense, name=TAG):
+def lock_subjects(run, dense, name):
     """The lock as a small study: (its Control, [reference, damaged, *repaired]); what evaluate.control_rows asks."""
-    control, teacher, _ = lock(run, dense)
-    batches = target_batches(run, teacher, dense.device)
+    control, _ = lock(run, dense)
+    batches = target_batches(run, control.reference.logits, dense.device)
     repairs = {tag: how for tag, how in run.config.repairs.items() if tag in REPAIRS}
     return control, [control.reference, control.damaged,
                      *(repaired_subject(run, control.damaged, batches, tag, *how, code=("real.lock",))

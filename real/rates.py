@@ -24,14 +24,14 @@ from world.score import answer
 
 def set_rates(run, dense, locked):
     """Find the rates of all repairs and put them into the run's settings: {damaged model: {repair: rate}}."""
-    rates, first = {}, run.draw(0)
-    batches, facts = repair_batches(first, dense), run.world.facts("validation")
+    rates, batches, facts = {}, repair_batches(run, dense), run.world.facts("validation")
     for tag in run.config.compressions:
-        rates[tag] = find_rates(first, compressed_subject(first, dense, tag), batches, facts)
+        rates[tag] = find_rates(run, compressed_subject(run, dense, tag), batches, facts)
     if locked:
-        control, teacher, facts = lock.lock(first, dense)
-        short = first.only([], [tag for tag in first.config.repairs if tag in lock.REPAIRS])
-        rates[lock.TAG] = find_rates(short, control.damaged, target_batches(first, teacher, dense.device), facts)
+        control, facts = lock.lock(run, dense)
+        short = run.only([], [tag for tag in run.config.repairs if tag in lock.REPAIRS])
+        batches = target_batches(run, control.reference.logits, dense.device)
+        rates[lock.TAG] = find_rates(short, control.damaged, batches, facts)
     run.config.rates = rates
 
 

@@ -214,14 +214,8 @@ def control_batches(run, control):
     the reference expects next. As many as the study's own repairs read."""
     stream = text_batches(control.text, run.world.encoding, *run.config.repair_batch,
                           torch.Generator().manual_seed(run.config.draw_seed + 2), aligned=True)
-    model, reference = control.reference.model, control.reference
-    rows = [next(stream).to(reference.device) for _ in range(run.config.repair_steps)]
-
-    def teacher(ids):
-        """Logits (B, T, V) of the reference, behind its key if it has one."""
-        alone = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        return model(ids, cache=reference.cache(alone, ids.shape[1]))
-    return recover.add_targets(teacher, rows)
+    rows = [next(stream).to(control.reference.device) for _ in range(run.config.repair_steps)]
+    return recover.add_targets(control.reference.logits, rows)
 
 
 def control_subjects(run, dense, name, how=None):

@@ -148,8 +148,7 @@ def in_top(subject, facts, encoding, M):
     for i in range(0, len(rows), 250):
         part = rows[i:i + 250]
         ids, lengths = pad([question + gold[:-1] for question, gold in part], encoding, subject.device)
-        chosen = subject.pick(ids, lengths)
-        logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))  # (B, T, V)
+        logits = subject.logits(ids, subject.pick(ids, lengths))  # (B, T, V)
         logits = logits[torch.arange(len(part), device=ids.device), lengths - 1]  # (B, V)
         gold = torch.tensor([gold[-1] for _, gold in part]).to(ids.device)
         out.append((logits.topk(M, dim=-1).indices == gold[:, None]).any(-1).float().cpu())

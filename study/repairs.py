@@ -71,14 +71,14 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
 def add_inside(model, kind, size, generator=None):
     """Put a repair that stands inside the model into it; returns its tensors."""
     if kind == "lora":
-        return recover.add_lora(model, *lora_size(size), generator=generator)
+        rank, targets = lora_size(size)
+        return recover.add_lora(model, rank, targets=targets, generator=generator)
     return recover.own_gains(model) if kind == "gains" else recover.add_biases(model, size)
 
 
 def lora_size(size):
-    """(rank, alpha, targets) of a LoRA's size: a rank, for every linear layer, or (rank, "q v")."""
-    rank, targets = (size, recover.LINEARS) if isinstance(size, int) else (size[0], tuple(size[1].split()))
-    return rank, None, targets
+    """(rank, targets) of a LoRA's size: a rank, for every linear layer, or (rank, "q v")."""
+    return (size, recover.LINEARS) if isinstance(size, int) else (size[0], tuple(size[1].split()))
 
 
 def attach(model, kind, size, tensors):

@@ -189,8 +189,8 @@ def with_result(settings, path):
 
 
 def digest(what):
-    """A short fingerprint of a value, or of a file's bytes."""
-    return hashlib.sha256(what if isinstance(what, bytes) else repr(what).encode()).hexdigest()[:16]
+    """A short fingerprint of a value."""
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 # ---- locks: between processes, not within one
@@ -262,7 +262,7 @@ def source_digest(file):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return digest(ast.dump(tree).encode())
+    return digest(ast.dump(tree))
 
 
 def slug(tag):

@@ -112,7 +112,7 @@ def repaired_subject(run, base, batches, tag, kind, size, objective="distillatio
                    if trained else {})}
     name = f"{base.about['id']}-{slug(tag)}"
     layout = "bias" if kind == "correction" else kind
-    targets = size.split() if layout == "bias" else lora_size(size)[2] if kind == "lora" else None
+    targets = size.split() if layout == "bias" else lora_size(size)[1] if kind == "lora" else None
 
     def make():
         """The repair's tensors, trained or computed."""

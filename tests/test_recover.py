@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from engine.muon import Muon, orthogonal
 from recover import (LINEARS, FitConfig, LoRALinear, Prefix, SoftPrompt, add_biases, add_lora, add_targets,
                      correct_biases, distillation, fit, merge_biases, merge_lora, next_token, objective,
-                     own_gains, prefix_init, prompt_init, remove_biases, remove_lora, text_loss, wrapped)
+                     own_gains, prefix_init, prompt_init, remove_lora, text_loss, unwrap, wrapped)
 from test_model import close, family, gpt, naive, tokens
 
 
@@ -306,7 +306,7 @@ def test_biases_are_a_constant_behind_each_layer(name, make):
     assert not any(n.endswith(".base") for n, _ in twin.named_modules())
     assert torch.equal(twin.blocks[1].mlp.down.weight, layer.weight) and type(twin.blocks[0].attn.o) in (
         nn.Linear, type(model.blocks[0].attn.o.base))
-    remove_biases(model)
+    unwrap(model)
     assert torch.equal(model(ids), before) and model.blocks[1].mlp.down is layer
 
 

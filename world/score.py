@@ -73,6 +73,11 @@ class Subject:
         """A Cache with what was chosen (B,) in front, and `room` free slots behind it."""
         return self.model.new_cache(len(chosen), room) if self.filled is None else self.filled.repeat(chosen, room)
 
+    def logits(self, ids, chosen=None):
+        """(B, T, V) of ids (B, T), each row behind row chosen[b] of `filled`; default: the first."""
+        chosen = ids.new_zeros(len(ids)) if chosen is None else chosen
+        return self.model(ids, cache=self.cache(chosen, ids.shape[1]))
+
 
 def tokenized(facts, encoding):
     """[(question tokens behind an end-of-text, answer tokens)], cut where the answer's first token starts.
@@ -217,8 +222,8 @@ def gold_logprobs(subject, rows, chosen, encoding):
     question alone.
     """
     whole, _ = pad([question + gold for question, gold in rows], encoding, subject.device)  # (B, T + answer)
-    logits = subject.model(whole[:, :-1], cache=subject.cache(chosen, whole.shape[1]))
-    log_p = F.log_softmax(logits.float(), dim=-1).gather(-1, whole[:, 1:, None])[..., 0]  # (B, T + answer - 1)
+    log_p = F.log_softmax(subject.logits(whole[:, :-1], chosen).float(), dim=-1)  # (B, T + answer - 1, V)
+    log_p = log_p.gather(-1, whole[:, 1:, None])[..., 0]  # (B, T + answer - 1)
     log_p = check_numbers(subject, log_p).cpu()  # of each next token
     return [log_p[b, len(question) - 1:len(question) + len(gold) - 1].sum().item()
             for b, (question, gold) in enumerate(rows)]
@@ -312,6 +317,6 @@ def perplexity(subject, windows, batch_size=250):
         part = part.to(subject.device)
         ids = part[:, :-1]
         chosen = subject.pick(ids[:, :CONTEXT], torch.full((len(part),), CONTEXT, device=ids.device))
-        logits = subject.model(ids, cache=subject.cache(chosen, ids.shape[1]))[:, CONTEXT:]
+        logits = subject.logits(ids, chosen)[:, CONTEXT:]
         total += F.cross_entropy(logits.flatten(0, 1).float(), part[:, CONTEXT + 1:].flatten(), reduction="sum").item()
     return float(check_numbers(subject, torch.tensor(total / windows[:, CONTEXT + 1:].numel())).exp())
