@@ -174,7 +174,8 @@ def test_a_real_models_rates_are_found_on_validation_entities(monkeypatch):
     monkeypatch.setattr(rates, "compressed_subject", lambda run, dense, tag: tag)
     monkeypatch.setattr(rates, "repair_batches", lambda *_: None)
     monkeypatch.setattr(rates, "target_batches", lambda *_: None)
-    monkeypatch.setattr(rates.lock, "lock", lambda *_: (SimpleNamespace(damaged="locked"), None, ["the lock's"]))
+    locked = SimpleNamespace(damaged="locked", reference=SimpleNamespace(logits=None))
+    monkeypatch.setattr(rates.lock, "lock", lambda *_: (locked, ["the lock's"]))
     monkeypatch.setattr(rates, "find_rates", lambda run, base, batches, facts: given.update({base: facts}))
     rates.set_rates(run, SimpleNamespace(device=None), True)
     assert given == {**dict.fromkeys(settings.COMPRESSIONS, run.world.split["validation"]), "locked": ["the lock's"]}
@@ -188,7 +189,7 @@ def test_a_lock_hands_on_validation_entities_and_asks_the_others(monkeypatch):
     monkeypatch.setattr(lock, "with_result", lambda settings, path: settings)
     monkeypatch.setattr(lock, "under_tag", lambda *_: {})
     dense = Subject(model, about={"settings": {}})
-    control, _, validation = lock.lock(run, dense)
+    control, validation = lock.lock(run, dense)
 
     def questions(facts):
         return [fact.question for fact in facts]
