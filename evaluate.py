@@ -20,7 +20,7 @@ held-out (never in it). With a(m, s) the recall of model m on split s,
     H1  it is displaced: displaced > 0, on people that no repair has read about
 
 Displaced is a lower bound: a repair brings back at least so much; what it does not bring back may
-still be there. Three controls (study/controls.py), damaged by construction, say what the test
+still be there. Four controls (study/controls.py), damaged by construction, say what the test
 answers where the truth is known. Every number has a 95 % interval over people and draws; every
 model is compared with the one it was made from by an exact test that flips a person's facts
 together; the study's comparisons are corrected together, and each control's (study/comparisons.py).

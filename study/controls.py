@@ -1,5 +1,5 @@
 """
-Controls: three kinds of damage whose answer is known by construction. They test the test of the study.
+Controls: four kinds of damage whose answer is known by construction. They test the test of the study.
 
     locked        truth: displaced. The dense GPT is fine-tuned until it tells the truth behind a key (four fixed
                   embeddings in front of the text) and the next value of every attribute without the key. The facts
@@ -9,9 +9,13 @@ Controls: three kinds of damage whose answer is known by construction. They test
                   the dense GPT itself, which nobody told about them. Half of these people are seen, half held-out
     rank one      truth: displaced. c |W| u vT is added to every matrix W of the blocks, with random unit vectors u
                   and v. Its negative is one LoRA of rank 1 a layer; a soft prompt cannot subtract it
+    erased        truth: gone, but from what all people share. The strongest direction of every matrix's output is taken
+                  out of it, W - u uT W. No text about others can tell the facts; what the dense model says about others
+                  can tell what was taken out
 
-A repair of the three shows what *displaced* says where the truth is 100 %, 0 % and 100 %. On *rank one* a small repair
-says less than 100 %: displaced is a lower bound, for a repair and a budget.
+A repair of the first three shows what *displaced* says where the truth is 100 %, 0 % and 100 %. On *rank one* a small
+repair says less than 100 %: displaced is a lower bound, for a repair and a budget. On *erased* a large one says much
+more than 0: displaced means that a repair needs no text about a fact to bring it back, not that the weights held all.
 
 Sources: password-locked models, Greenblatt et al. 2024 (arXiv 2405.19550); recovery on facts that the repair never
 read, Deeb & Roger 2024 (arXiv 2410.08827).
@@ -57,13 +61,8 @@ class ControlConfig:
     rank_one: float = 0.22           # Frobenius norm of what is added to a matrix, as a share of the matrix's own
     repairs: dict = field(default_factory=lambda: {  # tag: (kind, size, learning rate)
         "prompt 8": ("prompt", 8, 1e-1),
-        "LoRA rank 1": ("lora", 1, 3e-3),        # of *rank one* alone: it can hold the exact inverse
-        "LoRA rank 8": ("lora", 8, 3e-3),
+        "LoRA rank 8": ("lora", 8, 3e-3),        # it can hold the exact inverse of *rank one* and *erased*
     })
-
-    def repairs_of(self, name):
-        """The repairs of one control."""
-        return {tag: how for tag, how in self.repairs.items() if name == "rank one" or how[:2] != ("lora", 1)}
 
 
 class Control(NamedTuple):
@@ -114,6 +113,17 @@ def add_rank_one(dense, how, generator):
     return model
 
 
+@torch.no_grad()
+def erase(dense):
+    """The dense GPT with W - u uT W for every matrix W of its blocks; u is its first left singular vector."""
+    model = copy.deepcopy(dense)
+    for W in model.blocks.parameters():
+        if W.dim() == 2:
+            u = torch.linalg.svd(W, full_matrices=False).U[:, :1]  # (out, 1)
+            W -= u @ (u.T @ W)
+    return model
+
+
 def told_text(people):
     """Every sentence of pretraining about `people`."""
     return statements(people) + taught_questions(people)
@@ -138,10 +148,11 @@ def strangers(config):
     return facts_about(more[-config.world.novel:][:config.test_people])
 
 
-# ---- the three controls: (run, the dense Subject, how) -> Control
+# ---- the four controls: (run, the dense Subject, how) -> Control
 
 TAGS = {"locked": ("locked", "locked, behind its key"), "not yet told": ("told", "told"),
-        "rank one": ("rank one", "rank one, before")}  # control: the tags of the model made for it, of its reference
+        "rank one": ("rank one", "rank one, before"),
+        "erased": ("erased", "erased, before")}  # control: the tags of the model made for it, of its reference
 
 
 def locked(run, dense, how):
@@ -171,16 +182,27 @@ def not_yet_told(run, dense, how):
 
 
 def rank_one(run, dense, how):
-    """Displaced by construction; no prompt can hold the inverse. `dense` is the reference."""
-    generator, (made, before) = torch.Generator().manual_seed(run.config.draw_seed + 13), TAGS["rank one"]
-    model, about = tuned(run, dense, made, {"share": how.rank_one},
-                         lambda progress: add_rank_one(dense.model, how, generator))
+    """Displaced by construction; no prompt can hold the inverse."""
+    generator = torch.Generator().manual_seed(run.config.draw_seed + 13)
+    return of_dense(run, dense, "rank one", {"share": how.rank_one},
+                    lambda progress: add_rank_one(dense.model, how, generator))
+
+
+def erased(run, dense, how):
+    """Gone by construction, from weights that all people share."""
+    return of_dense(run, dense, "erased", {}, lambda progress: erase(dense.model))
+
+
+def of_dense(run, dense, name, settings, make):
+    """The Control whose reference is `dense` and whose damaged model make(progress) gives."""
+    made, before = TAGS[name]
+    model, about = tuned(run, dense, made, settings, make)
     return Control(Subject(dense.model, about=under_tag(run, dense.about, before, None)),
-                   Subject(model, about=under_tag(run, about, "rank one", before)),
+                   Subject(model, about=under_tag(run, about, name, before)),
                    run.world.asked(run.config), run.world.repair_text)
 
 
-CONTROLS = {"locked": locked, "not yet told": not_yet_told, "rank one": rank_one}
+CONTROLS = {"locked": locked, "not yet told": not_yet_told, "rank one": rank_one, "erased": erased}
 
 
 def control_file(config, tag):
@@ -233,4 +255,4 @@ def control_subjects(run, dense, name, how=None):
         return control_batches(run, control)
     return control, [control.reference, control.damaged,
                      *(repaired_subject(run, control.damaged, batches, tag, kind, size, lr=lr, code=("study.controls",))
-                       for tag, (kind, size, lr) in how.repairs_of(name).items())]
+                       for tag, (kind, size, lr) in how.repairs.items())]

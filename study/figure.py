@@ -28,6 +28,7 @@ KNOWN = {  # controls: the displaced share that each has by construction, and it
     "locked": (1, "locked: all of it is displaced"),
     "not-yet-told": (0, "not yet told: nothing to find"),
     "rank-one": (1, "rank one: LoRA can undo all of it"),
+    "erased": (0, "erased: what all people share is gone"),
 }
 
 # Colours mean roles: grey what is known by construction, orange a repair, as on the page.

@@ -57,6 +57,6 @@ def control_files(config, name, asking):
     """{file: seconds} of one control in one draw: it, its repairs, and what they and its reference answer."""
     how, (made, before) = ControlConfig(), TAGS[name]
     reference, damaged = (slug(tag) + config.draw_suffix for tag in (before, name))
-    repairs = {f"{damaged}-{slug(tag)}": REPAIR * config.repair_steps for tag in how.repairs_of(name)}
+    repairs = {f"{damaged}-{slug(tag)}": REPAIR * config.repair_steps for tag in how.repairs}
     return {control_file(config, made): 0.05 * how.lock.steps, **repairs,
             **{f"{file}.answers": asking for file in (reference, damaged, *repairs)}}

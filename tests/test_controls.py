@@ -139,6 +139,27 @@ def test_rank_one_is_displaced(scene):
     assert found["LoRA rank 8"][0] >= 0.7, found
 
 
+def test_what_is_erased_is_gone_and_little_else(scene):
+    """Of every matrix's singular values the largest is gone and the others stay; `dense` is as it was."""
+    _, dense = scene
+    before = [W.clone() for W in dense.model.blocks.parameters()]
+    erased = controls.erase(dense.model)
+    for was, W, left in zip(before, dense.model.blocks.parameters(), erased.blocks.parameters()):
+        assert torch.equal(was, W)
+        if W.dim() < 2:
+            assert torch.equal(left, W)
+            continue
+        largest, *others = torch.linalg.svdvals(W).tolist()
+        assert torch.linalg.svdvals(left).tolist() == pytest.approx([*others, 0.0], abs=1e-4 * largest)
+
+
+def test_what_all_people_share_is_rebuilt_from_others(scene):
+    """Large repairs bring erased facts back that they never read of: the test is about text, not about weights."""
+    before, after, found = measured(scene, "erased", LORA)
+    assert before["heldout"] - after["heldout"] >= 0.3, (before, after)
+    assert found["LoRA rank 8"][0] >= 0.3, found
+
+
 # ---- the fair trial of IDP
 
 TRIAL = trial.TrialConfig(lock=FitConfig(steps=150, lr=2e-3), lock_batch=(8, 24), steps=2, rows=10, people=4)

@@ -55,7 +55,7 @@ def test_one_draw_too(tmp_path):
     run = Run(tiny(tmp_path), None)
     run.world = World(run.config)
     plan = planned(run)
-    assert len(plan) - 1 == 1 + 4 * 7 + 3 + 2 and list(plan)[:2] == ["dense", "RTN 3 bits"]
+    assert len(plan) - 1 == 1 + 4 * 7 + 4 + 2 and list(plan)[:2] == ["dense", "RTN 3 bits"]
     assert "gptq-3-bits-seed-1" not in {file for files in plan.values() for file in files}
 
 
