@@ -24,11 +24,11 @@ WIDTH, ROW, HEAD = 420, 16, 25
 PANELS = {"displaced": (134, 268), "relearned": (284, 414)}  # left and right edge
 LOW, HIGH = -0.25, 1.25                                      # the range of both axes; what lies outside is an arrow
 NAMES = {"displaced": "displaced", "relearned": "re-learned"}
-KNOWN = {  # controls: the displaced share that each has by construction, and its name
-    "locked": (1, "locked: all of it is displaced"),
-    "not-yet-told": (0, "not yet told: nothing to find"),
-    "rank-one": (1, "rank one: LoRA can undo all of it"),
-    "erased": (0, "erased: what all people share is gone"),
+KNOWN = {  # controls: what is known of each
+    "locked": "locked: all of it is displaced",
+    "not-yet-told": "not yet told: nothing to find",
+    "rank-one": "rank one: LoRA can undo all of it",
+    "erased": "erased: what all people share is gone",
 }
 
 # Colours mean roles: grey what is known by construction, orange a repair, as on the page.
@@ -120,8 +120,7 @@ def brackets(top, bottom):
 
 def heading(base, models, y):
     """The name of what was repaired, and its held-out recall before and after the damage."""
-    known = KNOWN.get(base["id"]) if is_control(base) else None
-    name = known[1] if known else base.get("tag") or base["id"]
+    name = is_control(base) and KNOWN.get(base["id"]) or base.get("tag") or base["id"]
     whole = models.get(base.get("reference") or root(base, models)["id"])
     before = whole and number(whole["metrics"].get("recall_heldout"))
     after = number(base["metrics"].get("recall_heldout"))

@@ -67,8 +67,8 @@ def test_an_interval_is_drawn_over_its_dot(study):
 def test_controls_stand_first_and_bracket_the_rest(study):
     svg = parsed(study)
     said = texts(svg)
-    names = [t for t in said if t in [v[0] for v in PLANNED.values()] or t in [v[1] for v in figure.KNOWN.values()]]
-    assert names[:3] == [figure.KNOWN[k][1] for k in ("locked", "not-yet-told", "rank-one")]
+    names = [t for t in said if t in [v[0] for v in PLANNED.values()] or t in figure.KNOWN.values()]
+    assert names[:3] == [figure.KNOWN[k] for k in ("locked", "not-yet-told", "rank-one")]
     assert len(names) == len(PLANNED)
     brackets = [p.get("d") for p in svg.iter(f"{SVG}path") if p.get("class") == "bracket"]
     tops = [float(re.search(r"M[\d.]+ ([\d.]+)", d)[1]) for d in brackets]
