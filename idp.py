@@ -96,25 +96,21 @@ def highest(scores):
     return tied.byte().argmax(-1)  # the first of equal values
 
 
-@torch.no_grad()
 def select(model, pool, ids, lengths=None, filled=None):
     """(B,) the index of the prompt that each row of ids (B, T) attends to most.
 
+    A pool with a probe: of the prompt to which that gives the highest score.
     lengths  (B,) real tokens a row; default all T
     filled   the pool's `prefill`, where it is known already
     Raises ValueError where the longest prompt and T tokens do not fit the model's context.
     """
-    return highest(attention_scores(model, filled or prefill(model, pool), ids, lengths))
+    return choose(model, pool, ids, lengths, filled)[0]
 
 
-def forward(model, pool, ids, lengths=None, filled=None, chosen=None):
-    """Logits (B, T, V) of ids (B, T), each row under the prompt it selected.
-
-    chosen  (B,) the prompt of each row instead;  others as in `select`
-    """
-    filled = filled or prefill(model, pool)
-    chosen = select(model, pool, ids, lengths, filled) if chosen is None else chosen
-    return model(ids, cache=filled.repeat(chosen, ids.shape[1]), lengths=lengths)
+def forward(model, pool, ids, lengths=None):
+    """Logits (B, T, V) of ids (B, T), each row under the prompt that it selects."""
+    filled = prefill(model, pool)
+    return under(model, filled, select(model, pool, ids, lengths, filled), ids)
 
 
 # ---- the same without computing anything twice
@@ -161,12 +157,15 @@ def attention_scores(model, filled, ids, lengths=None, layer=0):
 
 
 @torch.no_grad()
-def choose(model, filled, ids, lengths=None):
-    """The prompt (B,) that each row of ids (B, T) selects, and `first`, what `read_first` gives.
+def choose(model, pool, ids, lengths=None, filled=None):
+    """What `select` gives (B,), and `first`, what `read_first` gave on the way; None of a probe.
 
     With cache = filled.repeat(chosen, T + new), the model answers by
     `model.generate(ids, new, lengths, cache=cache, first=first)`: nothing is computed twice.
     """
+    if pool.probe is not None:
+        return highest(probed(model, pool, ids, lengths)), None
+    filled = filled or prefill(model, pool)
     first = read_first(model, filled, ids)
     _, (q, k, _) = first
     return highest(mean_attention(q, k, filled.kv[0][0], filled.first, lengths)), first

@@ -90,9 +90,7 @@ def cache_of(model, repair, ids, tokens):
     if not isinstance(pool, PromptPool):
         return None
     filled = idp.prefill(model, pool)
-    chosen = idp.select(model, pool, ids, filled=filled) if pool.probe is None else \
-        idp.highest(idp.probed(model, pool, ids))
-    return filled.repeat(chosen, room)
+    return filled.repeat(idp.select(model, pool, ids, filled=filled), room)
 
 
 def main():

@@ -4,6 +4,7 @@ Every repair of the study, trained on a frozen compressed model, and the Subject
 import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -106,12 +107,7 @@ def pool_subject(model, pool):
     """The Subject of a pool under the paper's rule, or its probe if it has one; one prompt leaves nothing to choose."""
     with torch.no_grad():
         filled = idp.prefill(model, pool)
-
-    def choose(ids, lengths):
-        if pool.probe is None:
-            return idp.choose(model, filled, ids, lengths)
-        return idp.highest(idp.probed(model, pool, ids, lengths)), None
-    return Subject(model, filled, choose if len(pool) > 1 else None)
+    return Subject(model, filled, partial(idp.choose, model, pool, filled=filled) if len(pool) > 1 else None)
 
 
 def light(subject):

@@ -65,11 +65,12 @@ SIZES = {"small": Bench(), "middle": Bench(n_layer=12, n_embd=384, vocab_size=40
 
 
 class Way(NamedTuple):
-    """One way to answer: a Subject, a soft prompt (P, C) that runs in front of the text, the cache of a pool."""
+    """One way to answer: a Subject, a soft prompt (P, C) that runs in front of the text, a pool and its cache."""
     base: str
     name: str
     subject: Subject
     prompt: Any = None
+    pool: Any = None
     filled: Any = None
 
 
@@ -118,7 +119,7 @@ def make_ways(bench):
         ways += [Way(kind, "alone", Subject(model)),
                  Way(kind, "prompt uncached", Subject(model), pool.prompts[0]),
                  Way(kind, "prompt cached", Subject(model, idp.prefill(model, idp.PromptPool([pool.prompts[0]])))),
-                 Way(kind, "IDP", Subject(model), filled=filled),
+                 Way(kind, "IDP", Subject(model), pool=pool, filled=filled),
                  Way(kind, "LoRA", Subject(with_lora(bench, kind)[0]))]
     return ways
 
@@ -136,7 +137,7 @@ def turn(way, ids, new):
     model, room, chosen, first = way.subject.model, 1 + new, torch.zeros(len(ids), dtype=torch.long), None
     began = clock()
     if way.filled is not None:
-        chosen, first = idp.choose(model, way.filled, ids)
+        chosen, first = idp.choose(model, way.pool, ids, filled=way.filled)
         cache = way.filled.repeat(chosen, ids.shape[1] + room)
     else:
         cache = way.subject.cache(chosen, ids.shape[1] + room + (0 if way.prompt is None else len(way.prompt)))

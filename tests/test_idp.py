@@ -138,7 +138,8 @@ def test_idp_is_the_chosen_prompt_alone(name, lengths):
     chosen = torch.tensor([1, 2, 0, 1])
     for given in (None, chosen):
         picked = select(model, pool, ids, LENGTHS) if given is None else given
-        logits = idp.forward(model, pool, ids, LENGTHS, chosen=given)
+        logits = idp.forward(model, pool, ids, LENGTHS) if given is None else idp.under(
+            model, prefill(model, pool), given, ids)
         cache = prefill(model, pool).repeat(picked, 6 + 2)
         close(model(ids, cache=cache, lengths=LENGTHS), logits, atol=1e-5)
         second = torch.cat([model(more[:, :1], cache=cache), model(more[:, 1:], cache=cache)], dim=1)
@@ -168,7 +169,7 @@ def test_the_choice_hands_the_first_layer_on(name):
     """Choose, gather and generate in one: the same tokens, cache and hidden states, bit for bit, as step by step."""
     model, pool, ids = gpt(name), make_pool(4, 2, 5), tokens(4, 6)
     filled = prefill(model, pool)
-    chosen, first = idp.choose(model, filled, ids, LENGTHS)
+    chosen, first = idp.choose(model, pool, ids, LENGTHS, filled)
     assert chosen.tolist() == select(model, pool, ids, LENGTHS).tolist()
     cache, plain = filled.repeat(chosen, 6 + 3), filled.repeat(chosen, 6 + 3)
     assert torch.equal(model.hidden(ids, None, copy.deepcopy(cache), LENGTHS, first),
@@ -185,7 +186,7 @@ def test_equal_lengths_are_the_prompt_alone_in_float64():
     """The same sums in another shape: in double precision nothing but the last bits can differ."""
     model, pool, ids = gpt().double(), make_pool(4, 4).double(), tokens(3, 6)
     chosen = torch.tensor([1, 0, 1])
-    logits = idp.forward(model, pool, ids, chosen=chosen)
+    logits = idp.under(model, prefill(model, pool), chosen, ids)
     for b, m in enumerate(chosen.tolist()):
         torch.testing.assert_close(logits[b], model(ids[b:b + 1], prompt=pool.prompts[m])[0], atol=1e-12, rtol=0)
 
@@ -208,7 +209,8 @@ def test_the_pools_cache_is_a_constant():
     assert torch.equal(filled.length, before.length) and torch.equal(filled.first, before.first)
     assert filled.used == before.used and filled.slots == before.slots
     with torch.no_grad():
-        close(idp.forward(model, pool, ids, filled=filled), idp.forward(model, pool, ids), atol=0)
+        chosen = select(model, pool, ids, filled=filled)
+        close(idp.under(model, filled, chosen, ids), idp.forward(model, pool, ids), atol=0)
 
 
 def test_a_pool_checks_what_it_is_given():
@@ -317,8 +319,9 @@ def test_the_probe_reads_the_question_only():
         close(idp.probed(model, pool, ids[b:b + 1, :n])[0], scores[b], atol=1e-7)
     chosen = pool_subject(model, pool).pick(ids, LENGTHS)
     assert chosen.tolist() == scores.argmax(-1).tolist() and len(set(chosen.tolist())) > 1
-    assert pool_subject(model, PromptPool(list(pool.prompts))).pick(ids, LENGTHS).tolist() == \
-        select(model, pool, ids, LENGTHS).tolist()
+    assert select(model, pool, ids, LENGTHS).tolist() == chosen.tolist()
+    without = PromptPool(list(pool.prompts))
+    assert pool_subject(model, without).pick(ids, LENGTHS).tolist() == select(model, without, ids, LENGTHS).tolist()
 
 
 def test_side_by_side_is_each_prompt_alone_on_its_rows():

@@ -51,7 +51,7 @@ def with_pool(model, prompts):
     """A Subject that is IDP over `prompts`."""
     with torch.no_grad():
         filled = prefill(model, prompts)
-    return Subject(model, filled, lambda ids, lengths: choose_prompt(model, filled, ids, lengths))
+    return Subject(model, filled, lambda ids, lengths: choose_prompt(model, prompts, ids, lengths, filled))
 
 
 # ---- what is read

@@ -62,7 +62,7 @@ def result(code, models, case):
     prompts = code.idp.PromptPool([floats(p) for p in given["prompts"]])
     lengths = None if given["lengths"] is None else torch.tensor(given["lengths"])
     filled = code.idp.prefill(model, prompts)
-    chosen, first = code.idp.choose(model, filled, ids, lengths)
+    chosen, first = code.idp.choose(model, prompts, ids, lengths, filled)
     logits = code.idp.forward(model, prompts, ids, lengths)
     sizes = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
     text = model.generate(ids, 5, lengths, cache=filled.repeat(chosen, ids.shape[1] + 5), first=first)
