@@ -8,7 +8,6 @@ turn, greedily, and a line for each says how fast.
 import argparse
 import copy
 import statistics
-import sys
 import time
 
 import torch
@@ -18,7 +17,6 @@ from checkpoints.weights import read_model
 from compress import rtn
 from engine.decode import choose_decode
 from engine.device import add_device, device_of
-from engine.script import guard
 from kernels import PackedLinear, pack
 
 
@@ -103,12 +101,3 @@ def go_on(arguments):
         held = {t.data_ptr(): t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers())}
         print(f"{name:16s} {rate:8.1f} tokens/s after {first:.1f} s, blocks of {sum(held.values()) / 1e6:.1f} MB\n"
               f"  {encoding.decode(out[0].tolist())!r}")
-
-
-def main():
-    """The script: see the top of this file, and --help."""
-    go_on(sys.argv[1:])
-
-
-if __name__ == "__main__":
-    guard(main, "kernels.py")
