@@ -296,7 +296,7 @@ def main():
                         help="the same as --size quick")
     parser.add_argument("--full", action="store_true",
                         help="more rivals: a prefix, LoRA of rank 1, pools trained in other ways,"
-                             " repairs trained on the next token")
+                             " repairs trained on the next token; constants for the controls")
     parser.add_argument("--seeds", type=int, default=StudyConfig.seeds, metavar="K",
                         help="make everything K times, from the dense GPT on")
     parser.add_argument("--all-tasks", action="store_true",

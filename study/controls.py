@@ -65,6 +65,12 @@ class ControlConfig:
     })
 
 
+def control_config(config):
+    """The ControlConfig of a study of these settings: with --full, constants repair the controls, too."""
+    how, more = ControlConfig(), {"biases": ("bias", "o down", 3e-2)}
+    return replace(how, repairs={**how.repairs, **more}) if config.full else how
+
+
 class Control(NamedTuple):
     """One kind of damage, what is asked about it, and what a repair of it may read."""
     reference: Subject    # the model before the damage: what a repair is to bring back
@@ -246,7 +252,7 @@ def control_subjects(run, dense, name, how=None):
     run   the study's; its world, its seed, and how its repairs are trained
     how   ControlConfig; default: the study's own
     """
-    how = how or ControlConfig()
+    how = how or control_config(run.config)
     control = CONTROLS[name](run, dense, how)
 
     @functools.cache

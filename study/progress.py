@@ -7,7 +7,7 @@ the pace of the run.
 
 What it leaves out: the steps of a real model (real/): how long one of them takes depends on the model.
 """
-from study.controls import TAGS, ControlConfig, control_file
+from study.controls import TAGS, control_config, control_file
 from study.steps import slug
 
 TOKENS = 50_000   # of pretraining, a second
@@ -55,7 +55,7 @@ def closer(run, tag, kind=None):
 
 def control_files(config, name, asking):
     """{file: seconds} of one control in one draw: it, its repairs, and what they and its reference answer."""
-    how, (made, before) = ControlConfig(), TAGS[name]
+    how, (made, before) = control_config(config), TAGS[name]
     reference, damaged = (slug(tag) + config.draw_suffix for tag in (before, name))
     repairs = {f"{damaged}-{slug(tag)}": REPAIR * config.repair_steps for tag in how.repairs}
     return {control_file(config, made): 0.05 * how.lock.steps, **repairs,

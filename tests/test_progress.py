@@ -21,7 +21,7 @@ def test_what_is_announced_is_what_is_made(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(controls, slow, lambda dense, *_: dense)
     config = tiny(tmp_path)
     config.seeds, config.ablation_people, config.task_items = 2, 2, 2
-    config.repair_steps = 1
+    config.repair_steps, config.full = 1, True
     config.compressions = {"GPTQ 3 bits": config.compressions["GPTQ 3 bits"]}
     config.repairs = {tag: {**config.repairs, **MORE}[tag]
                       for tag in ("bias correction", "IDP 4 x 8", "IDP 4 x 8 joint", "prompt 8, next token")}
@@ -32,6 +32,7 @@ def test_what_is_announced_is_what_is_made(tmp_path, capsys, monkeypatch):
     results = evaluate.study(run, dense_subject(run))
     objectives = {m["tag"]: m["operation"]["parameters"].get("objective") for m in results["models"] if m["operation"]}
     assert (objectives["prompt 8, next token"], objectives["IDP 4 x 8"]) == ("next_token", "distillation")
+    assert [m["tag"] for m in results["models"]].count("biases") == 4  # with --full, of each control
     assert results["models"][0]["similarity"]["output"] == pytest.approx([1.0])  # the dense model beside itself
     announced = [file for files in plan.values() for file in files if file]
     made = list(dict.fromkeys(t["step"] for t in run.log.times))
