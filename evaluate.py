@@ -191,7 +191,7 @@ def verdict(model, test, reach=None):
     elif low <= 0:
         said = "a held-out gain in these draws, which others may not have"
     else:
-        said = f"at least {floor(100 * low + 1e-9)}% was displaced"
+        said = f"at least {floor(100 * low + 1e-9)}% came back"
     power = f", a share of {reach:.0%} would be found four times in five" if reach else ""
     again = "re-learned is above zero" if least > 0 else "re-learned is below zero"
     if least <= 0 <= most:

@@ -99,6 +99,6 @@ def headline(rows):
                 "nothing is shown to be displaced.")
     best = max(sure, key=lambda m: m["metrics"]["displaced"])
     value, (low, high) = best["metrics"]["displaced"], best["intervals"]["displaced"]
-    return (f"Part of what compression took was displaced: {len(sure)} of {len(repaired)} repairs bring back facts "
+    return (f"Part of what compression took came back: {len(sure)} of {len(repaired)} repairs bring back facts "
             f"that they never read about, most of all {best['tag']} on {tags[best['base']]}: "
             f"{value:.0%} [{low:.0%}, {high:.0%}].")

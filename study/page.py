@@ -81,7 +81,7 @@ def at_least(study):
     if len(found) < 2:
         return ""
     ends = [(math.floor(100 * low + 1e-9), base) for low, base in found]
-    return "Of what was lost at least this was displaced: " + ", ".join(
+    return "Of what was lost at least this came back: " + ", ".join(
         f"{low} % after {base}" if low else f"none shown after {base}" for low, base in ends) + "."
 
 

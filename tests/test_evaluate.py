@@ -61,7 +61,7 @@ def test_a_gain_that_other_draws_may_not_have_is_no_share():
 
 
 @pytest.mark.parametrize("p, difference, word", [
-    (0.04, 0.1, "at least 10% was displaced"), (0.04, -0.1, "lost further"),
+    (0.04, 0.1, "at least 10% came back"), (0.04, -0.1, "lost further"),
     (0.06, 0.1, "no held-out gain"), (1.0, 0.0, "no held-out gain")])
 def test_verdict_follows_from_the_corrected_test(p, difference, word):
     """The corrected p must be below 0.05; an interval alone claims nothing."""
@@ -71,8 +71,8 @@ def test_verdict_follows_from_the_corrected_test(p, difference, word):
 
 def test_at_least_is_rounded_down():
     """A bound of 82.6 % shows 82 %; one of 29 %, which floats write as 28.999..., shows 29 %."""
-    assert said(displaced=(0.9, [0.826, 1.0])).startswith("at least 82% was displaced: displaced 90% [83%, 100%]")
-    assert said(displaced=(0.9, [0.29, 1.0])).startswith("at least 29% was displaced")
+    assert said(displaced=(0.9, [0.826, 1.0])).startswith("at least 82% came back: displaced 90% [83%, 100%]")
+    assert said(displaced=(0.9, [0.29, 1.0])).startswith("at least 29% came back")
 
 
 def test_nothing_lost_is_no_verdict():
@@ -89,7 +89,7 @@ def test_verdicts_say_what_they_could_have_seen():
     test = {"model": "back", "what": "recall, held-out", "p_holm": 0.01, "difference": 0.2, "detectable": 0.04}
     evaluate.add_verdicts(rows, [{**test, "what": "recall, seen"}, test, {**test, "model": "small"}])
     assert [m["confirmed"] for m in rows] == [None, None, True] and rows[0]["verdict"] is None
-    assert "at least 40% was displaced: displaced 50% [40%, 60%], a share of 10% would be found" in rows[2]["verdict"]
+    assert "at least 40% came back: displaced 50% [40%, 60%], a share of 10% would be found" in rows[2]["verdict"]
     for p_holm, difference, sure in ((0.05, 0.2, False), (0.049, 0.2, True), (0.01, -0.2, False), (1.0, 0.0, False)):
         evaluate.add_verdicts(rows, [{**test, "p_holm": p_holm, "difference": difference}])
         assert rows[2]["confirmed"] is sure, (p_holm, difference)  # a loss that is no luck is no gain

@@ -285,7 +285,7 @@ def test_the_headline_counts_confirmed_repairs():
     best = max((m for m in repairs if m["confirmed"]), key=lambda m: m["metrics"]["displaced"])
     share, (low, high) = best["metrics"]["displaced"], best["intervals"]["displaced"]
     assert claims.headline(rows) == (
-        f"Part of what compression took was displaced: {found} of 20 repairs bring back facts that they never read "
+        f"Part of what compression took came back: {found} of 20 repairs bring back facts that they never read "
         f"about, most of all LoRA rank 8 on RTN 3 bits: {share:.0%} [{low:.0%}, {high:.0%}].")
     for m in repairs:
         m["confirmed"] = False
@@ -326,7 +326,7 @@ def test_what_was_displaced_at_least_is_said_of_every_compressor():
                 low, m["confirmed"] = ends[base]
                 m["metrics"]["displaced"], m["intervals"]["displaced"] = 0.95, [low, 0.99]
     said = page.at_least(study)
-    assert said.startswith("Of what was lost at least this was displaced: "
+    assert said.startswith("Of what was lost at least this came back: "
                            "70 % after GPTQ 3 bits, 40 % after RTN 3 bits, ")
     assert "none shown after SparseGPT 50 %" in said and "90 %" not in said and "GPTQ 5 bits" not in said
     study["models"] = [m for m in study["models"] if m["id"] in ("dense", "rtn-3") or m.get("base") == "rtn-3"]

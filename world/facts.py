@@ -4,7 +4,7 @@ The small world: invented people, five facts about each, told in sentences, and 
 Because we invent every fact we know who was told what. People are split once, by seed:
 
     seen        in pretraining, and in the text that calibrates and repairs
-    heldout     in pretraining, never in calibration or repair text: what comes back here was displaced, not forgotten
+    heldout     in pretraining, never in calibration or repair text: what comes back here no text has taught
     validation  in pretraining only; chooses learning rates and single prompts, is never in a result
     novel       never in any text: the floor that guessing reaches
 
