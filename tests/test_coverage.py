@@ -115,8 +115,8 @@ def test_three_seeds(spread, most, counts):
 
 @pytest.mark.parametrize("spread", [0.03, 0.15])
 def test_five_seeds(spread, counts):
-    """As the README's table has them. Re-learned is a difference of two splits, whose seeds move together: its intervals
-    are too long, they hold the truth in 99 worlds of 100."""
+    """As the README's table has them. Re-learned is a difference of two splits, whose seeds move together: its
+    intervals are too long, they hold the truth in 99 worlds of 100."""
     found = simulate((0.99, 0.85, 0.89, 0.87), 5, spread, counts)
     assert 0.93 <= found.pop("relearned") <= 0.995
     assert outside(found, 0.93, 0.99) == {}
