@@ -17,6 +17,7 @@ Source: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit ke
 it generates one token at a time).
 """
 import math
+import runpy
 import sys
 
 from engine.script import guard  # before torch: Ctrl-C is one line
@@ -330,8 +331,7 @@ def from_spec(spec):
 def main():
     """Alone a lesson of seconds: codes in words, and back; with arguments a job, see the top."""
     if len(sys.argv) > 1:
-        from checkpoints.writing import go_on  # which imports this file
-        return go_on(sys.argv[1:])
+        return runpy.run_module("checkpoints.writing", run_name="__main__")  # it imports this file
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(8, (16, 32), generator=generator, dtype=torch.uint8)  # 3 bits each
     scale, zero = torch.ones(16, 1), torch.full((16, 1), 4, dtype=torch.uint8)

@@ -19,7 +19,7 @@ from checkpoints.adapters import CONFIG, load_adapter, read_adapter
 from checkpoints.compression import parameters
 from checkpoints.gguf import read_header
 from checkpoints.weights import list_folder, list_safetensors
-from checkpoints.writing import read_text
+from checkpoints.writing import encoded
 from engine.decode import choose_decode
 from engine.device import add_device, device_of
 from engine.safetensors import read_safetensors
@@ -70,7 +70,7 @@ def say_more(model, encoding, text, tokens, repair=None):
     """Print `text` and so many `tokens` more, greedily; `repair` as `load_adapter` gives it."""
     if encoding is None:
         return
-    ids = read_text(text, encoding, model.wte.weight.device)
+    ids = encoded(text, encoding, model.wte.weight.device)
     if not ids.numel():
         raise ValueError("--text must not be empty: this model has no token that a text begins with")
     if any(isinstance(layer, PackedLinear) for layer in model.modules()):

@@ -8,6 +8,7 @@ turn, greedily, and a line for each says how fast.
 import argparse
 import copy
 import statistics
+import sys
 import time
 
 import torch
@@ -17,6 +18,7 @@ from checkpoints.weights import read_model
 from compress import rtn
 from engine.decode import choose_decode
 from engine.device import add_device, device_of
+from engine.script import guard
 from kernels import PackedLinear, pack
 
 
@@ -70,7 +72,7 @@ def writing_parser():
     return parser
 
 
-def read_text(text, encoding, device):
+def encoded(text, encoding, device):
     """ids (1, T) of a text, behind the token that a text of this vocabulary begins with, if there is one."""
     bos = getattr(encoding, "bos", None)
     return torch.tensor([([] if bos is None else [bos]) + encoding.encode_ordinary(text)], device=device)
@@ -86,7 +88,7 @@ def go_on(arguments):
     dense, encoding = read_model(args.model, dtype=dtype)
     if encoding is None:
         raise ValueError(f"{args.model} has no vocabulary to read the text with")
-    ids = read_text(args.text, encoding, device)
+    ids = encoded(args.text, encoding, device)
     if ids.shape[1] == 0 or ids.shape[1] + args.tokens > dense.config.context:
         raise ValueError(f"{ids.shape[1]} tokens of text and {args.tokens} new ones must be at least 1 and fit the "
                          f"context of {dense.config.context}")
@@ -101,3 +103,12 @@ def go_on(arguments):
         held = {t.data_ptr(): t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers())}
         print(f"{name:16s} {rate:8.1f} tokens/s after {first:.1f} s, blocks of {sum(held.values()) / 1e6:.1f} MB\n"
               f"  {encoding.decode(out[0].tolist())!r}")
+
+
+def main():
+    """The script: see the top of this file, and --help."""
+    go_on(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    guard(main, "kernels.py")

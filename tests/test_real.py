@@ -483,6 +483,9 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
     for table, tags in (("COMPRESSIONS", ["RTN 3 bits", "GPTQ 3 bits"]),
                         ("REPAIRS", ["bias correction", "gains", "prompt 16", "IDP 4 x 16", "LoRA rank 8"])):
         monkeypatch.setattr(settings, table, {tag: getattr(settings, table)[tag] for tag in tags})
+    guessed_about = []
+    monkeypatch.setattr("real.__main__.guessed", lambda split, asked: (
+        guessed_about.append([f.options for f in asked["heldout"]]), guess.guessed(split, asked))[1])
 
     def study(*more):
         """(results.json, the table's lines) of the command."""
@@ -509,6 +512,8 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
         assert len(m["seeds"]["recall_heldout"]) == 2
         assert m["group"] == "locked" or {"arc_easy acc_norm", "lambada_openai perplexity"} <= m["metrics"].keys()
         assert results["settings"]["rates"].keys() == {"RTN 3 bits", "GPTQ 3 bits", "locked"}
+    first, second, locked = guessed_about[-3:]  # what is said, the study, and the lock, whose options are its own
+    assert first == second != locked
     trained = [t["step"] for t in results["times"] if not t["reused"]]
     assert not [step for step in trained if step.startswith(("gptq", "locked")) and step.endswith("prompt-16")]
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]

@@ -210,6 +210,14 @@ def test_answers_are_the_naive_loops(trained, prompted):
         assert row["correct"] == (text == fact.answer.strip())
 
 
+def test_the_right_answers_logprob_is_that_under_the_given_prompt(trained):
+    """`gold_logprobs`, which asks every prompt of a pool in turn, by the naive loop."""
+    prompts, chosen = pool(5, 2, 4), [2, 0, 1, 2]
+    found = gold_logprobs(with_pool(trained, prompts), tokenized(FACTS[:4], ENCODING), torch.tensor(chosen), ENCODING)
+    assert found == [pytest.approx(naive_answer(trained, fact, prompts.prompts[m])[1], abs=1e-3)
+                     for fact, m in zip(FACTS, chosen)]
+
+
 def test_knowledge_is_the_right_values_share_of_all_values():
     """log p(value) - log(sum of p over all values of the attribute), one value at a time: where all values differ in
     their last of two tokens alone, as years do here, and where they do not."""
