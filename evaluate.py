@@ -19,8 +19,8 @@ held-out (never in it). With a(m, s) the recall of model m on split s,
     H0  what compression took is forgotten: displaced = 0; a repair gains on the people in its text
     H1  it is displaced: displaced > 0, on people that no repair has read about
 
-Displaced is a lower bound: a repair brings back at least so much; what it does not bring back may
-still be there. Four controls (study/controls.py), damaged by construction, say what the test
+Displaced is what one repair brings back. What it does not bring back may still be there: verdicts
+say "at least". Four controls (study/controls.py), damaged by construction, say what the test
 answers where the truth is known. Every number has a 95 % interval over people and draws; every
 model is compared with the one it was made from by an exact test that flips a person's facts
 together; the study's comparisons are corrected together, and each control's (study/comparisons.py).
@@ -195,7 +195,7 @@ def verdict(model, test, reach=None):
     power = f", a share of {reach:.0%} would be found four times in five" if reach else ""
     again = "re-learned is above zero" if least > 0 else "re-learned is below zero"
     if least <= 0 <= most:
-        again = "re-learned is not told from zero"
+        again = "re-learned cannot be distinguished from zero"
     return (f"{said}: displaced {value['displaced']:.0%} [{low:.0%}, {high:.0%}]{power}; {again}, "
             f"{value['relearned']:.0%} [{least:.0%}, {most:.0%}]")
 

@@ -14,8 +14,8 @@ Controls: four kinds of damage whose answer is known by construction. They test 
                   can tell what was taken out
 
 A repair of the first three shows what *displaced* says where the truth is 100 %, 0 % and 100 %. On *rank one* a small
-repair says less than 100 %: displaced is a lower bound, for a repair and a budget. On *erased* a large one says much
-more than 0: displaced means that a repair needs no text about a fact to bring it back, not that the weights held all.
+repair says less than 100 %: what did not come back may still be there. On *erased* a large one says much more than 0:
+displaced means that a repair needs no text about a fact to bring it back, not that the weights held all.
 
 Sources: password-locked models, Greenblatt et al. 2024 (arXiv 2405.19550); recovery on facts that the repair never
 read, Deeb & Roger 2024 (arXiv 2410.08827).
@@ -66,7 +66,7 @@ class ControlConfig:
 
 
 def control_config(config):
-    """The ControlConfig of a study of these settings: with --full, constants repair the controls, too."""
+    """The ControlConfig of a study of these settings: with --full, biases repair the controls, too."""
     how, more = ControlConfig(), {"biases": ("bias", "o down", 3e-2)}
     return replace(how, repairs={**how.repairs, **more}) if config.full else how
 

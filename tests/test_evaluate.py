@@ -66,7 +66,7 @@ def test_a_gain_that_other_draws_may_not_have_is_no_share():
 def test_verdict_follows_from_the_corrected_test(p, difference, word):
     """The corrected p must be below 0.05; an interval alone claims nothing."""
     text = said(p, difference)
-    assert word in text.split(":")[0] and "displaced 20% [10%, 30%]" in text and "not told from zero" in text
+    assert word in text.split(":")[0] and "displaced 20% [10%, 30%]" in text and "cannot be distinguished" in text
 
 
 def test_at_least_is_rounded_down():
