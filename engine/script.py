@@ -45,7 +45,7 @@ def guard(run, name=None):
             print(f"{name}: {what}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"\n{name}: interrupted; every finished step is kept and will be reused", file=sys.stderr)
+            print(f"\n{name}: interrupted; what a study had finished is kept and will be reused", file=sys.stderr)
             sys.exit(130)
         finally:
             sys.stdout.flush()  # also behind --help: what nobody takes is noticed here, not while Python ends
