@@ -15,7 +15,7 @@ import argparse
 import html
 
 from engine.files import write_text
-from study.results import confirmed, estimate, is_control, number, read_results, repaired_bases
+from study.results import estimate, is_control, number, read_results, repaired_bases
 
 RESULTS, FIGURE = "out/results.json", "out/figure.svg"
 
@@ -56,7 +56,6 @@ def picture(results):
     if not groups:
         raise ValueError("no model of these results has a displaced share: there is nothing to draw")
     models = {m["id"]: m for m in results["models"]}
-    sure = confirmed(results)
     y, marks = 56, []
     top = bottom = None  # of the compressors' rows, which stand between the brackets
     for base, repairs in groups:
@@ -67,7 +66,7 @@ def picture(results):
         shown = [m for m in repairs if estimate(m, "displaced")]
         for model in shown:
             y += ROW
-            marks += row(model, base, sure[model["id"]], y)
+            marks += row(model, base, model.get("confirmed"), y)
         if len(shown) < len(repairs):
             y += ROW
             without = counted(len(repairs) - len(shown), "repair")
@@ -121,8 +120,7 @@ def brackets(top, bottom):
 def heading(base, models, y):
     """The name of what was repaired, and its held-out recall before and after the damage."""
     name = is_control(base) and KNOWN.get(base["id"]) or base.get("tag") or base["id"]
-    whole = models.get(base.get("reference") or root(base, models)["id"])
-    before = whole and number(whole["metrics"].get("recall_heldout"))
+    before = number(root(base, models)["metrics"].get("recall_heldout"))
     after = number(base["metrics"].get("recall_heldout"))
     out = [text(6, y, name, "head halo")]
     if before is not None and after is not None:

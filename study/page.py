@@ -22,8 +22,7 @@ from pathlib import Path
 
 from engine.files import write_text
 from study import figure
-from study.results import (check, confirmed, estimate, is_control, number, read_predictions, read_results, read_text,
-                           repaired_bases)
+from study.results import check, estimate, is_control, number, read_predictions, read_results, read_text, repaired_bases
 
 RESULTS, PAGE = "out/results.json", "out/report.html"
 PARTS = {name: Path(__file__).with_name(f"report.{name}") for name in ("html", "css", "js")}
@@ -43,10 +42,8 @@ def title(study):
 def shares_of_bases(study):
     """[(what was compressed, its repair that brings back most, confirmed ones first)], the largest share first; a base
     whose loss was too small to divide by is left out, and so are the controls."""
-    sure = confirmed(study)
-
     def rank(model):
-        return sure[model["id"]] is True, estimate(model, "displaced")[0]
+        return model.get("confirmed") is True, estimate(model, "displaced")[0]
     able = [(base, [m for m in made if estimate(m, "displaced")]) for base, made in repaired_bases(study)
             if not is_control(base)]
     pairs = [(base, max(made, key=rank)) for base, made in able if made]
@@ -70,14 +67,13 @@ def best_repair(study):
     if None not in recalls:
         says += ": held-out recall goes from {:.1f} to {:.1f} %, {:.1f} % before compression".format(
             *(100 * x for x in recalls))
-    return says + ("." if confirmed(study)[model["id"]] else "; the corrected test does not confirm it.")
+    return says + ("." if model.get("confirmed") else "; the corrected test does not confirm it.")
 
 
 def at_least(study):
     """One sentence on every compressor: the lower end of the interval of its best confirmed repair; empty for one."""
-    pairs, sure = shares_of_bases(study), confirmed(study)
-    found = sorted(((max(0, estimate(m, "displaced")[1]) if sure[m["id"]] else 0, name(base)) for base, m in pairs),
-                   reverse=True)
+    found = sorted(((max(0, estimate(m, "displaced")[1]) if m.get("confirmed") else 0, name(base))
+                    for base, m in shares_of_bases(study)), reverse=True)
     if len(found) < 2:
         return ""
     ends = [(math.floor(100 * low + 1e-9), base) for low, base in found]
@@ -227,8 +223,8 @@ def page(study, predictions):
     """The whole page as a string. Raises ValueError when the study or the predictions cannot be drawn."""
     check(study)
     facts, answers = fold(predictions, study)
-    data = {"study": {**study, "models": [slim(model) for model in study["models"]]}, "confirmed": confirmed(study),
-            "step": STEP, **facts}
+    data = {"study": {**study, "models": [slim(model) for model in study["models"]]},
+            "confirmed": {model["id"]: model.get("confirmed") for model in study["models"]}, "step": STEP, **facts}
     text = json.dumps(spoken(data), separators=(",", ":"), allow_nan=False)
     slots = {"TITLE": figure.escape(title(study)), "NAME": figure.escape(study.get("name") or ""),
              "HEADLINE": as_sentence(study.get("headline") or ""), "BEST": as_sentence(best_repair(study)),

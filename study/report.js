@@ -83,8 +83,7 @@ const isControl = m => m.kind === "control" || (isRepaired(m) && parent(m) !== n
 const isCompressed = m => parent(m) !== null && !isRepaired(m) && !isControl(m);
 const repairsOf = m => children(m).filter(isRepaired).flatMap(c => [c, ...repairsOf(c)]);
 const repaired = m => isRepaired(m) && parent(m) ? repaired(parent(m)) : m;          // the model that was repaired
-const reference = m => byId.get(repaired(m).reference) || root(m);                   // undamaged: what was lost is its
-const family = m => [...new Set([reference(m), m, ...repairsOf(m)])];
+const family = m => [...new Set([root(m), m, ...repairsOf(m)])];
 // Colour means one thing: grey what is known by construction (the dense model, the controls), blue compressed, orange
 // repaired. Which of them it is, shape and name tell.
 export const roleOf = m => isControl(m) || !parent(m) ? "dense" : isRepaired(m) ? "repaired" : "compressed";
@@ -214,7 +213,7 @@ function remark(m) {
   const test = testOf(m), why = differing(m), yes = own(sure, m.id);
   if (yes || yes === null || !interval(m, "displaced")) return yes === null ? m.verdict || "" : why;
   if (test && test.p_holm < 0.05) return "Held-out facts are lost further.";
-  const lost = value(reference(m), "recall_heldout") - value(parent(m), "recall_heldout");
+  const lost = value(root(m), "recall_heldout") - value(parent(m), "recall_heldout");
   const share = test && number(test.detectable) !== null && lost > 0 ? test.detectable / lost : null;
   return [why || "No gain is shown.",
     share !== null && `A share of ${percent(share)} would be found four times in five.`].filter(Boolean).join(" ");
@@ -250,7 +249,7 @@ export const listOf = set => [...facts.keys()].filter(i => has(set, i));
 // Every filter is a question about one fact: what did the dense model, the compressed one and its repairs answer?
 export function filters(c, shown, flipped = []) {
   const all = bitsWhere(facts.length, () => true), none = new Uint32Array(all.length);
-  const dense = reference(c), fixes = repairsOf(c).filter(answered), list = [["all", "all facts", all]];
+  const dense = root(c), fixes = repairsOf(c).filter(answered), list = [["all", "all facts", all]];
   const any = some => some.map(rightOf).reduce(or, none), every = some => some.map(rightOf).reduce(and, all);
   if (shown.length > 1) list.push(["differ", "selected models disagree", without(any(shown), every(shown))]);
   if (c !== dense && answered(c) && answered(dense)) {
@@ -686,7 +685,7 @@ function verdictOf(c) {
 // Recall: the bar is the model, the shaded band what the damage took, between the two rules of dense and compressed.
 function recallCell(m, metric, label, compressed, first) {
   const v = value(m, metric), ends = interval(m, metric);
-  const dense = value(reference(m), metric), low = value(compressed, metric);
+  const dense = value(root(m), metric), low = value(compressed, metric);
   const lost = dense !== null && low !== null && dense > low;
   return html("td.third", { "data-label": label }, html("span.v", show(metric, measured(m, metric))),
     ends && html("span.ends", range(metric, ends)),

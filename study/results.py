@@ -6,7 +6,7 @@ The layout of results.json is Compress and Compare's (Boggust et al., VIS 2024, 
 intervals, verdicts, comparisons, claims, sweeps, layers. Here names, bases and numbers are checked, because every
 picture rests on them; a malformed optional part spoils one view of the page, which then says so.
 
-What it leaves out: any computation of a result. `confirmed` reads a test that the study has made.
+What it leaves out: any computation of a result.
 """
 import json
 from pathlib import Path
@@ -109,7 +109,7 @@ def check_model(model, known):
     operation = field(model, "operation", dict, me, optional=True)
     if operation is not None:
         field(operation, "name", str, f"{me}, operation")
-    for key in ("tag", "kind", "reference"):
+    for key in ("tag", "kind"):
         field(model, key, str, me, optional=True)
     measured = field(model, "metrics", dict, me)
     intervals = field(model, "intervals", dict, me, optional=True) or {}
@@ -139,11 +139,6 @@ def estimate(model, metric):
     ends = (model.get("intervals") or {}).get(metric) or [None, None]
     found = [number(x) for x in (model["metrics"].get(metric), *ends)]
     return None if None in found else tuple(found)
-
-
-def confirmed(study):
-    """{model id: whether the study says that it gained on held-out people}; None where nothing was tested."""
-    return {m["id"]: m.get("confirmed") for m in study["models"]}
 
 
 def repaired_bases(study):

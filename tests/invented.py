@@ -167,8 +167,8 @@ def with_everything(seed=1, people=40):
     rng, models = random.Random(seed), study["models"]
     dense, plain = models[0], {m["id"]: m for m in models}
     for cid, (tag, kind, _, after, repairs) in PLANNED.items():
-        base = plain[cid] | {"kind": kind, "reference": "told" if cid == "not-yet-told" else "dense"}
-        plain[cid].update(base)
+        base = plain[cid]
+        base["kind"] = kind
         base["metrics"]["recall_heldout"], base["intervals"]["recall_heldout"] = after, [after - .02, after + .02]
         for rtag, shares in repairs.items():
             repair, extra = SIZES[rtag]
@@ -211,7 +211,13 @@ def with_everything(seed=1, people=40):
                        zip(names, (.05, .01, -.12, .3), (.001, .4, .9, 1e-9), ("holds", "open", "fails", "holds"))]
     study["pairs"] = [{"base": "GPTQ 3 bits", "a": "prompt 8", "b": "biases", "difference": -.12,
                        "interval": [-.17, -.07], "verdict": "inferior"}]
-    study["sweeps"] = {"bits": {"settings": {}, "points": [
+    study["sweeps"] = sweeps()
+    return json.loads(json.dumps(study)), predictions
+
+
+def sweeps():
+    """Three sweeps, as `python -m study sweep` adds them."""
+    return {"bits": {"settings": {}, "points": [
         {"series": s, "x": b, "perplexity": 4 + 9 / b,
          **{f"recall_{split}": [1 - k / b ** 2, .96 - k / b ** 2, 1.02 - k / b ** 2] for split in SPLITS}}
         for s, k in (("RTN", 3.0), ("GPTQ", 1.4)) for b in (2, 3, 4, 5, 6, 8)]}, "damage": {"points": [
@@ -224,7 +230,6 @@ def with_everything(seed=1, people=40):
              "displaced": [d, d - .05, d + .05], "relearned": [.05, 0, .1]}
             for base in ("RTN 3 bits", "GPTQ 3 bits") for s, sizes in (("prompt", (96, 768, 3072)), ("biases", (768,)))
             for n in sizes for d in [.1 + n / 10_000]]}}
-    return json.loads(json.dumps(study)), predictions
 
 
 def comparison(rng, model, what):

@@ -384,7 +384,6 @@ BAD = {
     "operation 'LoRA' must compress or repair, got 'mend'": change(["operations", 2, "kind"], "mend"),
     "model 'gptq-3', operation has no 'name'": change(["models", 1, "operation"], {"parameters": {}}),
     "has 'two\\nlines', which is not among the metrics": change(["models", 1, "metrics", "two\nlines"], "x"),
-    "model 'gptq-3', 'reference' must be a string": change(["models", 1, "reference"], ["dense"]),
     "results, 'name' must be a string": change(["name"], 7),
     "results, 'headline' must be a string": change(["headline"], ["a"]),
     "comparisons[0] must be an object": change(["comparisons"], [7]),
