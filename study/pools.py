@@ -17,7 +17,7 @@ from recover import prompt_init
 from study.repairs import make_pool
 from study.statistics import by_person, interval, rank_correlation, recall_interval, resampled
 from world.facts import pad
-from world.score import Subject, answer, gold_logprobs, is_right, say, tokenized, until_stop
+from world.score import Subject, answer, gold_logprobs, is_right, tokenized, until_stop
 
 
 def always(m):
@@ -30,23 +30,28 @@ def under_each(model, pool, facts, encoding):
     """Every fact (N) under every prompt (M) of the pool -> {name: (N, M)}:
 
     right        1.0 where the answer is right        logprob  of the right answer, nats
-    confidence   log-probability of the answer given  attention, attention_last: the score in the first, the last layer
+    confidence   log-probability of the answer given; of facts with options its probability among these
+    attention, attention_last  the score in the first, the last layer
     probe        the score by the pool's probe, if it has one
+
+    Facts with options also have "shares": for each prompt a list of the options' probabilities, (options,) a fact.
     """
-    filled = idp.prefill(model, pool)
-    if facts[0].options is not None:
-        return chosen_under_each(model, pool, filled, facts, encoding)
-    rows, right, logprob, confidence = tokenized(facts, encoding), [], [], []
-    for m in range(len(pool)):
-        subject = Subject(model, filled, always(m))
-        given = say(subject, facts, encoding)
-        right.append([float(a["correct"]) for a in given])
-        logprob.append([a["logprob"] for a in given])
-        own = [(question, encoding.encode_ordinary(" " + a["answer"])) for (question, _), a in zip(rows, given)]
-        confidence.append(gold_logprobs(subject, own, torch.full((len(own),), m, device=subject.device), encoding))
-    return {"right": torch.tensor(right).T, "logprob": torch.tensor(logprob).T,
-            "confidence": torch.tensor(confidence).T,
-            **scores(model, pool, filled, *pad([question for question, _ in rows], encoding, model.wte.weight.device))}
+    filled, confidence = idp.prefill(model, pool), []
+    subjects = [Subject(model, filled, always(m)) for m in range(len(pool))]
+    given = [answer(subject, facts, encoding) for subject in subjects]  # M lists of N
+    each = {name: torch.tensor([[float(a[key]) for a in answers] for answers in given]).T
+            for name, key in (("right", "correct"), ("logprob", "logprob"))}
+    if facts[0].options is None:
+        rows = [question for question, _ in tokenized(facts, encoding)]
+        for m, (subject, answers) in enumerate(zip(subjects, given)):
+            own = [(row, encoding.encode_ordinary(" " + a["answer"])) for row, a in zip(rows, answers)]
+            confidence.append(gold_logprobs(subject, own, torch.full((len(own),), m, device=subject.device), encoding))
+    else:
+        rows = [[encoding.eot_token, *encoding.encode_ordinary(f.question)] for f in facts]
+        each["shares"] = [[torch.tensor(a["logprobs"]).softmax(0) for a in answers] for answers in given]
+        confidence = [[float(p.max()) for p in shares] for shares in each["shares"]]
+    return {**each, "confidence": torch.tensor(confidence).T,
+            **scores(model, pool, filled, *pad(rows, encoding, model.wte.weight.device))}
 
 
 @torch.no_grad()
@@ -55,18 +60,6 @@ def right_under_each(model, pool, facts, encoding):
     filled = idp.prefill(model, pool)
     given = [answer(Subject(model, filled, always(m)), facts, encoding) for m in range(len(pool))]
     return torch.tensor([[float(a["correct"]) for a in answers] for answers in given]).T
-
-
-def chosen_under_each(model, pool, filled, facts, encoding):
-    """`under_each` for facts with options; "shares" has the options' probabilities, for each prompt a list of
-    (options,) a fact."""
-    given = [answer(Subject(model, filled, always(m)), facts, encoding) for m in range(len(pool))]
-    shares = [[torch.tensor(a["logprobs"]).softmax(0) for a in answers] for answers in given]
-    rows = [[encoding.eot_token, *encoding.encode_ordinary(f.question)] for f in facts]
-    return {"right": torch.tensor([[float(a["correct"]) for a in answers] for answers in given]).T,
-            "logprob": torch.tensor([[a["logprob"] for a in answers] for answers in given]).T,
-            "confidence": torch.tensor([[float(p.max()) for p in row] for row in shares]).T, "shares": shares,
-            **scores(model, pool, filled, *pad(rows, encoding, model.wte.weight.device))}
 
 
 def scores(model, pool, filled, ids, lengths):
@@ -113,15 +106,15 @@ def selectors(encoding, model, pool, facts, validation, generator):
     return out, each
 
 
-def ensemble(model, pool, facts, encoding, each, batch_size=250):
+def ensemble(model, pool, facts, encoding, each):
     """(N,) right or not by the mean of the M prompts' probabilities: of the options (`each` is what `under_each` gave),
     or of the next token, decoding greedily."""
     if facts[0].options is not None:
         return torch.tensor([float(int(sum(p).argmax()) == f.gold) for f, *p in zip(facts, *each["shares"])])
     filled, rows, out = idp.prefill(model, pool), tokenized(facts, encoding), []
     longest = max(len(gold) for _, gold in rows) + 1
-    for i in range(0, len(rows), batch_size):
-        part = rows[i:i + batch_size]
+    for i in range(0, len(rows), 250):
+        part = rows[i:i + 250]
         ids, lengths = pad([question for question, _ in part], encoding, model.wte.weight.device)  # (B, T)
         last = torch.arange(len(part), device=ids.device), lengths - 1
         caches = [filled.repeat(torch.full((len(part),), m, device=ids.device), ids.shape[1] + longest)
