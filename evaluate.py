@@ -38,12 +38,9 @@ from math import floor
 
 from engine.script import guard  # before torch: Ctrl-C is one line
 
-import torch
-
-import idp
 from study import beside, claims, inside, pools, progress, publish
-from study.comparisons import (ANSWERS, add_tasks, comparisons, compressed_again, noise_floor,
-                               score_tasks, task_items)
+from study.comparisons import (ANSWERS, add_tasks, comparisons, compressed_again, context_check,
+                               noise_floor, score_tasks, task_items)
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
 from study.repairs import answers, light
@@ -53,7 +50,7 @@ from study.steps import Run
 from study.subjects import (compressed_subject, dense_of_draw, dense_subject, repair_batches,
                             repaired_subject)
 from study.taskfiles import add_files
-from world.score import Subject, answer, perplexity
+from world.score import perplexity
 from world.small import World
 
 
@@ -200,24 +197,6 @@ def verdict(model, test, reach=None):
             f"{value['relearned']:.0%} [{least:.0%}, {most:.0%}]")
 
 
-def context_check(run, dense):
-    """Held-out recall with and without 24 tokens of unrelated text in front of the question.
-
-    If these cost recall, so would every prompt, whatever it holds.
-    """
-    facts = run.world.facts("heldout", run.config.test_people)
-
-    @torch.no_grad()
-    def ask_twice():
-        prompt = dense.model.wte(run.world.unrelated().to(dense.device))
-        filled = idp.prefill(dense.model, idp.PromptPool([prompt]))
-        recall = [sum(a["correct"] for a in answer(s, facts, run.world.encoding)) / len(facts)
-                  for s in (dense, Subject(dense.model, filled))]
-        return {"alone": recall[0], "behind_24_tokens": recall[1]}
-    settings = {**dense.about["settings"], "asked": publish.digest_of_facts({"heldout": facts})}
-    return run.once_json("context", settings, ANSWERS, ask_twice)
-
-
 # ---- the main job
 
 def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjects,
@@ -296,7 +275,7 @@ def main():
                         help="the same as --size quick")
     parser.add_argument("--full", action="store_true",
                         help="more rivals: a prefix, LoRA of rank 1, pools trained in other ways,"
-                             " repairs trained on the next token; constants for the controls")
+                             " repairs trained on the next token; biases for the controls")
     parser.add_argument("--seeds", type=int, default=StudyConfig.seeds, metavar="K",
                         help="make everything K times, from the dense GPT on")
     parser.add_argument("--all-tasks", action="store_true",

@@ -14,13 +14,14 @@ What it leaves out: comparisons of two repairs with each other.
 import numpy as np
 import torch
 
+import idp
 from study.repairs import light
 from study.statistics import detectable_flips, holm, pooled_test, recalls_of
 from study.steps import digest
 from study.subjects import compressed_subject
 from world.facts import TAUGHT
 from world.items import TASKS, distinct, score_item
-from world.score import answer
+from world.score import Subject, answer
 
 
 # ---- the tasks
@@ -50,7 +51,8 @@ def score_tasks(run, subject, answers):
     if not asked or not (config.all_tasks or "kind" not in about or about["tag"] in config.task_repairs):
         return None
     people = {p.name: p for who in world.people.values() for p in who}
-    scored = run.once_json(about["id"] + ".tasks", {**about["settings"], "items": digest(asked)}, ANSWERS,
+    scored = run.once_json(about["id"] + ".tasks", {**about["settings"], "items": digest(asked)},
+                           ("study.comparisons", *ANSWERS),
                            lambda: measure_tasks(subject, asked, people, world.encoding))
     recalled = {}
     for split, facts in world.asked(config).items():
@@ -150,19 +152,14 @@ def comparisons(draws, tasks):
         if m.get("scores") and base.get("scores"):
             for name in [name for name in m["scores"] if name in TASKS]:
                 pairs.append((f"{name}, held-out", m["id"], base["id"],
-                              *([main_scores(name, x["scores"][name]["heldout"])] for x in (base, m)),
+                              *([[row[TASKS[name].metrics[0]] for row in x["scores"][name]["heldout"]]]
+                                for x in (base, m)),
                               [fact.person for fact in tasks[name]["heldout"]]))
     out = [flips(*pair) for pair in pairs]
     for row, p, (*_, before, after, entities) in zip(out, holm([row["p"] for row in out]), pairs):
         row["p_holm"] = p
         row["detectable"] = detectable_flips(np.mean(before, 0), np.mean(after, 0), entities, 0.05 / len(out))
     return out
-
-
-def main_scores(name, rows):
-    """The scores that models are compared on: the first metric of the task's table."""
-    metric = TASKS[name].metrics[0] if name in TASKS else "exact"
-    return [row[metric] for row in rows]
 
 
 def noise_floor(run, subjects, answers):
@@ -198,3 +195,20 @@ def compressed_again(run, dense):
                 settings = {**again.about["settings"], "facts": digest(facts)}
                 yield again, other.once_json(again.about["id"] + ".noise", settings, ANSWERS,
                                              lambda: answer(light(again), facts, run.world.encoding))
+
+
+def context_check(run, dense):
+    """Held-out recall with and without 24 tokens of unrelated text in front of the question. If these cost recall, so
+    would every prompt, whatever it holds."""
+    facts = run.world.facts("heldout", run.config.test_people)
+
+    @torch.no_grad()
+    def ask_twice():
+        """{"alone", "behind_24_tokens"}: held-out recall."""
+        prompt = dense.model.wte(run.world.unrelated().to(dense.device))
+        filled = idp.prefill(dense.model, idp.PromptPool([prompt]))
+        alone, behind = (sum(a["correct"] for a in answer(s, facts, run.world.encoding)) / len(facts)
+                         for s in (dense, Subject(dense.model, filled)))
+        return {"alone": alone, "behind_24_tokens": behind}
+    return run.once_json("context", {**dense.about["settings"], "facts": digest(facts)},
+                         ("study.comparisons", *ANSWERS), ask_twice)

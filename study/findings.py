@@ -19,10 +19,10 @@ Besides "models" with their "intervals" the rules read, where results.json has t
 import argparse
 
 from engine.files import read_json
+from study.claims import MARGIN
 from study.statistics import judged
 
 LOST = 0.05  # of the dense model's recall: more is "hurt"
-MARGIN = 0.05  # of what was lost: a repair that brings back so much less is as good as the other
 SCORED = 47  # text tokens that perplexity counts in a window: of 64, the first and 16 more are only read
 
 

@@ -57,6 +57,8 @@ def repair_job(arguments):
     args = parser.parse_args(arguments)
     config = config_of(args)
     args.lr = KIND_RATES[args.method] if args.lr is None else args.lr
+    if args.lr <= 0:
+        raise ValueError(f"--lr must be above 0, got {args.lr:g}")
     base, run = tag_of(config, args.base), Run(config, World(config))
     dense = dense_subject(run)
     base = compressed_subject(run, dense, base)

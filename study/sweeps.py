@@ -43,7 +43,7 @@ from study.repairs import answers, attach, light, train_repair
 from study.settings import KIND_RATES, MORE, OPERATION, REPAIRS, config_of, job_parser
 from study.shares import add_shares
 from study.statistics import recalls_of
-from study.steps import Run
+from study.steps import Run, digest, slug
 from study.subjects import compressed_subject, dense_of_draw, dense_subject, repair_batches, repaired_subject
 from study.tables import markdown, share
 from world.score import Subject, answer, perplexity
@@ -193,11 +193,18 @@ def sweep_rates(run, dense):
         for tag in config.rates:
             kind, size = {**REPAIRS, **MORE}[tag]
             for lr in config.rate_grid[kind]:
-                tensors = train_repair(base.model, kind, size, batches(), recover.distillation,
-                                       recover.FitConfig(steps=config.repair_steps, lr=lr), config.seed,
-                                       bfloat16=config.repair_bfloat16)
-                given = answer(attach(base.model, kind, size, tensors), facts, run.world.encoding)
-                recall, logprob = (sum(a[key] for a in given) / len(given) for key in ("correct", "logprob"))
+                def tried():
+                    """[recall, log-probability] of the validation people's facts."""
+                    tensors = train_repair(base.model, kind, size, batches(), recover.distillation,
+                                           recover.FitConfig(steps=config.repair_steps, lr=lr), config.seed,
+                                           bfloat16=config.repair_bfloat16)
+                    given = answer(attach(base.model, kind, size, tensors), facts, run.world.encoding)
+                    return [sum(a[key] for a in given) / len(given) for key in ("correct", "logprob")]
+                settings = {**base.about["settings"], "repair": kind, "size": size, "lr": lr, "facts": digest(facts),
+                            "steps": config.repair_steps, "repair_batch": config.repair_batch,
+                            "bfloat16": config.repair_bfloat16}
+                recall, logprob = run.once_json(f"rate-{base.about['id']}-{slug(tag)}-{lr:g}", settings,
+                                                ("study.sweeps", *ANSWERS), tried)
                 print(f"{base_tag:15s} {tag:12s} lr {lr:<7g} validation recall {recall:.1%}, "
                       f"log-probability {logprob:.3f}", flush=True)
 
@@ -267,6 +274,8 @@ def main(arguments):
     if args.seeds < 1 or min(args.times) <= 0:
         raise ValueError(f"--seeds must be at least 1 and --times above 0, got {args.seeds} and {args.times}")
     config = config_of(args, seeds=args.seeds if args.what in REPAIRED else 1)
+    if int(min(args.times) * config.repair_steps) < 1:
+        raise ValueError(f"--times {min(args.times):g} of {config.repair_steps} steps is less than one step")
     run = Run(config, World(config))
     dense = dense_subject(run)
     if args.what == "lr":

@@ -24,14 +24,14 @@ def markdown(head, rows, text_columns=1):
     return "\n".join([line(head), f"|{'|'.join(rules)}|", *map(line, rows)])
 
 
-def share(values, digits=1):
+def share(values):
     """[mean, low, high] or (mean, [low, high]) as percent: "43.7 [38.0, 49.0]"; without bounds the mean alone."""
     mean, low, high = values if len(values) == 3 else (values[0], *(values[1] or (None, None)))
     if mean is None:
         return ""
 
     def percent(x):
-        return f"{round(100 * x, 9) + 0.0:.{digits}f}"  # a mean of draws that is 0 but for rounding has no sign
+        return f"{round(100 * x, 9) + 0.0:.1f}"  # a mean of draws that is 0 but for rounding has no sign
     return percent(mean) + (f" [{percent(low)}, {percent(high)}]" if low is not None else "")
 
 
@@ -124,7 +124,7 @@ def attribute_table(results):
 
 def file_table(results):
     """The scores on task files, a row a model."""
-    names = [m["name"] for m in results["metrics"] if m["name"].split(" ")[0] in results["files"]]
+    names = [m["name"] for m in results["metrics"] if m["name"].rsplit(" ", 1)[0] in results["files"]]
     return markdown(["model", *names],
                     [[m["id"], *("{:.3f} [{:.3f}, {:.3f}]".format(m["metrics"][name], *m["intervals"][name])
                                  for name in names)] for m in results["models"] if names[0] in m["metrics"]])

@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from real import lock, rates, settings
 from recover import FitConfig
 from real import world as real_world
-from study import ask, jobs, pools, sweeps, training, trial
+from study import ask, comparisons, jobs, pools, sweeps, training, trial
 from study.settings import KIND_RATES, SIZES, rate, sized
 from study.steps import Run
 from test_evaluate import tiny
@@ -136,20 +136,24 @@ def test_calibration_and_repair_tell_of_every_seen_person_and_of_nobody_else(wor
 def recorder(world, config):
     """A run whose world says what it was asked for; nothing is trained or kept."""
     return SimpleNamespace(config=config, world=world, log=SimpleNamespace(progress=lambda *_: None),
-                           path=lambda name: name)
+                           path=lambda name: name, once_json=lambda name, settings, code, make: make())
 
 
 def test_a_sweep_of_rates_is_judged_on_validation_people(world, monkeypatch, capsys):
     """Each rate of the grid by all of them, and by nobody in a table."""
     config, asked = tiny(""), []
-    monkeypatch.setattr(sweeps, "compressed_subject", lambda *_: SimpleNamespace(model=None))
+    monkeypatch.setattr(sweeps, "compressed_subject", lambda _, __, tag: SimpleNamespace(
+        model=None, about={"id": tag, "settings": {"compressed": tag}}))
     monkeypatch.setattr(sweeps, "repair_batches", lambda *_: list)
     monkeypatch.setattr(sweeps, "train_repair", lambda *_, **__: [])
     monkeypatch.setattr(sweeps, "attach", lambda *_: None)
     monkeypatch.setattr(sweeps, "answer", lambda subject, facts, encoding: asked.append(facts) or [
         {"correct": i % 4 == 0, "logprob": -2.0} for i in range(len(facts))])
-    sweeps.sweep_rates(recorder(world, config), None)
+    run, kept = recorder(world, config), {}
+    run.once_json = lambda name, settings, code, make: kept.setdefault((name, str(settings)), make())
+    sweeps.sweep_rates(run, None)
     assert len(asked) == len(config.compressions) * 6 * 5  # rates of the grid for each repair that learns by itself
+    assert len(kept) == len({name for name, _ in kept}) == len({how for _, how in kept}) == len(asked)
     assert all(facts == facts_about(world.people["validation"]) for facts in asked)
     lines = capsys.readouterr().out.splitlines()
     assert all("recall 26.0%" in line and "-2.000" in line for line in lines)
@@ -221,11 +225,10 @@ def test_the_check_of_the_context_asks_held_out_people_behind_nothing_and_behind
     config.test_people = 4
     model = GPT(GPTConfig(vocab_size=world.encoding.n_vocab, **config.gpt))
     model.init_weights(torch.Generator().manual_seed(0))
-    monkeypatch.setattr(evaluate, "answer", lambda subject, facts, encoding: asked.append((subject.filled, facts)) or [
+    monkeypatch.setattr(comparisons, "answer", lambda subject, facts, _: asked.append((subject.filled, facts)) or [
         {"correct": i < (5 if subject.filled else 10)} for i in range(len(facts))])
     run = recorder(world, config)
-    run.once_json = lambda name, settings, code, make: make()
-    found = evaluate.context_check(run, Subject(model, about={"settings": {}}))
+    found = comparisons.context_check(run, Subject(model, about={"settings": {}}))
     assert found == {"alone": 0.5, "behind_24_tokens": 0.25}
     (nothing, facts), (filled, again) = asked
     assert facts == again == facts_about(sample(world.people["heldout"], 4)) and nothing is None and filled.slots == 24

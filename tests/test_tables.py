@@ -54,3 +54,11 @@ def test_tasks_and_comparisons():
     assert cells(text.splitlines()[2]) == ["small", "dense", "recall, seen", "200", "1", "9", "-4.0", "0.022", "0.6",
                                            ""]
     assert "hard" not in text and "and 1 comparisons" in text
+
+
+def test_a_task_files_name_may_hold_a_space():
+    scored = model("dense") | {"metrics": {"arc easy acc": 0.5}, "intervals": {"arc easy acc": [0.25, 0.75]}}
+    results = {"models": [scored], "metrics": [{"name": "recall_seen"}, {"name": "arc easy acc"}],
+               "files": {"arc easy": 4}}
+    assert [cells(line) for line in tables.file_table(results).splitlines()[::2]] == [
+        ["model", "arc easy acc"], [scored["id"], "0.500 [0.250, 0.750]"]]
