@@ -2,8 +2,8 @@
 What a study leaves behind: results.json, predictions.jsonl, tables.md and the page; and what it prints.
 """
 import json
-import os
 import platform
+import shlex
 import sys
 import time
 
@@ -56,9 +56,10 @@ def describe_metrics(rows, files):
 
 def predictions(run, rows):
     """A dict a fact a model: what predictions.jsonl holds."""
+    asked = run.world.asked(run.config)
     for row in [row for row in rows if row["group"] == "study"]:  # controls answer about other people
         for split, answers in row["answers"].items():
-            for fact, given in zip(run.world.asked(run.config)[split], answers):
+            for fact, given in zip(asked[split], answers):
                 yield {"model": row["id"], "split": split, "person": fact.person, "attribute": fact.attribute,
                        "question": fact.question, "gold": fact.answer.strip(), **given}
 
@@ -68,8 +69,7 @@ def publish(run, dense, results):
     log, path = run.log, run.path("results.json")
     rows = results["models"]
     results = {**results, "models": [{k: v for k, v in row.items() if k not in RAW} for row in rows],
-               "sweeps": sweeps.kept(path, dense.about["settings"]),
-               "command": "python " + " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+               "sweeps": {}, "command": shlex.join(["python", *sys.orig_argv[1:]]),
                "created": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": time.time() - log.began, "times": log.times,
                "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                             "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
@@ -80,8 +80,11 @@ def publish(run, dense, results):
     for claim in results["claims"]:
         print(f"{claim['verdict']:12s} {claim['statement']}")
     print(flush=True)
-    text, told = json.dumps(results, indent=1), list(predictions(run, rows))
-    write_text(path, text)
+    told = list(predictions(run, rows))
+    with run.holding("results.json"):  # a sweep adds its points under the same lock
+        results["sweeps"] = sweeps.kept(path, dense.about["settings"])
+        text = json.dumps(results, indent=1)
+        write_text(path, text)
     write_text(run.path("tables.md"), tables.all_tables(results))
     write_text(run.path("predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in told))
     write_text(run.path("report.html"), page.page(json.loads(text), told))
