@@ -47,12 +47,15 @@ def main(arguments=None):
     parser.add_argument("--only", metavar="PART", help='these damaged models and, behind a colon, these repairs of '
                         'them: "RTN 3 bits, locked: biases, prompt 16"')
     args = parser.parse_args(arguments)
-    config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds, args.rows)
+    config = real_config(args.model, args.seed, args.out, args.repair_steps, args.seeds, args.rows, args.facts)
     place = device_of(args)
     config.device, config.dtype = args.device, args.dtype
     config.compressions, config.repairs, locked = part_of(config, args.only, args.lock)
     read_facts(args.facts)  # what is wrong with a file is said before the model is read
     read_tasks(args.task)
+    if args.text:  # a missing one would pass for the model's own text, which may be there
+        with open(args.text, "rb"):
+            pass
     run = Run(config, None)
     run.alone()
     dense, encoding = real_dense(args.model, run.log, *place)

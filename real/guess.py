@@ -39,16 +39,16 @@ class Guesser:
             self.of[answer].update(letters(entity))
         for counts in self.of.values():
             self.all.update(counts)
+        self.size = self.all.total() + len(self.all) / 2
 
     def score(self, fact, option, weight):
         """How plausible an option is for a fact; the fact's own entity does not count."""
         name, own = letters(fact.person), (fact.person, option) in self.known
         counts, less = self.of.get(option, {}), Counter(name) if own else {}
         total = sum(counts.values()) - sum(less.values())
-        size = self.all.total() + len(self.all) / 2
         score = math.log(self.entities[option] - own + 0.5)
         for each in name if weight else ():
-            usual = (self.all[each] + 0.5) / size
+            usual = (self.all[each] + 0.5) / self.size
             found = counts.get(each, 0) - less.get(each, 0)
             score += weight * math.log((found + PRIOR * usual) / (total + PRIOR) / usual)
         return score

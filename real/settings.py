@@ -32,8 +32,9 @@ RATES = {  # found on validation cities for RTN by --rates, 160 steps of 64 rows
 }
 
 
-def real_config(path, seed=0, out="out", steps=STEPS, seeds=1, rows=16):
-    """The study's settings for the model at `path`; everything is written to a folder of its own in `out`.
+def real_config(path, seed=0, out="out", steps=STEPS, seeds=1, rows=16, facts=FACTS):
+    """The study's settings for the model at `path`; everything is written to a folder in `out` that is this model's,
+    and these facts' where they are others than FACTS.
 
     rows  of 24 tokens in a step of a repair
     """
@@ -41,7 +42,9 @@ def real_config(path, seed=0, out="out", steps=STEPS, seeds=1, rows=16):
     for option, value, lowest in (("--repair-steps", steps, 4), ("--seeds", seeds, 1), ("--rows", rows, least)):
         if value < lowest:
             raise ValueError(f"{option} must be at least {lowest}, got {value}")
-    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+    name = os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
+    if os.path.abspath(facts) != FACTS:
+        name += "-" + os.path.splitext(os.path.basename(facts))[0]
     return StudyConfig(seed=seed, seeds=seeds, out=os.path.join(out, name), calibration=(64, 64),
                        repair_batch=(rows, 24), repair_steps=steps, test_people=10 ** 6, ablation_people=25,
                        compressions=COMPRESSIONS, repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID,

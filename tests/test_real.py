@@ -476,7 +476,7 @@ def folder(tmp_path_factory):
 
 def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
     """A part of it; then the whole, which reuses the part; then again, all of it reused."""
-    facts, out = written(tmp_path / "facts.jsonl", some_facts()), tmp_path / "out" / "tiny-llama"
+    facts, out = written(tmp_path / "facts.jsonl", some_facts()), tmp_path / "out" / "tiny-llama-facts"
     tasks = [a for name, (row, *_) in ROWS.items() for a in ("--task", f"{name}={written(tmp_path / name, [row] * 3)}")]
     command = [str(x) for x in (folder, "--facts", facts, "--repair-steps", 4, "--rows", 8, "--seeds", 2,
                                 "--rates", "--lock", "--out", tmp_path / "out", *tasks)]
@@ -520,8 +520,20 @@ def test_the_study_of_a_model_end_to_end(tmp_path, folder, capsys, monkeypatch):
     assert {row["split"] for row in rows} == {"seen", "heldout"}
     drawn = page.write_report(out / "results.json", tmp_path / "again.html")
     assert drawn.read_text() == (out / "report.html").read_text()  # from memory it is drawn as from the files
+    with pytest.raises(FileNotFoundError, match="typo.txt"):  # not taken for the model's own text, which is kept
+        study("--text", str(tmp_path / "typo.txt"))
     again, same = study()
     assert all(t["reused"] for t in again["times"]) and same == table
+
+
+@pytest.mark.parametrize("path, facts, folder", [
+    ("out/SmolLM2-135M.Q4_1.gguf", settings.FACTS, "SmolLM2-135M.Q4_1"),
+    ("hub/Llama-3.2-1B/", settings.FACTS, "Llama-3.2-1B"),
+    ("hub/Llama-3.2-1B", "real/facts/cities.jsonl", "Llama-3.2-1B-cities"),
+    (".", settings.FACTS, os.path.basename(ROOT))])
+def test_every_model_and_its_other_facts_have_a_folder(path, facts, folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert settings.real_config(path, facts=facts).out == f"out/{folder}"
 
 
 def test_a_part_is_what_was_named():
@@ -669,7 +681,7 @@ def test_a_text_file_in_a_new_folder(tmp_path, folder, capsys, monkeypatch):
     real_main(command)
     again = capsys.readouterr().out
     assert [x for x in out.splitlines() if x.startswith("|")] == [x for x in again.splitlines() if x.startswith("|")]
-    assert json.loads((tmp_path / "new" / "out" / "tiny-llama" / "results.json").read_text())["models"]
+    assert json.loads((tmp_path / "new" / "out" / "tiny-llama-facts" / "results.json").read_text())["models"]
 
 
 @pytest.mark.parametrize("args, word", [
