@@ -254,11 +254,7 @@ def control_subjects(run, dense, name, how=None):
     """
     how = how or control_config(run.config)
     control = CONTROLS[name](run, dense, how)
-
-    @functools.cache
-    def batches():
-        """The repair batches, made at the first call."""
-        return control_batches(run, control)
+    batches = functools.cache(functools.partial(control_batches, run, control))  # made at the first call
     return control, [control.reference, control.damaged,
                      *(repaired_subject(run, control.damaged, batches, tag, kind, size, lr=lr, code=("study.controls",))
                        for tag, (kind, size, lr) in how.repairs.items())]

@@ -29,7 +29,7 @@ from study.settings import config_of, job_parser
 from study.statistics import Estimate, by_person, resampled, share_of
 from study.steps import Run
 from study.subjects import compressed_subject, dense_subject
-from study.tables import share
+from study.tables import markdown, share
 from world.score import Subject, answer
 from world.small import World
 
@@ -159,10 +159,10 @@ def main(arguments):
 def compressor_table(run, dense):
     """The job's Markdown table, a row a compressor."""
     calibration, before = run.world.calibration(run.config), recalled(dense, run)
-    lines = [f"| compressed | held-out % | error, % of the output's energy | of it the mean % | the first direction % "
-             f"| {RANK} directions % | {RANK} directions of the inputs % | bias correction: held-out back % [95 %] "
-             f"| LoRA rank {RANK} in closed form: held-out back % [95 %] | and of seen facts % [95 %] |",
-             "|---" + "|---:" * 9 + "|"]
+    head, rows = ["compressed", "held-out %", "error, % of the output's energy", "of it the mean %",
+                  "the first direction %", f"{RANK} directions %", f"{RANK} directions of the inputs %",
+                  "bias correction: held-out back % [95 %]",
+                  f"LoRA rank {RANK} in closed form: held-out back % [95 %]", "and of seen facts % [95 %]"], []
     for tag in run.config.compressions:
         model = unpacked(compressed_subject(run, dense, tag).model)
         shape, after = error_shape(model, dense.model, calibration), recalled(Subject(model), run)
@@ -172,5 +172,5 @@ def compressor_table(run, dense):
         cells = [f"{100 * float(after['heldout'].mean()):.1f}"] + [f"{100 * part:.1f}" for part in shape.values()]
         cells += [share(found) if found else "too little was lost"
                   for found in (means["heldout"], directions["heldout"], directions["seen"])]
-        lines.append(f"| {tag} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([tag, *cells])
+    return markdown(head, rows)
