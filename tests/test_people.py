@@ -227,8 +227,10 @@ def test_the_check_of_the_context_asks_held_out_people_behind_nothing_and_behind
     model.init_weights(torch.Generator().manual_seed(0))
     monkeypatch.setattr(comparisons, "answer", lambda subject, facts, _: asked.append((subject.filled, facts)) or [
         {"correct": i < (5 if subject.filled else 10)} for i in range(len(facts))])
-    run = recorder(world, config)
+    run, codes = recorder(world, config), []
+    run.once_json = lambda name, settings, code, make: codes.append(code) or make()
     found = comparisons.context_check(run, Subject(model, about={"settings": {}}))
+    assert "study.comparisons" in codes[0]  # where it is written: edited, it is asked again
     assert found == {"alone": 0.5, "behind_24_tokens": 0.25}
     (nothing, facts), (filled, again) = asked
     assert facts == again == facts_about(sample(world.people["heldout"], 4)) and nothing is None and filled.slots == 24
@@ -236,6 +238,24 @@ def test_the_check_of_the_context_asks_held_out_people_behind_nothing_and_behind
     with torch.no_grad():
         model(world.unrelated()[None], cache=cache)
     assert torch.allclose(torch.stack(filled.kv), torch.stack(cache.kv), atol=1e-5)
+
+
+def test_scores_of_tasks_depend_on_the_code_that_scores_them(world):
+    run, codes = recorder(world, replace(tiny(""), task_items=2)), []
+
+    def ask(name, settings, code, make):
+        codes.append(code)
+        raise StopIteration
+    run.once_json = ask
+    with pytest.raises(StopIteration):
+        comparisons.score_tasks(run, Subject(None, about={"id": "dense", "settings": {}}), {})
+    assert "study.comparisons" in codes[0]
+
+
+@pytest.mark.parametrize("lr", ["0", "-0.1"])
+def test_a_rate_that_teaches_nothing_is_refused_before_anything_is_made(lr):
+    with pytest.raises(ValueError, match="--lr must be above 0"):
+        jobs.repair_job(["--size", "quick", "--lr", lr])
 
 
 def test_the_trial_asks_held_out_people_tunes_on_validation_people_and_reads_about_seen_people(world, monkeypatch):

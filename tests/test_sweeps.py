@@ -1,4 +1,5 @@
 """Sweeps: the plan, what a dose measures, and the same points from one process and from two."""
+import contextlib
 import json
 import os
 import subprocess
@@ -8,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from study import settings, sweeps
+from study import publish, settings, sweeps
 from study.subjects import dense_subject
-from study.steps import Run
+from study.steps import Log, Run
 from world.score import Subject
 from world.small import World
 from test_tables import cells
@@ -229,3 +230,25 @@ def test_tables_of_shares():
     assert rows[0] == ["model", "repair", "parameters", "displaced %", "re-learned %"]
     assert rows[2:] == [["RTN", "biases", "1,536", "20.0 [0.0, 100.0]", "50.0 [25.0, 75.0]"],
                         ["GPTQ", "biases", "1,536", few, "50.0 [25.0, 75.0]"]]
+
+
+def test_a_study_that_publishes_keeps_the_points_of_a_sweep_that_ends_meanwhile(tmp_path, monkeypatch):
+    """Both write results.json: what a sweep adds is read, and the file written, while no other process may."""
+    held, seen = [], []
+
+    @contextlib.contextmanager
+    def holding(name):
+        held.append(name)
+        yield
+        held.pop()
+    run = SimpleNamespace(path=lambda name: str(tmp_path / name), holding=holding, config=None, log=Log(),
+                          world=SimpleNamespace(asked=lambda config: {}))
+    for table in ("main_table", "all_tables"):
+        monkeypatch.setattr(publish.tables, table, lambda results: "")
+    monkeypatch.setattr(publish.page, "page", lambda results, told: "")
+    monkeypatch.setattr(publish.sweeps, "kept", lambda *_: seen.append(list(held)) or {"bits": {"points": []}})
+    monkeypatch.setattr(publish, "write_text", lambda path, text: seen.append(
+        (os.path.basename(path), list(held), "points" in text)))
+    publish.publish(run, SimpleNamespace(about={"settings": {}}), {
+        "models": [], "context": {"alone": 1.0, "behind_24_tokens": 1.0}, "headline": "", "claims": []})
+    assert seen[:2] == [["results.json"], ("results.json", ["results.json"], True)] and not held
