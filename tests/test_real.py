@@ -393,6 +393,9 @@ def test_every_way_to_choose_follows_from_each_prompt_alone(tmp_path):
     assert rows["attention-max (the paper's rule)"][0].tolist() == [float(alone[m][i]) for i, m in enumerate(chosen)]
     assert rows["oracle"][0].tolist() == [float(a or b) for a, b in zip(*alone)]
     assert rows["random"][0].tolist() == [(a + b) / 2 for a, b in zip(*alone)]
+    given = [answer(pool_subject(model, idp.PromptPool([p])), facts, world.encoding) for p in pool.prompts]
+    shares = [[max(torch.tensor(a["logprobs"]).softmax(0)).item() for a in answers] for answers in given]
+    assert each["confidence"].T.tolist() == [pytest.approx(row, abs=1e-5) for row in shares]  # of the option it picks
     top = rows["floor: compressed model, gold among its top 2"][0].tolist()
     assert [f for f, near in zip(facts, top) if not near and f.attribute == "language"] == []  # of two options
 
