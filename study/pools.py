@@ -159,12 +159,13 @@ def try_selectors(run, subject, base):
     by_attribute = {a: torch.bincount(chosen[[f.attribute == a for f in facts]], minlength=len(pool)).tolist()
                     for a in dict.fromkeys(f.attribute for f in facts)}
     gain = each["logprob"] - each["logprob"].mean(1, keepdim=True)
-    points = torch.stack([each["attention"], gain], dim=-1).flatten(0, 1)
+    points = torch.stack([each["attention"], gain], dim=-1)  # (N, M, 2)
+    points = points[::max(1, gain.numel() // 250)].flatten(0, 1)  # of fewer questions, every prompt
     rho = rank_correlation(each["attention"], each["logprob"])
     return {"rows": [{"name": name, "right": right.tolist(), "passes": n} for name, (right, n) in out.items()],
             "rho": [None if math.isnan(r) else r for r in rho.tolist()],
             "chosen": torch.bincount(chosen, minlength=gain.shape[1]).tolist(), "by_attribute": by_attribute,
-            "points": points[::max(1, len(points) // 500)][:500].tolist()}
+            "points": points.tolist()}
 
 
 def with_intervals(tried, facts, seed):

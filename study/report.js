@@ -8,49 +8,23 @@
 // elements are made by make(), text goes in as text.
 
 // ----------------------------------------------------------------------------------------------------- 1. The study
-// study/page.py says how the study became letters (embed) and how facts and answers are packed (fold); here all of it
-// is unpacked, once.
+// study/page.py says how study and answers became letters (embed) and what the tables of answers are (by_fact).
 
-let study = { models: [], metrics: [], operations: [] }, models = [], facts = [], sure = {};
-let step = 1, answers = new Map(), byId = new Map(), metrics = new Map(), operations = new Map();
+let study = { models: [], metrics: [], operations: [] }, models = [], facts = [];
+let answers = new Map(), byId = new Map(), metrics = new Map(), operations = new Map();
 
-export function load(packed, bytes) {
-  const word = k => packed.words[k - 1];
-  const [splits = [], people, attributes, golds, befores, afters] = packed.facts;     // columns, a word a fact
-  study = packed.study;
+export function load(given, tables) {
+  study = given;
   models = study.models;
-  sure = packed.confirmed || {};
-  facts = splits.map((split, i) => ({
-    split: word(split), person: word(people[i]), attribute: word(attributes[i]), gold: word(golds[i]),
-    question: afters[i] ? word(befores[i]) + word(people[i]) + word(afters[i]) : word(befores[i]),
-  }));
+  facts = tables.facts.map(([split, person, attribute, question, gold]) =>
+    ({ split, person, attribute, question, gold }));
   byId = new Map(models.map((m, i) => [m.id, Object.assign(m, { index: i })]));
   metrics = new Map(study.metrics.map(n => [n.name, n]));
-  answers = new Map();
-  let at = 0;
-  const whole = () => {                                     // the next whole number of the bytes
-    let n = 0, shift = 0;
-    while (bytes[at] & 128) {
-      n |= (bytes[at++] & 127) << shift;
-      shift += 7;
-    }
-    return n | bytes[at++] << shift;
-  };
-  for (const { id, odd, strange, logprob } of packed.columns) {                     // a base stands before its children
-    const base = answers.get(byId.get(id).base), said = [];
-    for (const [i, { gold }] of facts.entries()) {
-      const k = whole();
-      said.push(k === 0 ? base.said[i] : k === 1 ? gold : word(packed.said[attributes[i]][k - 2]));
-    }
-    const codes = logprob && Int16Array.from(facts, (_, i) => {
-      const n = whole();
-      return (base?.codes ? base.codes[i] : 0) + (n & 1 ? -(n + 1) / 2 : n / 2);
-    });
-    const right = bitsWhere(facts.length, i => said[i] === facts[i].gold);
-    for (const i of odd) flip(right, i);
-    answers.set(id, { said, right, codes, strange });
-  }
-  step = packed.step;
+  answers = new Map(tables.answered.map((id, k) => [id, {
+    said: facts.map(({ gold }, i) => tables.said[i][k] ?? gold),
+    right: bitsWhere(facts.length, i => tables.right[i][k]),
+    logprob: tables.logprob.map(row => row[k]),
+  }]));
   // An operation that is used but not listed (Compress and Compare's own examples have some) comes after the listed.
   const listed = study.operations.map(o => o.name), used = models.map(m => m.operation?.name).filter(Boolean);
   const unlisted = [...new Set(used)].filter(name => !listed.includes(name)).map(name => ({ name }));
@@ -106,16 +80,12 @@ const value = (m, metric) => undivided(m, metric) ? null : number(measured(m, me
 const answered = m => answers.has(m.id);
 const rightOf = m => answers.get(m.id).right;
 export const correct = (m, i) => has(rightOf(m), i);
-export const logprob = (m, i) => {
-  const { codes, strange } = answers.get(m.id);
-  if (!codes || i in strange) return codes ? strange[i] : null;
-  return Math.sign(codes[i]) * Math.expm1(Math.abs(codes[i]) / step);
-};
+export const logprob = (m, i) => answers.get(m.id).logprob[i];
 export const answer = (m, i) => answers.get(m.id).said[i];
-// How much likelier the right answer became, against the dense model.
+// How much likelier the right answer became, against the dense model, to a tenth as these are kept.
 function gain(m, i) {
   const before = answered(root(m)) ? number(logprob(root(m), i)) : null, after = number(logprob(m, i));
-  return before === null || after === null ? null : after - before;
+  return before === null || after === null ? null : Math.round(10 * (after - before)) / 10;
 }
 
 // --------------------------------------------------------------------------------------------- 2. Words and numbers
@@ -199,7 +169,7 @@ const settingsOf = m => m.operation?.parameters ? words(m.operation.parameters) 
 const HELD_OUT = "recall, held-out";
 const testOf = m => (study.comparisons || []).find(row => row.model === m.id && row.what === HELD_OUT);
 export function differing(m) {
-  const ends = interval(m, "displaced"), test = testOf(m), yes = own(sure, m.id);
+  const ends = interval(m, "displaced"), test = testOf(m), yes = own(m, "confirmed");
   if (!ends || yes === null) return "";
   const family = study.comparisons.filter(row => byId.get(row.model)?.group === m.group);  // corrected together
   const p = test ? `p ${probability(test.p_holm)} after correction for ${count(family.length, "test")}`
@@ -210,7 +180,7 @@ export function differing(m) {
 
 // What is to be said of a repair beside its numbers: nothing, where a gain is confirmed and the interval says so too.
 function remark(m) {
-  const test = testOf(m), why = differing(m), yes = own(sure, m.id);
+  const test = testOf(m), why = differing(m), yes = own(m, "confirmed");
   if (yes || yes === null || !interval(m, "displaced")) return yes === null ? m.verdict || "" : why;
   if (test && test.p_holm < 0.05) return "Held-out facts are lost further.";
   const lost = value(root(m), "recall_heldout") - value(parent(m), "recall_heldout");
@@ -227,7 +197,6 @@ export function bitsWhere(n, test) {
   for (let i = 0; i < n; i++) if (test(i)) set[i >> 5] |= 1 << (i & 31);
   return set;
 }
-const flip = (set, i) => { set[i >> 5] ^= 1 << (i & 31); };
 export const has = (set, i) => (set[i >> 5] >>> (i & 31) & 1) === 1;
 export const and = (a, b) => a.map((v, k) => v & b[k]);
 export const or = (a, b) => a.map((v, k) => v | b[k]);
@@ -699,7 +668,7 @@ function fractionCell(m, metric, label) {
   const first = metric.startsWith("displaced");
   if (v === null) return html("td.half", { "data-label": label }, undivided(m, metric)
     ? html("span.missing", first ? TOO_LITTLE : "–") : show(metric, measured(m, metric)));
-  const yes = metric === "displaced" ? own(sure, m.id) : !ends || ends[0] > 0 || ends[1] < 0;
+  const yes = metric === "displaced" ? own(m, "confirmed") : !ends || ends[0] > 0 || ends[1] < 0;
   return html("td.half", { "data-label": label }, html("span.v", tenths(v)), span(ends),
     strip(rulesOf(fraction, [0, 0.5, 1]), estimate(m, v, ends, fraction, yes === false)),
     pageWidth < 660 && ticksOf(fraction, [0, 0.5, 1], ofHundred));                      // there the head is hidden
@@ -887,7 +856,7 @@ function origins(points) {
 }
 function dot({ m, px, py, off, y }) {
   const said = describe(m, [chosen.x, chosen.y]), on = isSelected(m);
-  const hollow = chosen.y === "displaced" && own(sure, m.id) === false;
+  const hollow = chosen.y === "displaced" && own(m, "confirmed") === false;
   const press = event => {
     if (event.key !== " " && event.key !== "Enter") return;
     event.preventDefault();
@@ -1630,7 +1599,7 @@ function cloud(m, all) {
   const box = { left: 52, right: width - 10, top: 30, bottom: height - 50 };
   const x = scaleOf(points.map(p => p[0]), [box.left, box.right]);
   const y = scaleOf(points.map(p => p[1]), [box.bottom, box.top]);
-  const said = `${count(points.length, "question")}: gain in log-probability against attention score`;
+  const said = `${count(points.length, "point")}: gain in log-probability against attention score`;
   return [
     svg("svg", { ...sized(width, height), role: "img", "aria-label": said },
       axes(box, x, y, "attention the prompt receives", "gain in log-probability of the right answer", plain, plain),
@@ -1753,7 +1722,7 @@ function inflate(id) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
 }
 async function start() {
-  load(await inflate("study").json(), new Uint8Array(await inflate("answers").arrayBuffer()));
+  load(await inflate("study").json(), await inflate("answers").json());
   DEFAULTS = defaults();
   drawHeader();
   drawNavigation();

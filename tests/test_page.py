@@ -75,62 +75,31 @@ class Page(HTMLParser):
         if self.inside:
             self.scripts[self.inside] += data
 
-    def data(self):
+    def data(self, id="study"):
         def never(name):
             raise AssertionError(f"{name} is not JSON")
-        return json.loads(self.bytes("study"), parse_constant=never)
-
-    def bytes(self, id):
         letters = self.scripts[id]
         assert re.fullmatch("[A-Za-z0-9+/=]+", letters), "nothing in it can end the script"
-        return zlib.decompress(base64.b64decode(letters))
+        return json.loads(zlib.decompress(base64.b64decode(letters)), parse_constant=never)
 
 
 def made(study, predictions):
     return Page(page.page(study, predictions))
 
 
-def whole_numbers(data):
-    """The numbers of the page's bytes: seven bits a byte, the lowest first."""
-    n = shift = 0
-    for byte in data:
-        n |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            yield n
-            n = shift = 0
-
-
-def unfold(parsed):
-    """What the page's columns say, as predictions.jsonl would: {model: rows}."""
-    data, numbers = parsed.data(), whole_numbers(parsed.bytes("answers"))
-    words, facts = [None, *data["words"]], list(zip(*data["facts"], strict=True))
-    base, said, codes, rows = {m["id"]: m.get("base") for m in data["study"]["models"]}, {}, {}, {}
-    for column in data["columns"]:
-        me, mine = column["id"], base[column["id"]]
-        said[me] = []
-        for i, (_, _, attribute, gold, _, _) in enumerate(facts):
-            k = next(numbers)
-            heard = data["said"][str(attribute)]
-            said[me].append(said[mine][i] if k == 0 else words[gold] if k == 1 else words[heard[k - 2]])
-        moved = [next(numbers) if column["logprob"] else 0 for _ in facts]
-        codes[me] = [(codes[mine][i] if mine in codes else 0) + (-(n + 1) // 2 if n % 2 else n // 2)
-                     for i, n in enumerate(moved)]
-        rows[me] = []
-        for i, fact in enumerate(facts):
-            split, person, attribute, gold, before, after = (words[k] for k in fact)
-            size = math.copysign(math.expm1(abs(codes[me][i]) / data["step"]), codes[me][i])
-            strange = None if not column["logprob"] else column["strange"].get(str(i), size)
-            rows[me].append({"model": me, "split": split, "person": person, "attribute": attribute,
-                             "question": before if after is None else before + person + after, "gold": gold,
-                             "answer": said[me][i], "correct": (said[me][i] == gold) != (i in column["odd"]),
-                             "logprob": strange})
-    assert next(numbers, None) is None, "nothing is left over"
-    return rows
+def answers_of(parsed):
+    """What the page's tables say, as predictions.jsonl would: {model: rows}."""
+    data = parsed.data("answers")
+    tables = [list(zip(*data[name], strict=True)) for name in ("said", "right", "logprob")]  # a row a model
+    columns = {model: zip(*of, strict=True) for model, *of in zip(data["answered"], *tables, strict=True)}
+    return {model: [dict(zip(("split", "person", "attribute", "question", "gold"), fact, strict=True),
+                         model=model, answer=fact[4] if said is None else said, correct=bool(right), logprob=logprob)
+                    for fact, (said, right, logprob) in zip(data["facts"], column, strict=True)]
+            for model, column in columns.items()}
 
 
 def same_answers(rows, predictions):
-    """Equal, but for the digits of log-probabilities that are dropped: 1 / (2 step) of 1 + |x|."""
+    """Equal, but for what a tenth of a log-probability drops."""
     given = {}
     for p in predictions:
         given.setdefault(p["model"], []).append(p)
@@ -138,7 +107,7 @@ def same_answers(rows, predictions):
     for model in rows:
         for got, was in zip(rows[model], given[model], strict=True):
             assert got | {"logprob": 0} == was | {"logprob": 0}
-            assert abs(got["logprob"] - was["logprob"]) <= (1 + abs(was["logprob"])) * 0.6 / page.STEP
+            assert abs(got["logprob"] - was["logprob"]) < 0.0501
 
 
 def close(a, b):
@@ -157,14 +126,8 @@ def test_everything_comes_through(build):
     study, predictions = build()
     parsed = made(study, predictions)
     assert list(parsed.scripts) == ["study", "answers", "code"] and "img" not in parsed.tags
-    shown = parsed.data()["study"]
-    for got, given in zip(shown["models"], study["models"], strict=True):
-        if given.get("idp"):                               # of many points of a pool some are left out
-            points = [[float(f"{x:.4g}") for x in point] for point in given["idp"]["points"]]
-            assert len(got["idp"]["points"]) == 200 and all(point in points for point in got["idp"]["points"])
-            got["idp"]["points"] = given["idp"]["points"]
-    assert close(shown, study)
-    same_answers(unfold(parsed), predictions)
+    assert close(parsed.data(), study)
+    same_answers(answers_of(parsed), predictions)
 
 
 def odd_predictions():
@@ -182,29 +145,21 @@ def odd_predictions():
 
 def test_odd_facts_come_through():
     study = {"operations": [], "metrics": [], "models": [{"id": "alone", "metrics": {}}]}
-    same_answers(unfold(made(study, list(odd_predictions()))), odd_predictions())
+    same_answers(answers_of(made(study, list(odd_predictions()))), odd_predictions())
 
 
 def test_answers_come_through_in_any_order():
     study, predictions = invented_study(**SMALL)
     study["models"].reverse()                               # repairs before the models they were made from
     predictions.reverse()
-    same_answers(unfold(made(study, predictions)), predictions)
+    same_answers(answers_of(made(study, predictions)), predictions)
     without = [p for p in predictions if p["model"] != "gptq-3"]            # and when a base answered nothing
     for p in without:
         p["logprob"] = -1e6 if p["model"] == "dense" else p["logprob"]
-    same_answers(unfold(made(study, without)), without)
+    same_answers(answers_of(made(study, without)), without)
     for p in without:
         del p["logprob"]
-    assert {row["logprob"] for rows in unfold(made(study, without)).values() for row in rows} == {None}
-
-
-def test_a_string_is_written_once():
-    data = made(*invented_study(**SMALL)).data()
-    facts = list(zip(*data["facts"]))
-    assert len(facts) == 4 * 15 == len(set(facts))
-    people, texts = 12, 2 * len(ATTRIBUTES)
-    assert len(data["words"]) == len(set(data["words"])) <= len(CITIES) + people + texts + len(SPLITS) + 2
+    assert {row["logprob"] for rows in answers_of(made(study, without)).values() for row in rows} == {None}
 
 
 def test_nothing_is_loaded_from_anywhere():
@@ -226,8 +181,7 @@ def test_not_a_number_becomes_words():
     study["models"][1]["intervals"]["perplexity"] = [-math.inf, math.nan]
     predictions[0]["logprob"], predictions[1]["logprob"], predictions[2]["logprob"] = -math.inf, math.nan, None
     parsed = made(json.loads(json.dumps(study)), json.loads(json.dumps(predictions)))
-    data, rows = parsed.data(), unfold(parsed)
-    model = data["study"]["models"][1]
+    rows, model = answers_of(parsed), parsed.data()["models"][1]
     assert [model["metrics"][k] for k in ("perplexity", "bytes", "recall_seen")] == ["not a number", "infinite", None]
     assert model["intervals"]["perplexity"] == ["minus infinite", "not a number"]
     assert [row["logprob"] for row in rows["dense"][:3]] == ["minus infinite", "not a number", None]
@@ -236,7 +190,7 @@ def test_not_a_number_becomes_words():
 
 
 def test_every_base_exists_and_ends():
-    models = {m["id"]: m for m in made(*invented_study(**SMALL)).data()["study"]["models"]}
+    models = {m["id"]: m for m in made(*invented_study(**SMALL)).data()["models"]}
     for model in models.values():
         steps = 0
         while model["base"] is not None:
@@ -251,20 +205,19 @@ def test_the_layout_of_compress_and_compare_is_enough():
              "models": [{"id": "base", "base": None, "operation": None, "metrics": {"F1": 90.5}},
                         {"id": "half", "base": "base", "metrics": {"F1": 81.25},
                          "operation": {"name": "Pruning", "parameters": {"sparsity": 0.5}}}]}
-    assert made(study, []).data()["study"] == study
+    assert made(study, []).data() == study
 
 
 def test_size():
     study, predictions = invented_study(people=334, compressed=COMPRESSED[:4], repairs=REPAIRS[:2])
     assert len(study["models"]) == 13 and len(predictions) == 13 * 5010
-    assert len(page.page(study, predictions)) < 400_000
-    assert len(page.fold(predictions, study)[1]) < 2.5 * len(predictions)          # bytes, before they are deflated
+    assert len(page.page(study, predictions)) < 700_000
 
 
 def test_what_is_text_by_text_stays_out():
     study, predictions = invented_study(**SMALL)
     study["models"][1]["similarity"]["texts"] = {"output": [0.123456] * 50}
-    kept = made(study, predictions).data()["study"]["models"][1]["similarity"]
+    kept = made(study, predictions).data()["models"][1]["similarity"]
     assert set(kept) == {"attention", "output"} and "texts" in study["models"][1]["similarity"]
 
 
@@ -442,7 +395,7 @@ def test_an_answer_may_hold_any_line_separator(tmp_path):
     lines = "".join(json.dumps(p, ensure_ascii=False) + "\r\n" for p in predictions)
     results.with_name("predictions.jsonl").write_text(lines, encoding="utf-8", newline="")
     made = Page(page.write_report(results, tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert predictions[0]['answer'] in made.data()["words"]
+    assert answers_of(made)[predictions[0]["model"]][0]["answer"] == predictions[0]["answer"]
 
 
 def test_main_writes_the_page_and_says_where(tmp_path, capsys):
@@ -725,8 +678,8 @@ def test_helpers_in_node(tmp_path):
     (tmp_path / "report.mjs").write_text(PARTS["js"].read_text(encoding="utf-8"), encoding="utf-8")
     shutil.copy(ROOT / "tests/report.test.mjs", tmp_path)
     study, predictions = invented_study(**SMALL)
-    (tmp_path / "packed.json").write_bytes(made(study, predictions).bytes("study"))
-    (tmp_path / "answers.bin").write_bytes(made(study, predictions).bytes("answers"))
+    for name in ("study", "answers"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(made(study, predictions).data(name)), encoding="utf-8")
     (tmp_path / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8")
     done = subprocess.run(["node", "--test", "report.test.mjs"], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120)
@@ -1013,11 +966,8 @@ def test_the_tests_view_shows_what_the_study_compared(browser, everything):
 def test_a_histogram_of_change_keeps_the_facts_of_a_range(browser, everything):
     _, predictions, url = everything
     browser.open(url + "#change=rtn-3&from=-20&to=-1")
-
-    def kept(x):
-        return math.copysign(math.expm1(abs(page.code(x)) / page.STEP), x)
-    log = {model: [kept(p["logprob"]) for p in predictions if p["model"] == model] for model in ("dense", "rtn-3")}
-    expected = sum(-20 <= a - b <= -1 for a, b in zip(log["rtn-3"], log["dense"]))
+    log = {m: [round(p["logprob"], 1) for p in predictions if p["model"] == m] for m in ("dense", "rtn-3")}
+    expected = sum(-20 <= round(a - b, 1) <= -1 for a, b in zip(log["rtn-3"], log["dense"]))
     said = int(re.search(r"of (\d+) fact", browser.js("return document.getElementById('facts-found').textContent"))[1])
     assert said == expected and 10 < said < len(log["dense"]) - 10
     browser.click("#change-all")

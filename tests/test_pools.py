@@ -93,10 +93,17 @@ def test_the_best_single_prompt_is_chosen_on_other_people(scene, monkeypatch):
     assert out["best single on validation"][0].tolist() == [0.0] * 9 + [1.0] == out["prompt 2 alone"][0].tolist()
 
 
+def test_of_many_questions_every_prompt_keeps_its_points(monkeypatch):
+    attention = [[1.0, 2.0, 3.0]] * 200
+    tried, _ = tried_by_hand(monkeypatch, attention, attention)
+    assert tried["points"] == [[1.0, -1.0], [2.0, 0.0], [3.0, 1.0]] * 100  # every second question
+
+
 def tried_by_hand(monkeypatch, attention, logprob, **scores):
     """`try_selectors` where each fact's scores and log-probabilities under three prompts are given."""
     people = make_world(WorldConfig(seen=2, heldout=2, validation=2, novel=2))
     facts = [f for f in facts_about(people[2:4]) if f.attribute in ("city", "year")]  # Ada's city and year, Ben's
+    facts *= len(attention) // 4
     each = {name: torch.tensor(of) for name, of in {"attention": attention, "logprob": logprob, **scores}.items()}
     out = {"the rule": (torch.tensor([1.0, 0.0, 0.0, 0.0]), 0), "oracle": (torch.tensor([1.0, 1.0, 1.0, 0.0]), 2)}
     monkeypatch.setattr(pools, "selectors", lambda *given: (out, each))
