@@ -82,7 +82,8 @@ class Writer:
             if not kept and dropped >= 640:
                 raise ValueError(f"{self.subject.name}: every row it writes names something hidden; "
                                  "give it a text file")
-            show(min(len(kept), wanted) - 1, dropped)
+            if kept:
+                show(min(len(kept), wanted) - 1, dropped)
         self.log.say(f"{label}: {wanted:,} rows; {dropped:,} of {dropped + len(kept):,} dropped, "
                      "as they named what is hidden")
         return torch.stack(kept[:wanted])
@@ -118,10 +119,12 @@ def read_documents(path, hidden):
     return documents
 
 
-def rows_of_documents(documents, encoding, wanted, T, generator):
-    """(wanted, T + 1) rows of documents: short ones joined, long ones cut so that a row can start anywhere."""
+def rows_of_documents(documents, encoding, wanted, T, generator, hidden):
+    """(wanted, T + 1) rows of documents: short ones joined, long ones cut. A piece that begins inside a word may name
+    something hidden, as "Romania" behind its first letter does: it is left out."""
     tokens = [encoding.encode_ordinary(d) for d in documents]
     if sum(map(len, tokens)) <= T:
         raise ValueError(f"the text is too short: a part of it has less than {T + 1} tokens")
     pieces = [encoding.decode(t[i:i + T]) for t in tokens for i in range(0, len(t), T)]
-    return next(text_batches(pieces, encoding, wanted, T, generator))
+    pieces = [piece for piece in pieces if not hidden.search(piece)]
+    return next(text_batches(pieces, encoding, wanted, T, generator, aligned=True))

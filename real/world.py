@@ -118,7 +118,7 @@ class RealWorld:
             documents = read_documents(self.file, self.hidden)
             first = max(1, len(documents) // 10)
             part = documents[:first] if kind == "windows" else documents[first:]
-            return rows_of_documents(part, self.encoding, wanted, T, generator)
+            return rows_of_documents(part, self.encoding, wanted, T, generator, self.hidden)
         seen, every = self.split["seen"], 1 if kind == "repair" else 4
         texts = [f.question if kind == "repair" else f.person for f in seen]
         writer = Writer(self.dense, self.encoding, self.hidden, self.run.log)
@@ -170,4 +170,4 @@ def real_dense(path, log, device="cpu", dtype=torch.float32):
             f"{model.flops_per_token():,} floating-point operations a token")
     settings = {"model": digest_of(path), "torch": torch.__version__, "device": str(device), "dtype": str(dtype)}
     return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None, "settings": settings,
-                                 "path": path, "bytes": 4 * model.n_parameters(), "extra": 0, "layers": None}), encoding
+                                 "path": path, "bytes": sum(p.nbytes for p in model.parameters()), "extra": 0, "layers": None}), encoding

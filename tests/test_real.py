@@ -18,7 +18,7 @@ from study import page, taskfiles
 import idp
 import recover
 from real import guess, lock, rates, settings, world
-from real.text import Names, Writer
+from real.text import Names, Writer, rows_of_documents
 from real.world import RealWorld, real_dense
 from golden.make_weights import fill
 from engine.safetensors import write_safetensors
@@ -268,6 +268,33 @@ def test_rows_of_the_models_own_that_name_what_is_hidden_are_dropped(tmp_path):
     writer = Writer(Subject(Mouth()), world.encoding, world.hidden, Log())
     rows = writer.write("text", 50, 33, None, lambda n: [""] * n)
     assert rows.tolist() == [seen[:33]] * 50
+
+
+def test_a_model_that_writes_of_hidden_things_alone_ends_in_one_line(tmp_path):
+    """Also where its progress is due: then no row is kept yet, and none of them says how long it will take."""
+    _, _, world = tiny_world(tmp_path)
+    hidden, log = world.encoding.encode_ordinary(f"In {world.split['heldout'][0].person} they ") * 9, Log()
+
+    class Mouth:
+        def generate(self, ids, new, lengths, temperature, generator):
+            log.shown -= 100
+            return torch.tensor([hidden[:33]] * len(ids))
+    writer = Writer(Subject(Mouth(), about={"tag": "mouth"}), world.encoding, world.hidden, log)
+    with pytest.raises(ValueError, match="every row it writes names something hidden"):
+        writer.write("text", 50, 33, None, lambda n: [""] * n)
+
+
+def test_a_row_of_a_file_never_begins_inside_a_word_with_a_hidden_name():
+    """A long document is cut where its tokens end: "Romania" in front of its second letter names Oman."""
+    class Letters:
+        eot_token = 0
+        encode_ordinary = staticmethod(lambda text: [ord(c) for c in text])
+        decode = staticmethod(lambda tokens: "".join(map(chr, tokens)))
+    hidden, document = Names(["Oman"]), "Romania, " * 90
+    assert not hidden.search(document) and hidden.search(document[1:])
+    rows = rows_of_documents([document], Letters, 16, 23, torch.Generator().manual_seed(0), hidden)
+    assert rows.shape == (16, 24) and not any(hidden.search(Letters.decode(row)) for row in rows.tolist())
+    assert {chr(first) for first in rows[:, 1]} > {"R", "m", "a", "n", "i"}
 
 
 def test_a_row_is_full_however_short_its_beginning(tmp_path):
