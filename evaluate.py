@@ -280,14 +280,14 @@ def main():
                         help="make everything K times, from the dense GPT on")
     parser.add_argument("--all-tasks", action="store_true",
                         help="ask every model every task of items.py, not a few")
-    parser.add_argument("--backwards", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--backwards", type=int, metavar="PARENT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
     config = config_of(args, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
     run = Run(config, World(config))
     if args.backwards:  # beside another process, see study/beside.py
-        beside.quietly(run)
+        beside.quietly(run, args.backwards)
         return backwards(run)
     run.alone()
     run.describe_reuse()

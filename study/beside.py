@@ -21,11 +21,11 @@ from study import steps
 
 
 class Unheard(steps.Log):
-    """The log of the second process: says nothing, and ends where the study that began it is gone."""
+    """The log of the second process: says nothing, and ends where the study that began it, `parent`, is gone."""
 
-    def __init__(self):
+    def __init__(self, parent):
         super().__init__()
-        self.parent = os.getppid()
+        self.parent = parent
 
     def write(self, text, end):
         """No line."""
@@ -39,7 +39,7 @@ class Unheard(steps.Log):
 
 @contextlib.contextmanager
 def second_process(run, arguments):
-    """While open, `evaluate.py` with these arguments and --backwards runs beside us, on half of the threads.
+    """While open, `evaluate.py` with these arguments and --backwards OUR_ID runs beside us, on half of the threads.
 
     Gives a function: from its call on we have only the other half, too. With several draws that is so from the start,
     as each process has a dense model of its own to train. With one thread (OMP_NUM_THREADS=1) there is no second
@@ -56,8 +56,9 @@ def second_process(run, arguments):
     if run.config.seeds > 1:
         share_threads()
     script = os.path.join(steps.ROOT, "evaluate.py")
-    process = subprocess.Popen([sys.executable, script, *arguments, "--backwards"], stdout=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": str(threads // 2)}, start_new_session=True)
+    process = subprocess.Popen([sys.executable, script, *arguments, "--backwards", str(os.getpid())],
+                               stdout=subprocess.DEVNULL, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": str(threads // 2)})
     run.log.hands = 2
     try:
         yield share_threads
@@ -68,7 +69,7 @@ def second_process(run, arguments):
         torch.set_num_threads(threads)
 
 
-def quietly(run):
-    """What the second process does at its start: no lines, and a request to end leaves no half-written file."""
-    run.log = Unheard()
+def quietly(run, parent):
+    """What the second process of `parent` does at its start: no lines, and a request to end leaves no half file."""
+    run.log = Unheard(parent)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -19,7 +19,7 @@ def costs(subject):
             if name.removesuffix(".base") in subject.model.pruned:  # `save` stores a bit each, and the others
                 stored -= int((layer.weight == 0).sum())
                 bits += numel
-            bits += 32 * stored
+            bits += 8 * layer.weight.itemsize * stored
             weights += numel
         elif shape_of(layer):  # packed
             bits += 8 * sum(t.nbytes for part, t in layer.named_buffers() if part != "bias")

@@ -58,7 +58,7 @@ def test_the_second_process_lives_as_long_as_the_study(tmp_path, monkeypatch):
                 time.sleep(0.02)
             raise RuntimeError
         assert began[0].poll() is not None and torch.get_num_threads() == 4 and run.log.hands == 1
-        assert (tmp_path / "told").read_text() == "--seeds 3 --backwards 2"
+        assert (tmp_path / "told").read_text() == f"--seeds 3 --backwards {os.getpid()} 2"
         run.config.seeds = 2  # each process then trains a dense model of its own: half of the threads from the start
         with beside.second_process(run, []):
             assert torch.get_num_threads() == 2
@@ -71,7 +71,7 @@ def test_the_second_process_lives_as_long_as_the_study(tmp_path, monkeypatch):
 
 
 def test_it_ends_with_the_process_that_began_it(monkeypatch):
-    log = beside.Unheard()
+    log = beside.Unheard(os.getppid())
     log.begin("a step")
     monkeypatch.setattr(os, "getppid", lambda: log.parent + 1)
     with pytest.raises(SystemExit):

@@ -251,6 +251,7 @@ def test_costs_count_what_is_stored(tmp_path):
         if W.dim() == 2:
             W.data[W.abs() < W.std() / 4] = 0  # a fifth: `save` stores every weight where nobody pruned
     assert costs(Subject(model, about=about))["bits_per_weight"] == 32
+    assert costs(Subject(model.bfloat16(), about=about))["bits_per_weight"] == 16
 
 
 # ---- the study
