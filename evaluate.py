@@ -147,7 +147,9 @@ def every_draw(run, dense, rows_of):
     for k in range(run.config.seeds):
         drawn = run.draw(k)
         rows, more = rows_of(drawn, dense_of_draw(drawn, dense))
-        draws, first = [*draws, rows], first or more
+        draws.append(rows)
+        if k == 0:
+            first = more
         for row, same in zip(rows, draws[0]):
             row |= {"id": same["id"], "base": same["base"]}
     return draws, first
@@ -237,14 +239,12 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
                           lambda: noise_floor(run, subjects,
                                               {m["id"]: m["answers"] for m in draws[0]}))
     return {
-        "name": run.world.name, "settings": asdict(config), "seed": seed,
+        "name": run.world.name, "settings": asdict(config),
         "hypothesis": "H0: displaced = 0. "
                       "H1: displaced > 0 on people that no repair has read about.",
         "headline": claims.headline(draws[0]),
         "claims": claims.claims(draws, displaced, config.claimed),
         "pairs": claims.pairs(draws[0], displaced, config.claimed),
-        "verdicts": [{"base": m["base"], "text": f"{m['tag']}: {m['verdict']}"}
-                     for m in rows if m["verdict"]],
         "models": rows, "comparisons": compared, "noise": noise, "context": context,
         "guessing": guessing,
         "metrics": publish.describe_metrics(rows, files or {}),

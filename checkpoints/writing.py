@@ -6,7 +6,6 @@ The linear layers of the blocks are packed as they come, rounded to nearest; a h
 turn, greedily, and a line for each says how fast.
 """
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -19,12 +18,13 @@ from compress import rtn
 from engine.decode import choose_decode
 from engine.device import add_device, device_of
 from engine.script import guard
+from engine.wrapping import shared_copy
 from kernels import PackedLinear, pack
 
 
 def packed_model(model, bits, group_size=64):
     """A copy whose linear layers are packed; what stays dense is shared with `model`."""
-    packed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    packed = shared_copy(model)
 
     def round_and_pack(layer, bits):
         size = next(size for size in (group_size, 32, layer.in_features) if layer.in_features % size == 0)

@@ -69,3 +69,9 @@ def with_tensor(layer, name, value):
     else:
         new._parameters[name] = nn.Parameter(value, layer.weight.requires_grad)
     return new
+
+
+def shared_copy(model):
+    """A copy of the model whose tensors are the same: modules can be wrapped in it without touching the given one."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 import recover
 from checkpoints import load, save
+from engine.wrapping import shared_copy
 from recover import FitConfig
 from study.controls import Control, under_tag
-from study.repairs import attach, products, shared_copy
+from study.repairs import attach, products
 from study.steps import with_result
 from study.subjects import repaired_subject, target_batches
 from world.facts import pad

@@ -170,4 +170,5 @@ def real_dense(path, log, device="cpu", dtype=torch.float32):
             f"{model.flops_per_token():,} floating-point operations a token")
     settings = {"model": digest_of(path), "torch": torch.__version__, "device": str(device), "dtype": str(dtype)}
     return Subject(model, about={"id": "dense", "tag": "dense", "base": None, "operation": None, "settings": settings,
-                                 "path": path, "bytes": sum(p.nbytes for p in model.parameters()), "extra": 0, "layers": None}), encoding
+                                 "path": path, "bytes": sum(p.nbytes for p in model.parameters()), "extra": 0,
+                                 "layers": None}), encoding

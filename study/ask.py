@@ -32,19 +32,19 @@ def read_world(model, facts=None):
     Raises ValueError for a file that holds none, OSError where there is no file.
     """
     beside = [model + ".made.json", os.path.join(os.path.dirname(model), "world.json")]
-    found = [path for path in ([facts] if facts else beside) if facts or os.path.exists(path)]
-    if not found:
+    path = facts or next(filter(os.path.exists, beside), None)
+    if path is None:
         raise ValueError(f"{model}: no {' or '.join(map(os.path.basename, beside))} beside it says which world it "
                          "knows: name such a file with --facts")
-    fields = read_json(found[0])
-    settings = fields.get("settings", fields)
-    fields = settings.get("world", fields) if isinstance(settings, dict) else fields
+    fields = read_json(path)
+    if isinstance(fields.get("settings"), dict):  # the mark of a step that made the model
+        fields = fields["settings"].get("world")
     try:
         if not all(type(value) is int for value in fields.values()):
             raise TypeError
         return WorldConfig(**fields)
     except (TypeError, AttributeError):
-        raise ValueError(f"{found[0]}: not the settings of a world: {', '.join(WorldConfig.__dataclass_fields__)}, "
+        raise ValueError(f"{path}: not the settings of a world: {', '.join(WorldConfig.__dataclass_fields__)}, "
                          "all whole numbers") from None
 
 

@@ -7,7 +7,7 @@ primary family; every other number of the study is exploratory. docs/evidence.md
 
 What it leaves out: claims about single attributes, and about tasks.
 """
-from study.comparisons import flips_of
+from study.comparisons import flip_p
 from study.statistics import holm, judged
 
 MARGIN = 0.05  # of displaced: a repair that is worse by less counts as not worse (non-inferior)
@@ -44,10 +44,10 @@ def claims(draws, displaced, claimed):
     prompt, long, pool, equal = (share(BASE, tag) for tag in claimed)
     crude = share(CRUDE, named["prompt"])
     if prompt:
-        p = flips_of(draws, bases[BASE], ids[bases[BASE], named["prompt"]])[2]
+        p = flip_p(draws, bases[BASE], ids[bases[BASE], named["prompt"]])
         out.append(entry("prompt", prompt, 0.0, named, p))
     if pool and long:
-        p = flips_of(draws, *(ids[bases[BASE], named[role]] for role in ("long", "pool")))[2]
+        p = flip_p(draws, *(ids[bases[BASE], named[role]] for role in ("long", "pool")))
         out.append(entry("pool", pool - long, 0.0, named, p))
     if prompt and equal:
         out.append(entry("weights", prompt - equal, -MARGIN, named))
@@ -59,11 +59,10 @@ def claims(draws, displaced, claimed):
     return out
 
 
-def entry(name, estimate, null, named, flips=0.0):
-    """One claim before it is corrected: the estimate is above `null`; flips: p of the flip test; named {role: repair}.
-    """
+def entry(name, estimate, null, named, p=0.0):
+    """One claim before it is corrected: the estimate is above `null`; p: the flip test's; named {role: repair}."""
     return {"name": name, "statement": STATEMENTS[name].format(**named), "estimate": float(estimate.value),
-            "interval": estimate.interval(), "p": float(max(flips, estimate.p(null))),
+            "interval": estimate.interval(), "p": float(max(p, estimate.p(null))),
             "positive": bool(estimate.value > null)}
 
 

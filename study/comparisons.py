@@ -56,8 +56,8 @@ def score_tasks(run, subject, answers):
                            lambda: measure_tasks(subject, asked, people, world.encoding))
     recalled = {}
     for split, facts in world.asked(config).items():
-        for name, (_, rows) in recall_slices(facts, answers[split], people).items():
-            recalled.setdefault(name, {})[split] = rows
+        for name, places in recall_slices(facts, people).items():
+            recalled.setdefault(name, {})[split] = [{"exact": float(answers[split][i]["correct"])} for i in places]
     return {**recalled, **{name: scored[name] for name in asked}}
 
 
@@ -69,21 +69,18 @@ def task_items(run):
         return {}
     people, slices = {p.name: p for who in world.people.values() for p in who}, {}
     for split, facts in world.asked(config).items():
-        for name, (part, _) in recall_slices(facts, [{"correct": False}] * len(facts), people).items():
-            slices.setdefault(name, {})[split] = part
+        for name, places in recall_slices(facts, people).items():
+            slices.setdefault(name, {})[split] = [facts[i] for i in places]
     return {**slices, **asked}
 
 
-def recall_slices(facts, answers, people):
-    """The two closed-book tasks as slices of the main table's facts: {"trained": (facts, scores), "unseen": ...}.
+def recall_slices(facts, people):
+    """The two closed-book tasks as slices of the main table's facts: {"trained": their places, "unseen": ...}.
 
     unseen  asked as pretraining asked of other people only, never of this one
     """
-    unseen = [f.attribute in TAUGHT and not people[f.person].taught for f in facts]
-    trained = [f.attribute not in TAUGHT for f in facts]
-    return {name: ([f for f, here in zip(facts, where) if here],
-                   [{"exact": float(a["correct"])} for a, here in zip(answers, where) if here])
-            for name, where in (("trained", trained), ("unseen", unseen))}
+    return {"trained": [i for i, f in enumerate(facts) if f.attribute not in TAUGHT],
+            "unseen": [i for i, f in enumerate(facts) if f.attribute in TAUGHT and not people[f.person].taught]}
 
 
 def add_tasks(rows, asked, seed):
@@ -119,9 +116,9 @@ def flips(what, model, base, before, after, entities):
             "difference": float(np.mean(after) - np.mean(before)), "p": p}
 
 
-def flips_of(draws, base, model, split="heldout"):
-    """(gained, lost, p) of two models' recalls, a person's facts flipped together, over all draws."""
-    return pooled_test(*(recalls(draws, name, split) for name in (base, model)), entities_of(draws, split))
+def flip_p(draws, base, model):
+    """The p of two models' held-out recalls over all draws, a person's facts flipped together."""
+    return pooled_test(*(recalls(draws, name, "heldout") for name in (base, model)), entities_of(draws, "heldout"))[2]
 
 
 def recalls(draws, name, split):

@@ -37,6 +37,7 @@ import recover
 from checkpoints import load, save
 from recover import FitConfig, next_token
 from study.repairs import attach
+from study.settings import REPAIRS
 from study.steps import slug, with_result
 from study.subjects import repaired_subject
 from world.facts import VALUES, facts_about, make_world, statements, taught_questions, text_batches
@@ -59,16 +60,13 @@ class ControlConfig:
     tell_batch: tuple = (24, 32)     # about the novel people
     old_batch: tuple = (8, 32)       # about those of whom pretraining told
     rank_one: float = 0.22           # Frobenius norm of what is added to a matrix, as a share of the matrix's own
-    repairs: dict = field(default_factory=lambda: {  # tag: (kind, size, learning rate)
-        "prompt 8": ("prompt", 8, 1e-1),
-        "LoRA rank 8": ("lora", 8, 3e-3),        # it can hold the exact inverse of *rank one* and *erased*
-    })
+    repairs: tuple = ("prompt 8", "LoRA rank 8")  # of the study's; the second can hold the inverse of *rank one*
 
 
 def control_config(config):
     """The ControlConfig of a study of these settings: with --full, biases repair the controls, too."""
-    how, more = ControlConfig(), {"biases": ("bias", "o down", 3e-2)}
-    return replace(how, repairs={**how.repairs, **more}) if config.full else how
+    how = ControlConfig()
+    return replace(how, repairs=(*how.repairs, "biases")) if config.full else how
 
 
 class Control(NamedTuple):
@@ -240,10 +238,8 @@ def under_tag(run, about, tag, base, extra=0):
 def control_batches(run, control):
     """The batches of a repair, as `recover.distillation` takes them: text about seen people, and for each position what
     the reference expects next. As many as the study's own repairs read."""
-    stream = text_batches(control.text, run.world.encoding, *run.config.repair_batch,
-                          torch.Generator().manual_seed(run.config.draw_seed + 2), aligned=True)
-    rows = [next(stream).to(control.reference.device) for _ in range(run.config.repair_steps)]
-    return recover.add_targets(control.reference.logits, rows)
+    rows = run.world.repair_rows(run.config, control.text)
+    return recover.add_targets(control.reference.logits, [ids.to(control.reference.device) for ids in rows])
 
 
 def control_subjects(run, dense, name, how=None):
@@ -256,5 +252,5 @@ def control_subjects(run, dense, name, how=None):
     control = CONTROLS[name](run, dense, how)
     batches = functools.cache(functools.partial(control_batches, run, control))  # made at the first call
     return control, [control.reference, control.damaged,
-                     *(repaired_subject(run, control.damaged, batches, tag, kind, size, lr=lr, code=("study.controls",))
-                       for tag, (kind, size, lr) in how.repairs.items())]
+                     *(repaired_subject(run, control.damaged, batches, tag, *REPAIRS[tag], code=("study.controls",))
+                       for tag in how.repairs)]

@@ -23,8 +23,9 @@ import copy
 
 import torch
 
+from engine.wrapping import shared_copy
 from recover import LINEARS, add_lora
-from study.repairs import attach, shared_copy, unpacked
+from study.repairs import attach, unpacked
 from study.settings import config_of, job_parser
 from study.statistics import Estimate, by_person, resampled, share_of
 from study.steps import Run

@@ -1,7 +1,6 @@
 """
 Every repair of the study, trained on a frozen compressed model, and the Subject that comes of it.
 """
-import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,6 +9,7 @@ import torch
 
 import idp
 import recover
+from engine.wrapping import shared_copy
 from kernels import PackedLinear
 from world.score import Subject, answer
 
@@ -133,9 +133,3 @@ def unpacked(model):
                 plain.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias, requires_grad=False)
                 setattr(parent, name, plain)
     return model
-
-
-def shared_copy(model):
-    """A copy of the model whose tensors are the same: modules can be wrapped in it without touching the given one."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(t): t for t in tensors})

@@ -644,8 +644,7 @@ function verdictOf(c) {
       recalls.map(([metric, label]) => recallCell(m, metric, label, c, m === rows[0]))),
     says && html("tr.says", html("td"), html("td", { colspan: recalls.length + shares.length }, says))];
   };
-  const texts = (study.verdicts || []).filter(v => v.base === c.id), inRows = rows.some(m => m.verdict);
-  return [html("h3", titleOf(c)), !inRows && texts.map(v => html("p", v.text)),
+  return [html("h3", titleOf(c)),
     html("table.verdict.stack",
       html("thead", html("tr", html("th", { scope: "col" }, "model"),
         shares.map(([, label]) => head(label, fraction)), recalls.map(([, label]) => head(label, whole)))),
@@ -1622,7 +1621,7 @@ function drawMade() {
   fill(part("made", "figure"), html("div.columns",
     block("Run", pairs({ command: study.command ?? "not recorded",
       created: study.created?.replace("T", " ") ?? "not recorded",
-      took: seconds(study.seconds), seed: study.seed ?? "not recorded", models: plain(models.length),
+      took: seconds(study.seconds), seed: study.settings?.seed ?? "not recorded", models: plain(models.length),
       facts: plain(facts.length) })),
     block("Times", times.length > 12 ? behind("times-table", count(times.length, "step"), timed)
       : times.length > 0 && timed()),
@@ -1682,18 +1681,17 @@ function goTo(view) {
   if (place) settle();
 }
 function drawHeader() {
-  const { hypothesis, name } = study, verdicts = study.verdicts || [], claims = study.claims || [];
-  const bases = [...new Set(verdicts.map(v => v.base))].filter(id => byId.has(id)).map(id => byId.get(id));
-  const outcome = m => html("li", { "data-m": m.index }, html("b", m.label),
-    verdicts.filter(v => v.base === m.id).map(v => html("span", v.text)));
+  const { hypothesis, name } = study, claims = study.claims || [], judged = models.filter(m => m.verdict && parent(m));
+  const outcome = base => html("li", { "data-m": base.index }, html("b", base.label),
+    judged.filter(m => parent(m) === base).map(m => html("span", `${m.tag || m.id}: ${m.verdict}`)));
   const claim = c => html("li", html("b", `${c.name}: ${c.verdict}`), html("span", c.statement));
   const about = [name, count(models.length, "model"), facts.length > 0 && count(facts.length, "fact")];
   fill(document.getElementById("kicker"), about.filter(Boolean).join(" · "));
   fill(document.getElementById("folded"),
     (hypothesis || claims.length > 0) && html("details", html("summary", "What was stated before the run"),
       hypothesis && html("p.quote", hypothesis), claims.length > 0 && html("ul.outcome", claims.map(claim))),
-    bases.length > 0 && html("details", html("summary", `What was found, ${count(verdicts.length, "sentence")}`),
-      html("ul.outcome", bases.map(outcome))));
+    judged.length > 0 && html("details", html("summary", `What was found, ${count(judged.length, "sentence")}`),
+      html("ul.outcome", [...new Set(judged.map(parent))].map(outcome))));
 }
 function drawNavigation() {
   const views = [...document.querySelectorAll("main > section")];

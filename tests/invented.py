@@ -120,7 +120,7 @@ def invented_study(seed=0, people=40, compressed=COMPRESSED, repairs=REPAIRS):
                 idp=invented_idp(rng) if repair == "IDP" else None)
     study = {
         "name": "An invented study", "command": "python evaluate.py --seed 0", "created": "2026-01-31T12:00:00+00:00",
-        "seconds": 612.4, "seed": 0, "settings": {"people": people, "steps": 2000, "lr": 1e-3, "device": "cpu"},
+        "seconds": 612.4, "settings": {"people": people, "steps": 2000, "lr": 1e-3, "device": "cpu"},
         "versions": {"python": "3.11.9", "torch": "2.13.0", "platform": "Linux"},
         "times": [{"step": "train", "seconds": 301.2, "reused": False},
                   {"step": "repair", "seconds": 61.0, "reused": True}],
@@ -129,7 +129,6 @@ def invented_study(seed=0, people=40, compressed=COMPRESSED, repairs=REPAIRS):
         "metrics": [{"name": name, "label": label, "unit": unit, "higher_is_better": up, "description": "invented"}
                     for name, label, unit, up in METRICS],
         "models": models,
-        "verdicts": [{"base": c[0], "text": "About two thirds of what was lost came back unseen."} for c in compressed],
         "hypothesis": "Knowledge that a compressed model lost is mostly displaced: a repair brings it back."}
     return study, predictions
 

@@ -92,13 +92,13 @@ def test_distinct_2_is_of_all_answers_together():
 def test_recall_slices():
     """trained: what is asked as everybody was told; unseen: questions of a kind that this person's text never had."""
     people = {p.name: p for p in make_world(WorldConfig(4, 4, 4, 4))}
-    some = [f for f in facts_about(list(people.values())[:4])]
-    slices = comparisons.recall_slices(some, facts(*range(20)), people)
-    assert {f.attribute for f in slices["trained"][0]} == {"city", "employer", "university"}
-    assert {f.attribute for f in slices["unseen"][0]} == {"year", "profession"}
-    assert all(not people[f.person].taught for f in slices["unseen"][0])
-    assert len(slices["trained"][0]) == 12 and len(slices["unseen"][0]) == 4
-    assert slices["trained"][1][0] == {"exact": 0.0} and all(row == {"exact": 1.0} for row in slices["unseen"][1])
+    some = facts_about(list(people.values())[:4])
+    slices = comparisons.recall_slices(some, people)
+    trained, unseen = ([some[i] for i in slices[name]] for name in ("trained", "unseen"))
+    assert {f.attribute for f in trained} == {"city", "employer", "university"}
+    assert {f.attribute for f in unseen} == {"year", "profession"}
+    assert all(not people[f.person].taught for f in unseen)
+    assert len(trained) == 12 and len(unseen) == 4
 
 
 def test_the_noise_floor_compares_each_fact_with_itself(monkeypatch):

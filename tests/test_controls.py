@@ -19,8 +19,7 @@ from world.small import World
 
 HOW = ControlConfig(lock=FitConfig(steps=150, lr=2e-3), lock_batch=(8, 24), tell=FitConfig(steps=200, lr=4e-3),
                     tell_batch=(8, 24), old_batch=(4, 24), rank_one=0.5)
-PROMPT = {"prompt 4": ("prompt", 4, 1e-1)}
-LORA = {"LoRA rank 8": ("lora", 8, 1e-2)}
+PROMPT, LORA = "prompt 8", "LoRA rank 8"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def scene(tmp_path_factory):
     config = StudyConfig(world=WorldConfig(seen=8, heldout=8, validation=2, novel=12, vocab_size=512),
                          gpt={"n_layer": 2, "n_embd": 64}, pretrain=FitConfig(steps=300, lr=8e-3, weight_decay=0.1),
                          pretrain_batch=(8, 32), without="growth", repair_batch=(8, 24), repair_steps=120,
-                         out=str(tmp_path_factory.mktemp("controls")))
+                         rates={PROMPT: 1e-1, LORA: 1e-2}, out=str(tmp_path_factory.mktemp("controls")))
     run = Run(config, World(config))
     return run, dense_subject(run)
 
@@ -46,7 +45,7 @@ def fractions(before, after, repaired):
     return back["heldout"], back["seen"] - back["heldout"]
 
 
-def measured(scene, name, repairs):
+def measured(scene, name, *repairs):
     """(reference, damaged) recalls of a control, and {tag: (displaced, relearned)} of its repairs."""
     run, dense = scene
     control, subjects = control_subjects(run, dense, name, replace(HOW, repairs=repairs))
@@ -65,17 +64,17 @@ def test_locked_is_displaced(scene):
     """The key tells the truth, no key does not; a prompt finds a key for people whom it never read about."""
     before, after, found = measured(scene, "locked", PROMPT)
     assert before["heldout"] >= 0.75 and after["heldout"] <= 0.4, (before, after)
-    assert found["prompt 4"][0] >= 0.8, found
-    assert abs(found["prompt 4"][1]) <= 0.25
+    assert found[PROMPT][0] >= 0.8, found
+    assert abs(found[PROMPT][1]) <= 0.25
 
 
 def test_not_yet_told_is_absent(scene):
     """No repair brings back held-out facts that the model never read; LoRA learns those that its text tells."""
-    before, after, found = measured(scene, "not yet told", PROMPT | LORA)
+    before, after, found = measured(scene, "not yet told", PROMPT, LORA)
     assert min(before["seen"], before["heldout"]) >= 0.75 and max(after.values()) <= 0.15, (before, after)
     for displaced, _ in found.values():
         assert abs(displaced) <= 0.15, found
-    assert found["LoRA rank 8"][1] >= 0.3, found
+    assert found[LORA][1] >= 0.3, found
 
 
 @pytest.mark.parametrize("name", list(controls.CONTROLS))
@@ -136,7 +135,7 @@ def test_rank_one_is_displaced(scene):
     """LoRA, which can hold the inverse, brings back held-out facts as well as those it reads about."""
     before, after, found = measured(scene, "rank one", LORA)
     assert before["heldout"] - after["heldout"] >= 0.05, (before, after)
-    assert found["LoRA rank 8"][0] >= 0.7, found
+    assert found[LORA][0] >= 0.7, found
 
 
 def test_what_is_erased_is_gone_and_little_else(scene):
@@ -157,7 +156,7 @@ def test_what_all_people_share_is_rebuilt_from_others(scene):
     """Large repairs bring erased facts back that they never read of: the test is about text, not about weights."""
     before, after, found = measured(scene, "erased", LORA)
     assert before["heldout"] - after["heldout"] >= 0.3, (before, after)
-    assert found["LoRA rank 8"][0] >= 0.3, found
+    assert found[LORA][0] >= 0.3, found
 
 
 # ---- the fair trial of IDP

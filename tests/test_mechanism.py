@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from compress import gptq, magnitude, rtn, sparsegpt
+from engine.wrapping import shared_copy
 from model import GPT, GPTConfig
 from recover import add_lora
 from study import mechanism
-from study.repairs import attach, shared_copy
+from study.repairs import attach
 from test_tables import cells
 
 

@@ -43,8 +43,7 @@ def evil_study():
         model |= {"verdict": EVIL[0]}
     for i, p in enumerate(predictions):
         p |= {"model": ids[p["model"]], "answer": EVIL[i % len(EVIL)], "question": p["question"] + EVIL[i % 3]}
-    study |= {"name": EVIL[0], "hypothesis": EVIL[2], "command": EVIL[0], "settings": {EVIL[0]: EVIL[2]},
-              "verdicts": [{"base": ids["gptq-3"], "text": EVIL[2]}]}
+    study |= {"name": EVIL[0], "hypothesis": EVIL[2], "command": EVIL[0], "settings": {EVIL[0]: EVIL[2]}}
     study["metrics"][0]["label"] = EVIL[0]
     return study, predictions
 

@@ -75,9 +75,9 @@ class World:
         return next(text_batches(self.repair_text, self.encoding, rows, T - 1,
                                  torch.Generator().manual_seed(config.draw_seed + 1)))
 
-    def repair_rows(self, config):
-        """The ids (rows, T + 1) of every step of a repair: text about seen people."""
-        stream = text_batches(self.repair_text, self.encoding, *config.repair_batch,
+    def repair_rows(self, config, text=None):
+        """The ids (rows, T + 1) of every step of a repair: text about seen people, or other sentences."""
+        stream = text_batches(text or self.repair_text, self.encoding, *config.repair_batch,
                               torch.Generator().manual_seed(config.draw_seed + 2), aligned=True)
         return [next(stream) for _ in range(config.repair_steps)]
 
