@@ -4,9 +4,14 @@ Twelve functions to write, four sittings, a little under four hours. Write one, 
     python exercises/check.py                 # of each: right, where the first number differs, or not written yet
     python exercises/check.py gptq            # of one
 
-Inputs are torch tensors; none may be changed. The product has each of these functions, faster and with more
-settings; where it stands is named. Look there, or into solutions.py, only after you have tried.
+Inputs are torch tensors, in float64 but for counts, lengths and codes: compute in float64, and change no input. The
+product has each of these functions, faster and with more settings; where it stands is named. Look there, or into
+solutions.py, only after you have tried.
 """
+import math
+
+import torch
+import torch.nn.functional as F
 
 
 # ---- sitting 1: a GPT that knows facts (model.py)
@@ -134,7 +139,7 @@ def keep_n_of_m(score, n, m):
     By hand: score (5, 1, 1, 1, 2), n = 2, m = 4. Of the first four 5 stays, and one of three equal ones, the last:
     (1, 0, 0, 1). The last group is (2, and three that are not there): 2 stays. Result (1, 0, 0, 1, 1).
 
-    Stuck? A threshold keeps too many where scores are equal. argsort(stable=True) does not.
+    Stuck? A threshold keeps too many where scores are equal; score.argsort(dim=-1, stable=True) does not.
     """
     raise NotImplementedError
 
@@ -200,6 +205,7 @@ def displaced(right, draws):
     0.5. The resample (1, 1): 4, 2, 4, share 1. From these two resamples alone the percentiles stand between 0.5 and 1
     on a straight line: 0.5125 and 0.9875.
 
-    Stuck? right[draws] is (R, people, 3). torch.quantile, or sort and interpolate at q (R - 1).
+    Stuck? right[draws] is (R, people, 3). torch.quantile takes its q in the samples' dtype; or sort and interpolate at
+    q (R - 1).
     """
     raise NotImplementedError

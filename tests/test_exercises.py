@@ -126,6 +126,22 @@ def test_what_is_said_of_an_unfinished_function(body, said, tmp_path):
 def test_where_the_first_number_differs():
     assert check.differs(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1e-6) == (
         "result[1, 1] is 5, expected 4 (1 of 4 differ)")
+    assert check.differs(torch.tensor(1 / 3), torch.tensor(1 / 3, dtype=torch.float64), 1e-9).endswith(
+        "right but for rounding, compute in float64")
+
+
+def test_a_function_that_is_missing_is_named(tmp_path):
+    """gptq calls rtn, which another student may still have to write."""
+    (tmp_path / "mine.py").write_text(SOLUTIONS.replace("def rtn(W, bits, group_size):",
+                                                        "def rtn(W, bits, group_size):\n    raise NotImplementedError"))
+    assert judged(tmp_path / "mine.py", "gptq") == "needs rtn, which is not written yet"
+
+
+@pytest.mark.parametrize("name", check.CHECKS)
+def test_numbers_are_given_in_float64(name):
+    """So that a student's products of two inputs never meet two types."""
+    given = [t for _, arguments, *_ in check.CHECKS[name][2]() for t in arguments if torch.is_tensor(t)]
+    assert given and all(t.dtype == torch.float64 for t in given if t.is_floating_point())
 
 
 @pytest.mark.parametrize("arguments, said", [
