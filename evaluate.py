@@ -9,7 +9,7 @@ The study: train, compress, repair, and answer: is the knowledge forgotten or di
     python -m study                     # single steps, sweeps of one setting, the figure
     python -m real MODEL                # the same on a real language model
 
-The hypothesis, written down before the run. People are split into seen (in the repair's text) and
+The hypothesis, written down first. People are split into seen (in the repair's text) and
 held-out (never in it). With a(m, s) the recall of model m on split s,
 
     displaced = (a(repaired, held-out) - a(compressed, held-out))
@@ -24,8 +24,8 @@ say "at least". Four controls (study/controls.py), damaged by construction, say 
 answers where the truth is known. Every number has a 95 % interval over people and draws; every
 model is compared with the one it was made from by an exact test that flips a person's facts
 together; the study's comparisons are corrected together, and each control's (study/comparisons.py).
-Four claims were written down before the run (study/claims.py). The verdicts in words follow from
-these alone.
+Four claims were written down after planning runs and before the reported ones (study/claims.py).
+The verdicts in words follow from these alone.
 
 Read it from the bottom: `study` makes every model and asks it (`every_model`, `ask`), so that each
 is a row; then it passes over the finished rows for intervals, comparisons and verdicts.

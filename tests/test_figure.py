@@ -148,9 +148,9 @@ def test_the_job_writes_a_file_or_says_why(study, tmp_path, capsys):
     assert not (tmp_path / "g.svg").exists()
 
 
-# ---- the committed picture and the README's table, without a run
+# ---- the committed picture and the tables of docs/evidence.md, without a run
 
-NUMBERS = r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]"
+NUMBERS = r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]( \*)?"
 
 
 def drawn_numbers(svg):
@@ -163,46 +163,74 @@ def drawn_numbers(svg):
     return found
 
 
-def printed_numbers(readme):
-    """The same of the README's table of results: rows "BASE, + REPAIR", with a remark in brackets and * where
-    confirmed; and {model: whether it has the *}.
-    """
+def tables_of(text):
+    """Every Markdown table of a text: [head, *rows], each a list of cells."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
+    tables = [[[cell.strip() for cell in row.strip("|").split("|")] for row in block.splitlines()] for block in blocks]
+    return [[head, *rows] for head, _, *rows in tables]
+
+
+def printed_numbers(evidence):
+    """The same of the two sections on controls (a row a repair) and on compressors (a column a compressor); and
+    {model: whether it has the * of a confirmed gain}."""
     found, confirmed = {}, {}
-    part = readme.split("<!-- result -->")[1].split("<!-- /result -->")[0]
-    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in part.splitlines()
-                      if line.startswith("|")]
-    for name, *cells in rows:
-        base, plus, repair = name.partition(", + ")
-        if plus:
-            model = f"{slug(base)}-{slug(re.sub(r'[(*].*', '', repair))}"
-            confirmed[model] = name.endswith("*")
-            for panel in ("displaced", "re-learned"):
-                numbers = re.fullmatch(NUMBERS, cells[head.index(f"{panel} %") - 1])
-                found[model, panel] = [float(x) for x in numbers.groups()]
+
+    def add(base, repair, panel, cell, star=None):
+        model = f"{slug(re.sub(r'[(].*', '', base))}-{slug(repair.removesuffix(' *'))}"
+        *numbers, marked = re.fullmatch(NUMBERS, cell).groups()
+        found[model, panel] = [float(x) for x in numbers]
+        if panel == "displaced":
+            confirmed[model] = bool(marked) if star is None else star
+    known, compressed = (evidence.split(f"<!-- {name} table -->")[1].split(f"<!-- /{name} table -->")[0]
+                         for name in ("controls", "compressors"))
+    (_, *rows), = tables_of(known)
+    for base, repair, _, displaced, relearned in rows:
+        add(base, repair, "displaced", displaced, repair.endswith("*"))
+        add(base, repair, "re-learned", relearned)
+    for (head, *rows), panel, first in zip(tables_of(compressed), ("displaced", "re-learned"), (2, 1)):
+        for repair, *cells in rows:
+            if not repair.startswith("held-out recall"):
+                for base, cell in zip(head[first:], cells[first - 1:]):
+                    add(base, repair, panel, cell)
     return found, confirmed
 
 
-def test_the_committed_picture_shows_the_readmes_numbers():
-    """Whatever rows the table has, each stands in docs/repairs.svg, with the same numbers, filled where it has a *."""
+def test_the_committed_picture_shows_the_numbers_of_the_tables():
+    """Whatever is drawn in docs/repairs.svg stands in docs/evidence.md: the same numbers, filled where it has a *."""
     svg = (ROOT / "docs/repairs.svg").read_text(encoding="utf-8")
-    drawn, (printed, confirmed) = drawn_numbers(svg), printed_numbers((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(printed) >= 10 and {model for model, _ in printed} >= {"locked-prompt-8", "gptq-3-bits-prompt-8"}
-    assert {key: drawn.get(key) for key in printed} == printed
+    drawn, evidence = drawn_numbers(svg), (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    printed, confirmed = printed_numbers(evidence)
+    assert len(drawn) == 2 * (4 * 2 + 4 * 6)
+    assert {key: printed.get(key) for key in drawn} == drawn
     filled = {g.get("data-model"): "hollow" not in g[1].get("class")
               for g in ElementTree.fromstring(svg).iter(SVG + "g") if ", displaced " in g.find(SVG + "title").text}
-    assert {model: filled[model] for model in confirmed} == confirmed
+    assert {model: confirmed[model] for model in filled} == filled
 
 
 def test_a_table_of_other_numbers_would_be_noticed():
-    """The reader of the table sees each digit, the sign and the *, and leaves rows that are no repairs out."""
-    table = "\n".join([
-        "<!-- result -->", "words", "| model | parameters | held-out recall % | displaced % | re-learned % |",
-        "|---|---:|---:|---:|---:|", "| dense | 0 | 99.1 [98.7, 99.4] |  |  |",
-        "| A 3 bits, + prompt 8 (control: 0) * | 768 | 1.8 [0.8, 3.4] | -0.4 [-2.2, 1.3] | 10.1 [-1.0, 3.5] |",
-        "<!-- /result -->"])
-    assert printed_numbers(table) == ({("a-3-bits-prompt-8", "displaced"): [-0.4, -2.2, 1.3],
-                                       ("a-3-bits-prompt-8", "re-learned"): [10.1, -1.0, 3.5]},
-                                      {"a-3-bits-prompt-8": True})
+    """The reader of the tables sees each digit, the sign and the *."""
+    text = """<!-- controls table -->
+| control | repair | recall | displaced % | re-learned % |
+|---|---|---|---:|---:|
+| not yet told (0) | prompt 8 * | 2.7, 97.3, 2.3 | -0.4 [-2.2, 1.3] | 10.1 [-1.0, 3.5] |
+<!-- /controls table -->
+<!-- compressors table -->
+| repair | parameters | A 3 bits | B |
+|---|---:|---:|---:|
+| held-out recall |  | 70.8 [64.5, 77.2] | 47.0 [43.2, 50.8] |
+| biases | 768 | 63.2 [56.9, 69.4] * | 4.5 [-1.0, 9.0] |
+
+| repair | A 3 bits | B |
+|---|---:|---:|
+| biases | 4.9 [1.8, 7.9] | 4.0 [1.0, 7.0] |
+<!-- /compressors table -->
+"""
+    assert printed_numbers(text) == (
+        {("not-yet-told-prompt-8", "displaced"): [-0.4, -2.2, 1.3],
+         ("not-yet-told-prompt-8", "re-learned"): [10.1, -1.0, 3.5],
+         ("a-3-bits-biases", "displaced"): [63.2, 56.9, 69.4], ("b-biases", "displaced"): [4.5, -1.0, 9.0],
+         ("a-3-bits-biases", "re-learned"): [4.9, 1.8, 7.9], ("b-biases", "re-learned"): [4.0, 1.0, 7.0]},
+        {"not-yet-told-prompt-8": True, "a-3-bits-biases": True, "b-biases": False})
 
 
 def test_numbers_in_a_picture_are_read_as_they_were_drawn():
