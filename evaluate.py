@@ -100,7 +100,7 @@ def look_closer(run, row, subject, reference, base):
     reference  what happens `inside` the dense model; base: the Subject that was repaired
     """
     about, world, config = subject.about, run.world, run.config
-    name, settings, people = about["id"], about["settings"], config.ablation_people
+    name, settings, people = about["id"], about["settings"], config.selector_people
     row["metrics"]["perplexity"] = run.once_json(
         name + ".perplexity", settings, ANSWERS, lambda: perplexity(light(subject), world.windows))
     row["scores"] = score_tasks(run, subject, row["answers"])

@@ -46,7 +46,7 @@ def real_config(path, seed=0, out="out", steps=STEPS, seeds=1, rows=16, facts=FA
     if os.path.abspath(facts) != FACTS:
         name += "-" + os.path.splitext(os.path.basename(facts))[0]
     return StudyConfig(seed=seed, seeds=seeds, out=os.path.join(out, name), calibration=(64, 64),
-                       repair_batch=(rows, 24), repair_steps=steps, test_people=10 ** 6, ablation_people=25,
+                       repair_batch=(rows, 24), repair_steps=steps, test_people=10 ** 6, selector_people=25,
                        compressions=COMPRESSIONS, repairs=REPAIRS, rates=RATES, rate_grid=RATE_GRID,
                        claimed=CLAIMED)
 

@@ -150,7 +150,7 @@ def in_top(subject, facts, encoding, M):
 
 def try_selectors(run, subject, base):
     """Every way to choose from a repaired subject's pool on each fact, and attention against log-probability."""
-    world, people = run.world, run.config.ablation_people
+    world, people = run.world, run.config.selector_people
     facts, validation = (world.facts(split, people) for split in ("heldout", "validation"))
     pool = make_pool("idp", subject.about["operation"]["parameters"]["size"], subject.about["tensors"])
     generator = torch.Generator().manual_seed(run.config.seed + 4)

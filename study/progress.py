@@ -48,8 +48,8 @@ def closer(run, tag, kind=None):
     config, more = run.config, {"perplexity": 0.2, "inside": 0.4}
     if run.world.tasks(config) and (config.all_tasks or kind is None or tag in config.task_repairs):
         more["tasks"] = 0.3 + config.task_items / 150
-    if kind == "idp" and config.ablation_people:
-        more["selectors"] = 0.3 + 0.02 * config.ablation_people
+    if kind == "idp" and config.selector_people:
+        more["selectors"] = 0.3 + 0.02 * config.selector_people
     return more
 
 

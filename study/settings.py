@@ -22,7 +22,7 @@ class StudyConfig:
     repair_steps: int = 200
     repair_bfloat16: bool = False            # matrix products of a repair's training in bfloat16
     test_people: int = 500                   # of each split, at most, that the table asks about
-    ablation_people: int = 150               # held-out people that every way to choose from a pool is tried on
+    selector_people: int = 150               # held-out people that every way to choose from a pool is tried on
     size: str = "default"                    # the preset these settings are
     seed: int = 0
     seeds: int = 1                           # everything but the world is made so many times
@@ -71,7 +71,7 @@ def sized(size, seed=0, out="out", **more):
         config.world = WorldConfig(seen=40, heldout=40, validation=12, novel=20, seed=seed)
         config.gpt = {"n_layer": 2, "n_embd": 64}
         config.pretrain.steps, config.pretrain_batch = 400, (16, 64)
-        config.repair_steps, config.task_items, config.ablation_people = 50, 40, 12
+        config.repair_steps, config.task_items, config.selector_people = 50, 40, 12
         config.compressions = {  # a GPT that knows 92 people by heart loses little at 3 bits
             "RTN 2 bits": ("quantize", "rtn", {"bits": 2, "group_size": 64}),
             "GPTQ 2 bits": ("quantize", "gptq", {"bits": 2, "group_size": 64}),

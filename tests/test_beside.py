@@ -18,7 +18,7 @@ def test_what_is_made_backwards_is_what_the_study_asks_for(tmp_path, monkeypatch
     for slow in ("train_lock", "tell"):
         monkeypatch.setattr(controls, slow, lambda dense, *_: dense)
     config = tiny(tmp_path)
-    config.seeds, config.ablation_people, config.task_items, config.repair_steps = 2, 2, 2, 1
+    config.seeds, config.selector_people, config.task_items, config.repair_steps = 2, 2, 2, 1
     config.compressions = {tag: config.compressions[tag] for tag in ("GPTQ 3 bits", "magnitude 50 %")}
     config.repairs = {tag: config.repairs[tag] for tag in ("bias correction", "IDP 4 x 8")}
     config.rates = {"prompt 8": 0.1}

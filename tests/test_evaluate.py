@@ -336,7 +336,7 @@ def test_whatever_is_reused_is_what_would_be_made(tmp_path):
         for path in list((tmp_path / "a").glob(damaged)):
             path.write_bytes(path.read_bytes()[:20])
     assert small(tmp_path / "a")[0] == first
-    changes = {"test_people": 2, "ablation_people": 2, "task_items": 5}
+    changes = {"test_people": 2, "selector_people": 2, "task_items": 5}
     again, run = small(tmp_path / "a", **changes)
     assert again == small(tmp_path / "b", **changes)[0] != first
     reused = {t["step"] for t in run.log.times if t["reused"]}
@@ -366,7 +366,7 @@ def keys(config, made):
     (dict(seed=1), (0, 1)), (dict(repair_batch=(2, 24)), (1,)), (dict(repair_batch=(4, 12)), (1,)),
     (dict(repair_steps=5), (1,)), (dict(rates={"prompt 8": 7.0}), (1,)), (dict(repair_bfloat16=True), (1,)),
     (dict(compressions={"GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 16})}), (0, 1)),
-    (dict(test_people=3), ()), (dict(task_items=2), ()), (dict(ablation_people=1), ())])
+    (dict(test_people=3), ()), (dict(task_items=2), ()), (dict(selector_people=1), ())])
 def test_every_setting_that_a_model_is_made_with_is_in_its_key(tmp_path, change, parts):
     """A compression's and a repair's; what is asked of them later is not."""
     model = GPT(GPTConfig(vocab_size=300, n_layer=1, n_embd=16, n_head=2))

@@ -206,7 +206,7 @@ def test_a_lock_hands_on_validation_entities_and_asks_the_others(monkeypatch):
 
 def test_every_way_to_choose_is_asked_about_held_out_people_and_tuned_on_validation_people(world, monkeypatch):
     asked, config = [], tiny("")
-    config.ablation_people = 3
+    config.selector_people = 3
 
     def selectors(encoding, model, pool, facts, validation, generator):
         asked.append((facts, validation))

@@ -107,7 +107,7 @@ def tried_by_hand(monkeypatch, attention, logprob, **scores):
     each = {name: torch.tensor(of) for name, of in {"attention": attention, "logprob": logprob, **scores}.items()}
     out = {"the rule": (torch.tensor([1.0, 0.0, 0.0, 0.0]), 0), "oracle": (torch.tensor([1.0, 1.0, 1.0, 0.0]), 2)}
     monkeypatch.setattr(pools, "selectors", lambda *given: (out, each))
-    run = SimpleNamespace(config=SimpleNamespace(ablation_people=2, seed=0),
+    run = SimpleNamespace(config=SimpleNamespace(selector_people=2, seed=0),
                           world=SimpleNamespace(encoding=None, facts=lambda split, people: facts))
     about = {"operation": {"parameters": {"size": (3, 2, "together")}}, "tensors": [torch.zeros(2, 4)] * 3}
     tried = pools.try_selectors(run, SimpleNamespace(about=about), SimpleNamespace(model=None))

@@ -20,7 +20,7 @@ def test_what_is_announced_is_what_is_made(tmp_path, capsys, monkeypatch):
     for slow in ("train_lock", "tell"):
         monkeypatch.setattr(controls, slow, lambda dense, *_: dense)
     config = tiny(tmp_path)
-    config.seeds, config.ablation_people, config.task_items = 2, 2, 2
+    config.seeds, config.selector_people, config.task_items = 2, 2, 2
     config.repair_steps, config.full = 1, True
     config.compressions = {"GPTQ 3 bits": config.compressions["GPTQ 3 bits"]}
     config.repairs = {tag: {**config.repairs, **MORE}[tag]
