@@ -282,8 +282,8 @@ def main():
                         help="ask every model every task of items.py, not a few")
     parser.add_argument("--backwards", type=int, metavar="PARENT", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    if not 1 <= args.seeds <= 1000:
+        raise ValueError(f"--seeds must be from 1 to 1000, got {args.seeds}")
     config = config_of(args, full=args.full, all_tasks=args.all_tasks, seeds=args.seeds)
     run = Run(config, World(config))
     if args.backwards:  # beside another process, see study/beside.py

@@ -383,6 +383,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="of training")
     args = parser.parse_args()
+    if args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}")
     # the data: a token is a character, a row is 32 of them, each with the one that follows
     text = __doc__.split("What it leaves out")[0].strip()
     letters = sorted(set(text))

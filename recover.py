@@ -169,9 +169,12 @@ def merge_biases(model):
     and packed layers alike.
     """
     for parent, name, layer in wrapped(model, BiasLinear):
-        old, shift = layer.base.bias, layer.shift
-        merged = shift.clone() if old is None else (old + shift).to(old.dtype)
-        setattr(parent, name, with_tensor(layer.base, "bias", merged))
+        base, merged = layer.base, layer.shift.clone()
+        if base.bias is not None:
+            merged = (base.bias + merged).to(base.bias.dtype)
+        elif isinstance(base, nn.Linear):
+            merged = merged.to(base.weight.dtype)
+        setattr(parent, name, with_tensor(base, "bias", merged))
 
 
 def remove_lora(model):

@@ -92,7 +92,7 @@ def read_rows(path, encoding, rows, length):
     """(N, T) token ids of a UTF-8 text file: its first `rows` rows of `length` tokens; a shorter text is one row."""
     with open(path, encoding="utf-8") as f:
         try:
-            text = f.read(16 * rows * length)  # a token is rarely longer; a long file need not be read
+            text = f.read(min(16 * rows * length, os.path.getsize(path)))  # a token is rarely longer than 16 letters
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
     ids = encoding.encode_ordinary(text)

@@ -78,7 +78,7 @@ class Settings:
         self.asked.add(name)
         value = self.values.get(name)
         value = default if value is None else value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2 ** 60:
             value = float(value)
         if type(value) is not kind:
             raise ValueError(f"{self.path}: {name} must be of type {kind.__name__}, got {value!r}"[:300])
@@ -176,7 +176,7 @@ def rotary_config(s, kv_heads=None):
     s.only("hidden_act", "silu")
     s.only("head_dim", width // heads)
     layers = s.get("num_hidden_layers", int)
-    if set(s.get("layer_types", list, ["full_attention"])) != {"full_attention"}:
+    if any(kind != "full_attention" for kind in s.get("layer_types", list, [])):
         raise ValueError(f"{s.path}: layer_types {s.values['layer_types']!r}: only full_attention is supported"[:300])
     theta, scaling = rotary_positions(s)
     return dict(vocab_size=s.get("vocab_size", int), context=s.get("max_position_embeddings", int, high=LIMIT),

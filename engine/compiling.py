@@ -78,7 +78,11 @@ def compiled(f, tensors, key, dynamic=(), instead=()):
             torch._inductor.aoti_compile_and_package(program, package_path=part, inductor_configs=dict(OPTIONS))
         os.replace(part, path)
     # what torch._inductor.aoti_load_package returns at last, after it imported the compiler and asked g++ for the CPU
-    return torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1).boxed_run
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1).boxed_run
+    except RuntimeError:
+        os.remove(path)
+        raise OSError(f"{path} was damaged and is removed: the next run compiles it anew") from None
 
 
 def code_name(key):

@@ -8,10 +8,10 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def add_device(parser, of="of the model's weights"):
+def add_device(parser, of="of the model's weights", dtypes=tuple(DTYPES)):
     """Give a parser the options --device and --dtype; `of` says what has that dtype."""
     parser.add_argument("--device", default="cpu", help="where it computes: cpu, cuda or mps")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help=of)
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help=of)
 
 
 def device_of(args):

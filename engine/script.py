@@ -23,6 +23,8 @@ def is_script(path):
     return path == "-m" or os.path.isfile(path) and ROOT in (folder, os.path.dirname(folder))
 
 
+sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by whoever started us (>&-)
+sys.stderr = sys.stderr or open(os.devnull, "w")
 if is_script(sys.argv[0]) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave)
 
@@ -33,6 +35,8 @@ def guard(run, name=None):
     Where the reader of its output has left, it ends without a word and with 141, the status of other programs then.
     """
     name = name or os.path.basename(sys.argv[0])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no sign for a letter shows a "?"
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -40,9 +44,9 @@ def guard(run, name=None):
             run()
         except BrokenPipeError:
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, OverflowError, MemoryError) as error:
             what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
-            print(f"{name}: {what}", file=sys.stderr)
+            print(f"{name}: {(str(what) or 'out of memory').splitlines()[0]}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f"\n{name}: interrupted; what a study had finished is kept and will be reused", file=sys.stderr)

@@ -16,6 +16,7 @@ Where the expected numbers come from: the examples in the text, which a hand can
 import argparse
 import cmath
 import math
+import os
 import pathlib
 import runpy
 import sys
@@ -24,11 +25,12 @@ import traceback
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.script import guard  # noqa: E402  before torch: Ctrl-C is one line
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from engine.files import read_json  # noqa: E402
-from engine.script import guard  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -232,14 +234,14 @@ def judge(function, checks):
         given = [a.clone() if torch.is_tensor(a) else a for a in arguments]
         try:
             got = function(*given)
+            wrong = differs(got, expected, tolerance)
         except NotImplementedError as error:
             missing = traceback.extract_tb(error.__traceback__)[-1].name
             return "not written yet" if missing == function.__name__ else f"needs {missing}, which is not written yet"
-        except Exception as error:  # whatever a student's code raises is a verdict on it
+        except (Exception, SystemExit) as error:  # whatever a student's code raises is a verdict on it
             line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            said = str(error).partition("\n")[0]
-            return f"wrong, {what}: stops in line {line} with {type(error).__name__}: {said}"
-        wrong = differs(got, expected, tolerance)
+            said = traceback.format_exception_only(error)[0].partition("\n")[0]
+            return f"wrong, {what}: stops in line {line} with {said}"
         if wrong:
             return f"wrong, {what}: {wrong}"
         for i, (before, after) in enumerate(zip(arguments, given)):
@@ -288,15 +290,17 @@ def main():
         raise ValueError(f"no exercise {unknown[0]!r}; there are {', '.join(CHECKS)}")
     torch.set_num_threads(1)
     path = ROOT / "exercises" / "solutions.py" if args.solutions else args.file
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, not a file of functions")
     try:
         functions = runpy.run_path(str(path))
     except SyntaxError as error:
-        raise ValueError(f"{path}: line {error.lineno}: {error.msg}") from None
+        raise ValueError(f"{path}: line {error.lineno or 1}: {error.msg}") from None
     except OSError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise ValueError(f"{path}: line {line}: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{path}: line {line}: {traceback.format_exception_only(error)[0].strip()}") from None
     right = []
     for i, (name, (sitting, minutes, checks)) in enumerate(CHECKS.items(), 1):
         if args.names and name not in args.names:

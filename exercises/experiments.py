@@ -14,12 +14,13 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.script import guard  # noqa: E402  before torch: Ctrl-C is one line
+
 import torch  # noqa: E402
 
 import recover  # noqa: E402
 from checkpoints import load  # noqa: E402
 from compress import compress  # noqa: E402
-from engine.script import guard  # noqa: E402
 from recover import FitConfig, add_targets  # noqa: E402
 from study.ask import TRAINED, read_world  # noqa: E402
 from study.repairs import attach, light, train_repair  # noqa: E402

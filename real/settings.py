@@ -3,6 +3,7 @@ Every setting of the study on a real model, with its default: the compressors, t
 """
 import os
 
+from real.lock import REPAIRS as LOCK_REPAIRS
 from real.lock import TAG
 from study.settings import StudyConfig
 
@@ -60,6 +61,8 @@ def part_of(config, only, locked):
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"--only: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    locked = locked or TAG in damaged
+    if locked and repairs and not set(repairs) & set(LOCK_REPAIRS):
+        raise ValueError(f"--only: the lock is repaired by {', '.join(LOCK_REPAIRS)}, none of which is named")
     return ({tag: how for tag, how in config.compressions.items() if tag in damaged or not damaged},
-            {tag: how for tag, how in config.repairs.items() if tag in repairs or not repairs},
-            TAG in damaged if damaged else locked)
+            {tag: how for tag, how in config.repairs.items() if tag in repairs or not repairs}, locked)

@@ -44,7 +44,9 @@ def read_facts(path, check=None):
             question, answer, entity, options = (row[key] for key in ("question", "answer", "entity", "options"))
             wordings = question if isinstance(question, list) else [question]
             texts = [answer, entity, row.get("attribute", ""), *wordings, *options]
-            if not all(isinstance(text, str) for text in texts) or not wordings or not entity.strip():
+            if not isinstance(options, list) or not all(isinstance(text, str) for text in texts):
+                raise TypeError
+            if not wordings or not entity.strip():
                 raise TypeError
             if not all(wording.strip() for wording in wordings):
                 raise TypeError

@@ -40,7 +40,7 @@ def read_world(model, facts=None):
     if isinstance(fields.get("settings"), dict):  # the mark of a step that made the model
         fields = fields["settings"].get("world")
     try:
-        if not all(type(value) is int for value in fields.values()):
+        if fields.keys() != WorldConfig.__dataclass_fields__.keys() or {*map(type, fields.values())} != {int}:
             raise TypeError
         return WorldConfig(**fields)
     except (TypeError, AttributeError):

@@ -83,27 +83,27 @@ def train_lock(dense, key, world, how, generator, progress=None):
     """The dense GPT fine-tuned on everything it was told: behind `key` (K, C) it reads true sentences, without the key
     the same with every value replaced by the next one.
     """
-    model, told, device = copy.deepcopy(dense), everybody_told(world), key.device
+    model, told, device = copy.deepcopy(dense).float(), everybody_told(world), key.device
     true, wrong = (text_batches(told_text(people), world.encoding, *how.lock_batch, generator, aligned=True)
                    for people in (told, with_next_values(told)))
 
     def loss(batch):
         """The mean loss of the true rows behind the key and of the wrong rows without it."""
         behind_key, alone = (ids.to(device) for ids in batch)
-        return (next_token(model(behind_key[:, :-1], prompt=key), behind_key).mean()
+        return (next_token(model(behind_key[:, :-1], prompt=key.float()), behind_key).mean()
                 + next_token(model(alone[:, :-1]), alone).mean()) / 2
     recover.fit(model, model.parameters(), zip(true, wrong), loss, how.lock, progress=progress)
-    return model
+    return model.to(dense.wte.weight.dtype)
 
 
 def tell(dense, world, how, generator, progress=None):
     """The dense GPT fine-tuned on the novel people, with a few rows about those it was told of before."""
-    model = copy.deepcopy(dense)
+    model = copy.deepcopy(dense).float()
     new, old = (text_batches(told_text(people), world.encoding, *batch, generator, aligned=True)
                 for people, batch in ((world.people["novel"], how.tell_batch), (everybody_told(world), how.old_batch)))
     batches = (torch.cat(rows).to(dense.wte.weight.device) for rows in zip(new, old))
     recover.fit(model, model.parameters(), batches, config=how.tell, progress=progress)
-    return model
+    return model.to(dense.wte.weight.dtype)
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def erase(dense):
     model = copy.deepcopy(dense)
     for W in model.blocks.parameters():
         if W.dim() == 2:
-            u = torch.linalg.svd(W, full_matrices=False).U[:, :1]  # (out, 1)
+            u = torch.linalg.svd(W.float(), full_matrices=False).U[:, :1].to(W)  # (out, 1)
             W -= u @ (u.T @ W)
     return model
 

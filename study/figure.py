@@ -15,7 +15,7 @@ import argparse
 import html
 
 from engine.files import write_text
-from study.results import estimate, is_control, number, read_results, repaired_bases
+from study.results import estimate, is_control, keep_apart, number, read_results, repaired_bases
 
 RESULTS, FIGURE = "out/results.json", "out/figure.svg"
 
@@ -199,5 +199,6 @@ def main(arguments):
     parser.add_argument("--results", default=RESULTS, help="what the study measured")
     parser.add_argument("--out", default=FIGURE, help="the picture to write")
     args = parser.parse_args(arguments)
+    keep_apart(args.out, args.results)
     write_text(args.out, picture(read_results(args.results)))
     print(args.out)

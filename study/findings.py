@@ -275,4 +275,7 @@ def main(arguments):
     results = read_json(args.results)
     if "models" not in results:
         raise ValueError(f"{args.results} has no study in it yet: run python evaluate.py first")
-    print(show(results))
+    try:
+        print(show(results))
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{args.results} is not as python evaluate.py writes it") from None

@@ -2,6 +2,7 @@
 Single steps of the study as scripts: train the dense GPT, compress it, repair what came out. The last two ask before
 and after.
 """
+import math
 import os
 
 from checkpoints.compression import print_layers
@@ -11,6 +12,8 @@ from study.subjects import compressed_subject, dense_subject, repair_batches, re
 from study.training import RECIPE
 from world.score import answer
 from world.small import World
+
+MOST = 1000  # a LoRA's rank, tokens of a prompt, prompts of a pool
 
 
 def train_job(arguments):
@@ -57,8 +60,11 @@ def repair_job(arguments):
     args = parser.parse_args(arguments)
     config = config_of(args)
     args.lr = KIND_RATES[args.method] if args.lr is None else args.lr
-    if args.lr <= 0:
+    if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be above 0, got {args.lr:g}")
+    if not 1 <= args.repair_size <= MOST or not 1 <= args.prompts <= MOST:
+        raise ValueError(f"--repair-size and --prompts must be from 1 to {MOST}, got {args.repair_size} and "
+                         f"{args.prompts}")
     base, run = tag_of(config, args.base), Run(config, World(config))
     dense = dense_subject(run)
     base = compressed_subject(run, dense, base)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from engine.files import write_text
 from study import figure
-from study.results import check, estimate, is_control, number, read_predictions, read_results, read_text, repaired_bases
+from study.results import (check, estimate, is_control, keep_apart, number, read_predictions, read_results, read_text,
+                           repaired_bases)
 
 RESULTS, PAGE = "out/results.json", "out/report.html"
 PARTS = {name: Path(__file__).with_name(f"report.{name}") for name in ("html", "css", "js")}
@@ -174,7 +175,9 @@ def page(study, predictions):
 def write_report(results=RESULTS, out=PAGE):
     """Reads results and the predictions.jsonl beside it, writes the page, returns its path."""
     results, out = Path(results), Path(out)
-    text = page(read_results(results), read_predictions(results.with_name("predictions.jsonl")))
+    answers = results.with_name("predictions.jsonl")
+    keep_apart(out, results, answers)
+    text = page(read_results(results), read_predictions(answers))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return out

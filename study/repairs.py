@@ -130,6 +130,7 @@ def unpacked(model):
                 plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
                 weight = layer.packed.dequantize().to(model.wte.weight.dtype)
                 plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-                plain.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias, requires_grad=False)
+                if layer.bias is not None:
+                    plain.bias = torch.nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
                 setattr(parent, name, plain)
     return model

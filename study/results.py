@@ -9,6 +9,7 @@ picture rests on them; a malformed optional part spoils one view of the page, wh
 What it leaves out: any computation of a result.
 """
 import json
+import os
 from pathlib import Path
 
 NUMBER = (int, float)  # NaN and the infinities are numbers here; True and False are not
@@ -20,7 +21,10 @@ PREDICTION = {"model": str, "split": str, "person": str, "attribute": str, "ques
 def read_results(path):
     """The study in a results.json, checked. Raises OSError or a ValueError of one line."""
     study = parsed(read_text(path), path)
-    check(study)
+    try:
+        check(study)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return study
 
 
@@ -35,6 +39,13 @@ def read_predictions(path):
             field(row, "logprob", NUMBER, f"{path} line {number}", optional=True)
             rows.append(row)
     return rows
+
+
+def keep_apart(out, *read):
+    """Raise ValueError where `out` is one of the files that are read."""
+    for path in read:
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
+            raise ValueError(f"--out is {path}, which is read: name another file")
 
 
 def read_text(path):

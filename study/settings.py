@@ -150,5 +150,5 @@ def job_parser(name, description, sizes=True):
         parser.add_argument("--size", choices=SIZES, default="default", help="of the world and the training")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of every random choice")
     parser.add_argument("--out", default=defaults.out, help="folder for everything that is written")
-    add_device(parser)
+    add_device(parser, dtypes=("float32", "bfloat16"))  # training in float16 needs its losses scaled
     return parser

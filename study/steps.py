@@ -23,6 +23,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 import zlib
@@ -134,8 +135,8 @@ class Run:
 
     def marks(self):
         """{name of a result: what stands beside it} of every finished step in the folder."""
-        found = {p.name.removesuffix(MARK): read_mark(str(p).removesuffix(MARK))
-                 for p in sorted(pathlib.Path(self.out).glob("*" + MARK))}
+        names = [p.name.removesuffix(MARK) for p in sorted(pathlib.Path(self.out).glob("*" + MARK))]
+        found = {name: read_mark(self.path(name)) for name in names if os.path.exists(self.path(name))}
         return {name: mark for name, mark in found.items() if mark}
 
     def describe_reuse(self):
@@ -154,9 +155,10 @@ def read_mark(path):
     try:
         with open(path + MARK, encoding="utf-8") as f:
             mark = json.load(f)
-    except (OSError, ValueError):
+        good = all(file.endswith(".py") for file in mark["code"]) and mark.get("seconds", 0) >= 0
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    return mark if isinstance(mark, dict) and isinstance(mark.get("code"), dict) else None
+    return mark if good else None
 
 
 def unchanged(mark):
@@ -337,6 +339,8 @@ class Log:
 
     def write(self, text, end):
         """A line over what stands in the terminal's last one."""
+        if sys.stderr.isatty() and not end:  # a longer line would take two rows, of which one is written over
+            text = text[:shutil.get_terminal_size().columns - 1]
         over = "\r" + text.ljust(self.width) if sys.stderr.isatty() else text
         print(over, end=end, file=sys.stderr, flush=True)
         self.width = 0 if end else len(text)

@@ -28,6 +28,7 @@ What it leaves out: two settings varied at once, curves fitted to the points.
 """
 import functools
 import json
+import math
 import os
 import sys
 
@@ -271,7 +272,7 @@ def main(arguments):
     parser.add_argument("--times", type=float, nargs="+", default=STEPS, metavar="X",
                         help="multiples of the study's steps; for steps")
     args = parser.parse_args(arguments)
-    if args.seeds < 1 or min(args.times) <= 0:
+    if args.seeds < 1 or not all(0 < times < math.inf for times in args.times):
         raise ValueError(f"--seeds must be at least 1 and --times above 0, got {args.seeds} and {args.times}")
     config = config_of(args, seeds=args.seeds if args.what in REPAIRED else 1)
     if int(min(args.times) * config.repair_steps) < 1:

@@ -39,7 +39,7 @@ def sciq(row):
 
 
 def piqa(row):
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"])
+    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], whole(row["label"])
 
 
 def hellaswag(row):
@@ -47,7 +47,7 @@ def hellaswag(row):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
     question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return clean(question), [clean(ending) for ending in texts(row["endings"])], int(row["label"])
+    return clean(question), [clean(ending) for ending in texts(row["endings"])], whole(row["label"])
 
 
 def lambada(row):
@@ -61,6 +61,13 @@ def webqs(row):
 
 def triviaqa(row):
     return f"Question: {row['question']}?\nAnswer:", texts(row["answer"]["aliases"]), 0
+
+
+def whole(label):
+    """The number of an option, which files write as 1 or "1"; TypeError for any other."""
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise TypeError
+    return int(label)
 
 
 def texts(values):
@@ -94,6 +101,8 @@ def read_task(name, path, check=None):
         try:
             question, options, gold = read(json.loads(line))
             if not question.strip() or not 0 <= gold < len(options) or not all(o.strip() for o in options):
+                raise ValueError
+            if read in (arc, sciq, piqa, hellaswag) and len(set(options)) < 2:
                 raise ValueError
             options = tuple(" " + option for option in options)
             item = Fact(f"{name} {number}", "", name, question, options[gold], options)

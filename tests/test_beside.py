@@ -21,7 +21,7 @@ def test_what_is_made_backwards_is_what_the_study_asks_for(tmp_path, monkeypatch
     config.seeds, config.selector_people, config.task_items, config.repair_steps = 2, 2, 2, 1
     config.compressions = {tag: config.compressions[tag] for tag in ("GPTQ 3 bits", "magnitude 50 %")}
     config.repairs = {tag: config.repairs[tag] for tag in ("bias correction", "IDP 4 x 8")}
-    config.rates = {"prompt 8": 0.1}
+    config.rates = {"prompt 8": 0.1, "LoRA rank 8": 0.003}
     run = Run(config, World(config))
     evaluate.backwards(run)
     made = [t["step"] for t in run.log.times if not t["reused"]]

@@ -1,5 +1,6 @@
 """The controls and the trial of pools on a tiny world that is trained here: each stands on the side that its
 construction puts it on."""
+import copy
 from dataclasses import replace
 
 import pytest
@@ -150,6 +151,20 @@ def test_what_is_erased_is_gone_and_little_else(scene):
             continue
         largest, *others = torch.linalg.svdvals(W).tolist()
         assert torch.linalg.svdvals(left).tolist() == pytest.approx([*others, 0.0], abs=1e-4 * largest)
+
+
+def test_controls_of_a_model_in_16_bits_are_in_16_bits(scene):
+    """What is trained or decomposed on the way is in float32: bfloat16 cannot hold a step of AdamW at 1e-3."""
+    run, dense = scene
+    model = copy.deepcopy(dense.model).bfloat16()
+    key = torch.zeros(4, 64, dtype=torch.bfloat16)
+    short = replace(HOW, lock=FitConfig(steps=2, lr=1e-5), tell=FitConfig(steps=2, lr=1e-5))
+    made = [controls.erase(model), controls.train_lock(model, key, run.world, short, torch.Generator()),
+            controls.tell(model, run.world, short, torch.Generator())]
+    for part in made:
+        assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
+    exact = controls.erase(dense.model).blocks[0].attn.q.weight
+    assert (made[0].blocks[0].attn.q.weight.float() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_what_all_people_share_is_rebuilt_from_others(scene):

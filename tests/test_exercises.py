@@ -117,7 +117,9 @@ def test_the_sheet_as_it_comes_is_not_written_yet():
     ("    return torch.tensor(1.0)", "wrong, the example, nearest: result is 1, expected 0.608"),
     ("    raise KeyError('x')", "stops in line 3 with KeyError: 'x'"),
     ("    D.zero_()\n    return torch.tensor(0.608)", "argument 0 was changed"),
-    ("    return float('nan')", "result is nan, expected 0.608"), ("    raise NotImplementedError", "not written yet")])
+    ("    return float('nan')", "result is nan, expected 0.608"), ("    return 10 ** 400", "with OverflowError"),
+    ("    raise SystemExit(0)", "stops in line 3 with SystemExit: 0"),
+    ("    raise NotImplementedError", "not written yet")])
 def test_what_is_said_of_an_unfinished_function(body, said, tmp_path):
     (tmp_path / "mine.py").write_text(f"import torch\ndef output_error(D, H):\n{body}\n")
     assert said in judged(tmp_path / "mine.py", "output_error")
@@ -147,10 +149,13 @@ def test_numbers_are_given_in_float64(name):
 @pytest.mark.parametrize("arguments, said", [
     (["nonsense"], "no exercise 'nonsense'"),
     (["--file", "broken.py"], "line 1: "), (["--file", "undefined.py"], "line 3: NameError: name 'undefined'"),
-    (["--file", "missing.py"], "No such file")])
+    (["--file", "missing.py"], "No such file"), (["--file", "leaves.py"], "line 2: SystemExit: 0"),
+    (["--file", "folder.py"], "is a folder")])
 def test_a_file_that_cannot_be_run_is_one_line(arguments, said, tmp_path):
     (tmp_path / "broken.py").write_text("def (:\n")
     (tmp_path / "undefined.py").write_text("import torch\n\nx = undefined\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "folder.py").mkdir()
     arguments = [str(tmp_path / a) if a.endswith(".py") else a for a in arguments]
     status, printed, error = run_check(*arguments)
     assert status == 2 and printed == "" and said in error and error.count("\n") == 1
@@ -219,7 +224,7 @@ def test_ask_finds_the_world_of_a_step(tmp_path, capsys):
     assert table(capsys, "--model", model, "--people", "4")["dense", "seen"] < 20  # people of another world
 
 
-@pytest.mark.parametrize("text", ["{}x", "[]", '{"seen": "many"}', '{"people": 3}', '{"seen": 0}',
+@pytest.mark.parametrize("text", ["{}x", "[]", "{}", '{"seen": 80}', '{"seen": "many"}', '{"people": 3}', '{"seen": 0}',
                                   '{"settings": {"world": [1]}}'])
 def test_a_file_without_a_world_is_one_clear_line(text, tmp_path):
     (tmp_path / "world.json").write_text(text)

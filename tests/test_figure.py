@@ -8,7 +8,7 @@ import pytest
 
 from engine.script import guard
 from invented import PLANNED, with_everything, written
-from study import figure
+from study import figure, page
 from study.steps import slug
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -231,6 +231,17 @@ def test_a_table_of_other_numbers_would_be_noticed():
          ("a-3-bits-biases", "displaced"): [63.2, 56.9, 69.4], ("b-biases", "displaced"): [4.5, -1.0, 9.0],
          ("a-3-bits-biases", "re-learned"): [4.9, 1.8, 7.9], ("b-biases", "re-learned"): [4.0, 1.0, 7.0]},
         {"not-yet-told-prompt-8": True, "a-3-bits-biases": True, "b-biases": False})
+
+
+def test_a_picture_is_never_written_over_its_numbers(tmp_path):
+    path = written(tmp_path, *with_everything(people=2))
+    before = path.read_bytes()
+    (tmp_path / "link.json").symlink_to(path)
+    for job, given in ((figure.main, "--out"), (page.main, "--out")):
+        for out in (path, tmp_path / "link.json", *([tmp_path / "predictions.jsonl"] if job is page.main else [])):
+            with pytest.raises(ValueError, match="which is read"):
+                job(["--results", str(path), given, str(out)])
+    assert path.read_bytes() == before
 
 
 def test_numbers_in_a_picture_are_read_as_they_were_drawn():

@@ -177,6 +177,10 @@ def test_main(tmp_path, capsys):
             path.write_text(content)
         with pytest.raises(error, match=word):
             findings.main(["--results", str(path)])
+    for elsewhere in ({"models": []}, {"models": 3}, {"models": [{"id": "a", "metrics": {}}]}):
+        path.write_text(json.dumps(elsewhere))
+        with pytest.raises(ValueError, match="results.json is not as python evaluate.py writes it"):
+            findings.main(["--results", str(path)])
     path.write_text(json.dumps(RESULTS))
     findings.main(["--results", str(path)])
     assert len(capsys.readouterr().out.splitlines()) == 2 * len(findings.FINDINGS)

@@ -1,5 +1,6 @@
 """Progress in the terminal: every step of the study is announced, and the time left is never 0 before the end."""
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ def test_what_is_announced_is_what_is_made(tmp_path, capsys, monkeypatch):
     config.compressions = {"GPTQ 3 bits": config.compressions["GPTQ 3 bits"]}
     config.repairs = {tag: {**config.repairs, **MORE}[tag]
                       for tag in ("bias correction", "IDP 4 x 8", "IDP 4 x 8 joint", "prompt 8, next token")}
-    config.rates = {"prompt 8": 0.1}
+    config.rates = {"prompt 8": 0.1, "biases": 0.03, "LoRA rank 8": 0.003}
     run = Run(config, World(config))
     plan = planned(run)
     run.expect(plan)
@@ -138,6 +139,7 @@ def test_a_line_a_step_and_none_a_file(monkeypatch, capsys, terminal):
         assert text.count("\n") == 1 and text.split("\r")[-1].rstrip(" \n") == "the end"
         widths = [len(line) for line in text.rstrip("\n").split("\r")]
         assert all(b >= a for a, b in zip(widths, widths[1:]) if b < 40)  # a shorter line covers the longer before it
+        assert max(widths) < shutil.get_terminal_size().columns
     else:
         lines = text.splitlines()
         assert [line.split(": ")[1] for line in lines[:-1]] == ["dense", *[f"dense, {n} of 60, loss 0.5"

@@ -129,6 +129,7 @@ def test_whole_countries_are_split_and_every_fact_is_kept():
     ('{"question": "a", "answer": "b", "entity": "c", "options": ["b", "b"]}', "2 different"),
     ('{"question": "a", "answer": "b", "entity": "c", "options": ["b", 3]}', "line 2"),
     ('{"question": "", "answer": "b", "entity": "c", "options": ["b", "d"]}', "line 2"),
+    ('{"question": "a", "answer": "b", "entity": "c", "options": "bd"}', "line 2"),
 ])
 def test_a_bad_line_of_facts_is_named(tmp_path, line, word):
     path = tmp_path / "facts.jsonl"
@@ -567,14 +568,18 @@ def test_every_model_and_its_other_facts_have_a_folder(path, facts, folder, monk
 
 
 def test_a_part_is_what_was_named():
-    """The lock is a part where it is named, or where no damaged model is and --lock is given."""
+    """The lock is a part where it is named, or --lock is given."""
     config = settings.real_config("tiny.gguf")
     every, repairs = list(config.compressions), list(config.repairs)
     for only, lock_too, wanted in ((None, False, (every, repairs, False)), (None, True, (every, repairs, True)),
-                                   ("locked", False, ([], repairs, True)), (": gains", True, (every, ["gains"], True)),
-                                   ("RTN 3 bits: biases, gains", True, (every[:1], ["biases", "gains"], False))):
+                                   ("locked", False, ([], repairs, True)),
+                                   (": gains", False, (every, ["gains"], False)),
+                                   ("RTN 3 bits: biases, gains", True, (every[:1], ["biases", "gains"], True))):
         compressions, kept, locked = settings.part_of(config, only, lock_too)
         assert (list(compressions), list(kept), locked) == wanted, only
+    with pytest.raises(ValueError, match="the lock is repaired by biases, prompt 16"):
+        settings.part_of(config, "locked: prompt 64", False)
+    assert settings.part_of(config, "RTN 3 bits: biases", True)[2]  # --lock beside --only
 
 
 def test_halving_keeps_the_better_half():
@@ -671,6 +676,8 @@ def test_a_lock_hides_what_the_key_shows(tmp_path):
 
 @pytest.mark.parametrize("name, row", [
     ("arc", {"question": "a", "choices": {"text": "ice", "label": ["A", "B", "C"]}, "answerKey": "A"}),
+    ("arc", {"question": "a", "choices": {"text": ["ice", "ice"], "label": ["A", "B"]}, "answerKey": "A"}),
+    *(("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": label}) for label in (1.0, True, "x", float("inf"))),
     ("arc", {"question": "a", "choices": {"text": ["ice", "air"], "label": ["A", "B"]}, "answerKey": "C"}),
     ("arc", {"question": "a", "choices": {"text": ["ice", 3], "label": ["A", "B"]}, "answerKey": "A"}),
     ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "label": "0", "endings": "de"}),

@@ -286,6 +286,19 @@ def packed(model):
     return model
 
 
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_biases_merge_into_weights_of_16_bits(name):
+    """Into plain, pruned and packed layers alike; the merged model, and its unpacked copy, compute in 16 bits."""
+    model, ids = packed(gpt(name).bfloat16()), tokens(2, 6)
+    for shift in add_biases(model):
+        shift.data.fill_(0.5)
+    beside = model(ids)
+    merge_biases(model)
+    for merged in (model, repairs.unpacked(model)):
+        assert merged(ids).dtype == torch.bfloat16
+        close(merged(ids).float(), beside.float(), atol=0.1)
+
+
 @family
 @pytest.mark.parametrize("make", [gpt, lambda name: packed(gpt(name))], ids=["dense", "compressed"])
 def test_biases_are_a_constant_behind_each_layer(name, make):

@@ -53,6 +53,21 @@ def test_a_damaged_result_or_mark_is_made_again(tmp_path, damage):
         assert run.once_json("x", {}, (), lambda: "never") == "again"
 
 
+@pytest.mark.parametrize("change", [{"seconds": "y"}, {"code": {"../../etc/passwd": 1}}, {"code": ["a"]}, {"code": 1}])
+def test_a_mark_that_was_edited_is_none(tmp_path, change):
+    run = tiny_run(tmp_path)
+    run.once_json("x", {}, (), lambda: 1)
+    mark = tmp_path / ("x.json" + steps.MARK)
+    whole = json.loads(mark.read_text())
+    mark.write_text(json.dumps({**whole, **change}))
+    assert steps.read_mark(str(tmp_path / "x.json")) is None and run.marks() == {}
+    run.describe_reuse()
+    mark.write_text(json.dumps(whole))
+    assert run.marks().keys() == {"x.json"}
+    (tmp_path / "x.json").unlink()  # what is gone is not said to be reused
+    assert run.marks() == {}
+
+
 def test_a_step_knows_the_files_that_its_code_imports():
     found = steps.sources("idp")
     assert {"idp.py", "model.py", "engine/rotary.py"} <= found.keys() and "evaluate.py" not in found

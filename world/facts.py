@@ -227,6 +227,8 @@ def main():
     parser.add_argument("--show", type=int, default=1, metavar="N", help="print N people of each split")
     parser.add_argument("--seed", type=int, default=WorldConfig.seed, help="which world")
     args = parser.parse_args()
+    if args.show < 0:
+        raise ValueError(f"--show must be at least 0, got {args.show}")
     config = WorldConfig(seed=args.seed)
     people = make_world(config)
     told = [p for p in people if p.split != "novel"]

@@ -281,6 +281,8 @@ def main():
     parser.add_argument("--show", type=int, default=1, metavar="N", help="items of each task")
     parser.add_argument("--seed", type=int, default=0, help="which world, and which items")
     args = parser.parse_args()
+    if args.show < 0:
+        raise ValueError(f"--show must be at least 0, got {args.show}")
     people = make_world(WorldConfig(seed=args.seed))
     told = [p for p in people if p.split != "novel"]
     for name in TASKS:
