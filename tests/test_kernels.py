@@ -320,6 +320,21 @@ def test_no_compiler_one_warning_same_numbers(missing, tmp_path):
     assert done.stdout.split() == ["True", "1", "True"], done.stderr
 
 
+def test_compiled_code_that_was_cut_off_is_removed(tmp_path, monkeypatch):
+    """The eager numbers and a warning in this process; the next one compiles anew."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling._State, "failure", None)
+    monkeypatch.setattr(kernels, "ready", {})
+    p, x = pack(quantized(32, 64, 4, 32)), torch.ones(1, 64)
+    exact = matmul(x, p)
+    file, = tmp_path.glob("knowledge-*.pt2")
+    file.write_bytes(file.read_bytes()[:1000])
+    kernels.ready.clear()
+    with pytest.warns(RuntimeWarning, match="was damaged and is removed"):
+        torch.testing.assert_close(matmul(x, p), exact, rtol=1e-4, atol=1e-4)
+    assert not file.exists()
+
+
 def test_an_error_of_another_kind_is_not_taken_for_a_missing_compiler(monkeypatch):
     def broken(*_):
         raise RuntimeError("out of memory")
