@@ -65,19 +65,23 @@ def predictions(run, rows):
 
 
 def publish(run, dense, results):
-    """Write results.json, print the result; then write tables.md, predictions.jsonl and, last, the page: each may fail,
-    and `| head` ends the printing."""
-    log, path = run.log, run.path("results.json")
-    rows = results["models"]
+    """Print the result; then write results.json, tables.md, predictions.jsonl and, last, the page: each may fail, and
+    `| head` may end the printing."""
+    log, rows = run.log, results["models"]
     results = {**results, "models": [{k: v for k, v in row.items() if k not in RAW} for row in rows],
                "sweeps": {}, "command": shlex.join(["python", *sys.orig_argv[1:]]),
                "created": time.strftime("%Y-%m-%dT%H:%M:%S"), "seconds": time.time() - log.began, "times": log.times,
                "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                             "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
-    with run.holding("results.json"):  # a sweep adds its points under the same lock
-        results["sweeps"] = sweeps.kept(path, dense.about["settings"])
-        text = json.dumps(results, indent=1)
-        write_text(path, text)
+    try:
+        show(results)
+    finally:  # also where nobody reads on
+        keep(run, dense, results, list(predictions(run, rows)))
+    print(f"{results['seconds']:.0f} s; more tables: {run.path('tables.md')}; to explore: {run.path('report.html')}")
+
+
+def show(results):
+    """The result on the terminal."""
     print(tables.main_table(results) + "\n")
     context = results["context"]
     print(f"24 unrelated tokens in front of every question: held-out recall {context['alone']:.1%} -> "
@@ -85,8 +89,15 @@ def publish(run, dense, results):
     for claim in results["claims"]:
         print(f"{claim['verdict']:12s} {claim['statement']}")
     print(flush=True)
-    told = list(predictions(run, rows))
+
+
+def keep(run, dense, results, told):
+    """The result as files; told: the rows of predictions.jsonl."""
+    path = run.path("results.json")
+    with run.holding("results.json"):  # a sweep adds its points under the same lock
+        results["sweeps"] = sweeps.kept(path, dense.about["settings"])
+        text = json.dumps(results, indent=1)
+        write_text(path, text)
     write_text(run.path("tables.md"), tables.all_tables(results))
     write_text(run.path("predictions.jsonl"), "".join(json.dumps(row) + "\n" for row in told))
     write_text(run.path("report.html"), page.page(json.loads(text), told))
-    print(f"{results['seconds']:.0f} s; more tables: {run.path('tables.md')}; to explore: {run.path('report.html')}")
