@@ -74,13 +74,13 @@ def publish(run, dense, results):
                "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                             "tiktoken": tiktoken.__version__, "platform": platform.platform()}}
     try:
-        show(results)
+        print_result(results)
     finally:  # also where nobody reads on
-        keep(run, dense, results, list(predictions(run, rows)))
+        write_files(run, dense, results, list(predictions(run, rows)))
     print(f"{results['seconds']:.0f} s; more tables: {run.path('tables.md')}; to explore: {run.path('report.html')}")
 
 
-def show(results):
+def print_result(results):
     """The result on the terminal."""
     print(tables.main_table(results) + "\n")
     context = results["context"]
@@ -91,7 +91,7 @@ def show(results):
     print(flush=True)
 
 
-def keep(run, dense, results, told):
+def write_files(run, dense, results, told):
     """The result as files; told: the rows of predictions.jsonl."""
     path = run.path("results.json")
     with run.holding("results.json"):  # a sweep adds its points under the same lock

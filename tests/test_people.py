@@ -252,10 +252,11 @@ def test_scores_of_tasks_depend_on_the_code_that_scores_them(world):
     assert "study.comparisons" in codes[0]
 
 
-@pytest.mark.parametrize("lr", ["0", "-0.1"])
-def test_a_rate_that_teaches_nothing_is_refused_before_anything_is_made(lr):
-    with pytest.raises(ValueError, match="--lr must be above 0"):
-        jobs.repair_job(["--size", "quick", "--lr", lr])
+@pytest.mark.parametrize("option, value", [("--lr", "0"), ("--lr", "-0.1"), ("--lr", "inf"), ("--lr", "nan"),
+                                           ("--repair-size", "0"), ("--repair-size", "1001"), ("--prompts", "1001")])
+def test_a_repair_that_cannot_be_is_refused_before_anything_is_made(option, value):
+    with pytest.raises(ValueError, match=f"{option}.* must be"):
+        jobs.repair_job(["--size", "quick", option, value])
 
 
 def test_the_trial_asks_held_out_people_tunes_on_validation_people_and_reads_about_seen_people(world, monkeypatch):

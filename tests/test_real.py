@@ -724,7 +724,7 @@ def test_a_text_file_in_a_new_folder(tmp_path, folder, capsys, monkeypatch):
 
     def gone(results):
         raise BrokenPipeError
-    monkeypatch.setattr("study.publish.show", gone)  # `| head`: what nobody reads is written all the same
+    monkeypatch.setattr("study.publish.print_result", gone)  # `| head`: what nobody reads is written all the same
     with pytest.raises(BrokenPipeError):
         real_main(command)
     assert json.loads(kept.read_text())["models"]

@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+import evaluate
+import model
 from checkpoints import save
 from checkpoints.adapters import save_adapter
 from checkpoints.vocabulary import save_ranks
@@ -18,6 +20,7 @@ from engine.safetensors import write_safetensors
 from engine.files import read_json, whole_file, write_text
 from engine.script import guard, leave
 from model import GPT, GPTConfig
+from world import facts, items
 
 MODEL = GPT(GPTConfig(vocab_size=300, context=16, n_layer=1, n_head=2, n_embd=8))
 WRITERS = {  # everything in this project that writes a file, but for pages and results, which use write_text
@@ -125,13 +128,37 @@ def test_json_that_is_not_names_its_file(tmp_path):
 @pytest.mark.parametrize("error, line", [
     (ValueError("bits must be 2"), "x.py: bits must be 2\n"),
     (OSError(errno.ENOSPC, "No space left on device", "out/a"), "x.py: out/a: No space left on device\n"),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory", "b"), "x.py: b: No such file or directory\n")])
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "b"), "x.py: b: No such file or directory\n"),
+    (OverflowError("too large"), "x.py: too large\n"), (MemoryError(), "x.py: out of memory\n"),
+    (ValueError("one\nand frames of C++"), "x.py: one\n")])
 def test_bad_input_is_one_line_and_status_2(error, line, capsys):
     def run():
         raise error
     with pytest.raises(SystemExit) as stop:
         guard(run, "x.py")
     assert stop.value.code == 2 and capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("module, arguments, said", [
+    (model, ["--steps", "0"], "--steps must be at least 1, got 0"),
+    (evaluate, ["--seeds", "0"], "--seeds must be from 1 to 1000"),
+    (evaluate, ["--seeds", "1001"], "--seeds must be from 1 to 1000"),
+    (facts, ["--show", "-1"], "--show must be at least 0, got -1"),
+    (items, ["--show", "-3"], "--show must be at least 0, got -3")])
+def test_a_number_out_of_range_is_refused_before_anything_is_made(module, arguments, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    with pytest.raises(ValueError, match=said):
+        module.main()
+
+
+@pytest.mark.parametrize("closed, taken", [(">&-", ""), ("2>&-", "Dᵀ\n"), ("", "D?\n")])
+def test_streams_that_are_closed_or_cannot_hold_a_letter(closed, taken):
+    code = ("from engine.script import guard; import sys\n"
+            "guard(lambda: (print('D\u1d40'), print('e', file=sys.stderr)), 'x')")
+    coding = "utf-8" if closed else "ascii"
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=HERE, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": coding})
+    assert (done.returncode, done.stdout.decode()) == (0, taken), done.stderr
 
 
 # ---- output that nobody takes

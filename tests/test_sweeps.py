@@ -211,6 +211,7 @@ def test_a_dose_of_two_dense_models_is_the_share_of_both(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("option, word", [(["--seeds", "0"], "--seeds must be"),
                                           (["--times", "2", "0"], "--times above"),
+                                          (["--times", "inf"], "--times above"), (["--times", "nan"], "--times above"),
                                           (["--times", "0.001"], "0.001 of 200 steps is less than one step")])
 def test_impossible_draws_and_multiples_are_refused(option, word):
     with pytest.raises(ValueError, match=word):
