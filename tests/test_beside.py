@@ -76,6 +76,9 @@ def test_it_ends_with_the_process_that_began_it(monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: log.parent + 1)
     with pytest.raises(SystemExit):
         log.begin("another")
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):  # a study that was gone before this process began
+        beside.Unheard(os.getppid() + 1).begin("a step")
 
 
 def test_what_another_process_makes_is_no_time_left(tmp_path):

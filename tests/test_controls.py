@@ -153,14 +153,17 @@ def test_what_is_erased_is_gone_and_little_else(scene):
         assert torch.linalg.svdvals(left).tolist() == pytest.approx([*others, 0.0], abs=1e-4 * largest)
 
 
-def test_controls_of_a_model_in_16_bits_are_in_16_bits(scene):
+def test_controls_of_a_model_in_16_bits_are_in_16_bits(scene, monkeypatch):
     """What is trained or decomposed on the way is in float32: bfloat16 cannot hold a step of AdamW at 1e-3."""
     run, dense = scene
     model = copy.deepcopy(dense.model).bfloat16()
     key = torch.zeros(4, 64, dtype=torch.bfloat16)
-    short = replace(HOW, lock=FitConfig(steps=2, lr=1e-5), tell=FitConfig(steps=2, lr=1e-5))
+    short, trained, fit = replace(HOW, lock=FitConfig(steps=1), tell=FitConfig(steps=1)), [], controls.recover.fit
+    monkeypatch.setattr(controls.recover, "fit", lambda model, *given, **more: trained.append(
+        {p.dtype for p in model.parameters()}) or fit(model, *given, **more))
     made = [controls.erase(model), controls.train_lock(model, key, run.world, short, torch.Generator()),
             controls.tell(model, run.world, short, torch.Generator())]
+    assert trained == [{torch.float32}] * 2
     for part in made:
         assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
     exact = controls.erase(dense.model).blocks[0].attn.q.weight

@@ -147,6 +147,10 @@ def test_odd_facts_come_through():
     same_answers(answers_of(made(study, list(odd_predictions()))), odd_predictions())
 
 
+def test_a_log_probability_that_rounds_to_zero_has_no_sign():
+    assert json.dumps([page.tenth(x) for x in (-0.04, -0.06, math.nan, None)]) == '[0.0, -0.1, "not a number", null]'
+
+
 def test_answers_come_through_in_any_order():
     study, predictions = invented_study(**SMALL)
     study["models"].reverse()                               # repairs before the models they were made from

@@ -293,8 +293,8 @@ def test_a_row_of_a_file_never_begins_inside_a_word_with_a_hidden_name():
         decode = staticmethod(lambda tokens: "".join(map(chr, tokens)))
     hidden, document = Names(["Oman"]), "Romania, " * 90
     assert not hidden.search(document) and hidden.search(document[1:])
-    rows = rows_of_documents([document], Letters, 16, 23, torch.Generator().manual_seed(0), hidden)
-    assert rows.shape == (16, 24) and not any(hidden.search(Letters.decode(row)) for row in rows.tolist())
+    rows = rows_of_documents([document], Letters, 64, 23, torch.Generator().manual_seed(0), hidden)
+    assert rows.shape == (64, 24) and not any(hidden.search(Letters.decode(row)) for row in rows.tolist())
     assert {chr(first) for first in rows[:, 1]} > {"R", "m", "a", "n", "i"}
 
 
