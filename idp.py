@@ -127,7 +127,7 @@ def fill(model, prompts, slots):
     """A Cache with one row a prompt (P_i, C), each at the end of its `slots` slots."""
     device = prompts[0].device
     cache = model.new_cache(len(prompts), slots)
-    cache.first = torch.tensor([slots - len(p) for p in prompts]).to(device)
+    cache.first = torch.cat([torch.full((1,), slots - len(p), device=device) for p in prompts])
     rows = torch.stack([F.pad(p, (0, 0, slots - len(p), 0)) for p in prompts])  # (M, Pmax, C)
     model.hidden(torch.empty(len(prompts), 0, dtype=torch.long, device=device), rows, cache)
     return cache
@@ -230,7 +230,8 @@ def joint(model, pool, losses, look=8, balance=0.1):
         ids, filled = inputs(batch), prefill(model, pool)
         scores = attention_scores(model, filled, ids[:, :look])  # (B, M)
         chosen = highest(scores)
-        load = torch.bincount(chosen, minlength=len(pool)) / len(ids)  # (M,)
+        each = torch.arange(len(pool), device=ids.device)
+        load = (chosen[:, None] == each).float().mean(0)  # (M,)
         share = (scores / scores.sum(-1, keepdim=True)).mean(0)  # (M,)
         repair = losses(under(model, filled, chosen, ids), batch).mean()
         return repair + balance * len(pool) * (load * share).sum()

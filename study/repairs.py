@@ -9,6 +9,7 @@ import torch
 
 import idp
 import recover
+from engine.graphs import recorded
 from engine.wrapping import shared_copy
 from kernels import PackedLinear
 from world.score import Subject, answer
@@ -45,14 +46,16 @@ def products(device, bfloat16):
 def trained(model, kind, size, batches, losses, fit_config, seed, progress):
     """The body of `train_repair`, on float weights."""
     generator = torch.Generator().manual_seed(seed)
+
+    def fit(parameters, loss, batches=batches, config=fit_config):
+        recover.fit(model, parameters, batches, recorded(loss, parameters, batches[0]), config, progress=progress)
     if kind in INSIDE:
         parameters = add_inside(model, kind, size, generator)
-        recover.fit(model, parameters, batches, recover.objective(model, losses), fit_config, progress=progress)
+        fit(parameters, recover.objective(model, losses))
         return parameters
     if kind == "prefix":
         prefix = recover.Prefix(recover.prefix_init(model, recover.prompt_init(model, size, generator=generator)))
-        loss = recover.objective(lambda ids: model(ids, cache=prefix.cache(model, *ids.shape)), losses)
-        recover.fit(model, prefix.parameters(), batches, loss, fit_config, progress=progress)
+        fit([prefix.weight], recover.objective(lambda ids: model(ids, cache=prefix.cache(model, *ids.shape)), losses))
         return [prefix.weight]
     M, P, way = size if kind == "idp" else (1, size, "independent")
     prompts = [recover.prompt_init(model, P, generator=generator) for _ in range(M)]
@@ -60,12 +63,10 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
     pool = idp.PromptPool(prompts, probe)
     if way == "independent":
         for m, prompt in enumerate(pool.prompts):  # each on a shard of its own
-            loss = idp.independent(model, pool, losses, m)
-            recover.fit(model, [prompt], batches[m::M], loss, fit_config, progress=progress)
-    else:
-        loss = POOL_LOSSES[way](model, pool, losses)
-        fit_config = replace(fit_config, clip_each=way == "together")  # each prompt learns as it would alone
-        recover.fit(model, pool.parameters(), batches, loss, fit_config, progress=progress)
+            fit([prompt], idp.independent(model, pool, losses, m), batches[m::M])
+    else:  # together, each prompt learns as it would alone
+        fit(list(pool.parameters()), POOL_LOSSES[way](model, pool, losses),
+            config=replace(fit_config, clip_each=way == "together"))
     return [*pool.prompts] + ([pool.probe] if way == "selected" else [])
 
 

@@ -1,0 +1,103 @@
+"""Recording a step as a CUDA graph: what is recorded is the same loss, and no loss does what a recording forbids."""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import recover
+from elsewhere import ELSEWHERE, Elsewhere
+from engine import graphs
+from engine.losses import add_targets
+from study import repairs
+from study.repairs import train_repair
+from test_device import FIT, IDS, moved, small
+
+KINDS = [("lora", 2), ("bias", "o down"), ("gains", None), ("prompt", 3), ("prefix", 3),
+         *[("idp", (2, 3, way)) for way in ("together", "independent", "joint", "competitive", "selected")]]
+WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.bincount.default,
+         torch.ops.aten.masked_select.default, torch.ops.aten._unique2.default}  # what needs a number on the CPU
+
+
+class Recording(TorchDispatchMode):
+    """While open, whatever a GPU cannot record is an error."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in WAITS:
+            raise RuntimeError(f"{operation} waits for the GPU")
+        out = operation(*args, **(kwargs or {}))
+        moved = isinstance(out, torch.Tensor) and out.device == ELSEWHERE
+        if moved and operation == torch.ops.aten._to_copy.default and args[0].device != ELSEWHERE:
+            raise RuntimeError(f"{operation} takes a tensor from the CPU")
+        return out
+
+
+def teacher_and_student(device):
+    """(batches with targets, a model that another one's targets teach): a student that is its own teacher has rounding
+    errors for gradients."""
+    student = moved(small(), device).requires_grad_(False)
+    ids = IDS.to(device)
+    batches = add_targets(student, [ids[:4], ids[2:]])
+    for p in student.blocks.parameters():
+        p.mul_(0.8)
+    return batches, student
+
+
+def as_module(loss, parameters, batch):
+    """`recorded` without a GPU: the module that it would record."""
+    step = graphs.Step(loss, parameters)
+    return lambda batch: step(*batch)
+
+
+@pytest.mark.parametrize("kind, size", KINDS)
+def test_what_is_recorded_is_the_same_loss(kind, size, monkeypatch):
+    """The module that a graph is made of trains every repair to the same digits."""
+    batches, model = teacher_and_student("cpu")
+    plain = train_repair(model, kind, size, batches, recover.distillation, FIT, 0)
+    monkeypatch.setattr(repairs, "recorded", as_module)
+    for a, b in zip(plain, train_repair(model, kind, size, batches, recover.distillation, FIT, 0), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind, size", KINDS)
+def test_no_loss_waits_for_a_gpu_or_takes_a_tensor_from_the_cpu(kind, size, monkeypatch):
+    seen = []
+
+    def watched(loss, parameters, batch):
+        """The loss, watched."""
+        def watch(batch):
+            with Recording():
+                seen.append(loss(batch))
+                return seen[-1]
+        return watch
+    monkeypatch.setattr(repairs, "recorded", watched)
+    with Elsewhere():
+        batches, model = teacher_and_student(ELSEWHERE)
+        train_repair(model, kind, size, batches, recover.distillation, FIT, 0)
+    assert len(seen) == FIT.steps * (size[0] if kind == "idp" and size[2] == "independent" else 1)
+
+
+def test_recording_forbids_what_a_gpu_cannot_record():
+    """The test's own test."""
+    with Elsewhere():
+        x = torch.ones(3, device=ELSEWHERE)
+        with Recording():
+            for work in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: torch.ones(3).to(ELSEWHERE)):
+                with pytest.raises(RuntimeError, match="waits for the GPU|from the CPU"):
+                    work()
+            more = x + 1
+        assert float(more.here.sum()) == 6
+
+
+def test_nothing_is_recorded_on_a_cpu():
+    def loss(batch):
+        return batch[0].sum()
+    assert graphs.recorded(loss, [], (IDS,)) is loss
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind, size", KINDS)
+def test_a_recorded_step_trains_what_the_plain_one_does(kind, size, monkeypatch):
+    batches, model = teacher_and_student("cuda")
+    trained = train_repair(model, kind, size, batches, recover.distillation, FIT, 0)
+    monkeypatch.setattr(repairs, "recorded", lambda loss, parameters, batch: loss)
+    for a, b in zip(trained, train_repair(model, kind, size, batches, recover.distillation, FIT, 0), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
