@@ -12,27 +12,58 @@ Source: Ng et al. 2021, "Accelerating PyTorch with CUDA Graphs", pytorch.org/blo
 step, which stays outside.
 """
 import torch
-import torch.nn as nn
+
+WARM = 3  # steps before the recording: libraries set themselves up in the first
 
 
-class Step(nn.Module):
-    """A loss as a module: what it trains are its parameters, a batch's tensors are its arguments."""
+class Replayed(torch.autograd.Function):
+    """The value of a run that knows its gradients already."""
 
-    def __init__(self, loss, parameters):
-        super().__init__()
-        self.loss, self.trained = loss, nn.ParameterList(parameters)
+    @staticmethod
+    def forward(ctx, run, batch, *parameters):
+        value, ctx.grads = run(batch)
+        return value.clone()
 
-    def forward(self, *batch):
-        return self.loss(batch)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return None, None, *torch._foreach_mul(ctx.grads, g)
 
 
 def recorded(loss, parameters, batch):
-    """`loss`, batch -> scalar, recorded where its tensors lie on a GPU.
+    """`loss`, batch -> scalar, recorded where its tensors lie on a GPU; a loss of first derivatives only.
 
     parameters  those that get a gradient: nothing else may be trained with it
     batch       a tuple of tensors, which every later batch resembles in shape and dtype
     """
     if batch[0].device.type != "cuda":
         return loss
-    graph = torch.cuda.make_graphed_callables(Step(loss, parameters), tuple(t.clone() for t in batch))
-    return lambda batch: graph(*batch)
+    run = record(loss, parameters, batch)
+    return lambda batch: Replayed.apply(run, batch, *parameters)
+
+
+def record(loss, parameters, batch):
+    """batch -> (loss, gradients), in memory that the next call overwrites."""
+    held = tuple(t.clone() for t in batch)
+
+    def step():
+        value = loss(held)
+        return value.detach(), torch.autograd.grad(value, parameters)
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(WARM):
+            step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value, grads = step()
+
+    def run(batch):
+        for mine, new in zip(held, batch, strict=True):
+            if mine.shape != new.shape:  # copy_ would repeat one row
+                raise ValueError(f"a batch of {tuple(new.shape)} cannot be replayed in a graph of {tuple(mine.shape)}")
+            mine.copy_(new)
+        graph.replay()
+        return value, grads
+    return run

@@ -41,20 +41,29 @@ def teacher_and_student(device):
     return batches, student
 
 
-def as_module(loss, parameters, batch):
-    """`recorded` without a GPU: the module that it would record."""
-    step = graphs.Step(loss, parameters)
-    return lambda batch: step(*batch)
+def known(loss, parameters, batch):
+    """`recorded` without a GPU: a run that knows its gradients."""
+    def run(batch):
+        with torch.enable_grad():
+            value = loss(batch)
+            return value.detach(), torch.autograd.grad(value, parameters)
+    return lambda batch: graphs.Replayed.apply(run, batch, *parameters)
 
 
 @pytest.mark.parametrize("kind, size", KINDS)
-def test_what_is_recorded_is_the_same_loss(kind, size, monkeypatch):
-    """The module that a graph is made of trains every repair to the same digits."""
+def test_a_run_that_knows_its_gradients_trains_the_same(kind, size, monkeypatch):
     batches, model = teacher_and_student("cpu")
     plain = train_repair(model, kind, size, batches, recover.distillation, FIT, 0)
-    monkeypatch.setattr(repairs, "recorded", as_module)
+    monkeypatch.setattr(repairs, "recorded", known)
     for a, b in zip(plain, train_repair(model, kind, size, batches, recover.distillation, FIT, 0), strict=True):
         assert torch.equal(a, b)
+
+
+def test_gradients_are_multiplied_by_what_is_done_with_the_loss():
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    loss = known(lambda batch: (x * batch[0]).sum(), [x], None)
+    (5 * loss((torch.tensor([1.0, 7.0]),))).backward()
+    assert x.grad.tolist() == [5, 35]
 
 
 @pytest.mark.parametrize("kind, size", KINDS)
@@ -101,3 +110,12 @@ def test_a_recorded_step_trains_what_the_plain_one_does(kind, size, monkeypatch)
     monkeypatch.setattr(repairs, "recorded", lambda loss, parameters, batch: loss)
     for a, b in zip(trained, train_repair(model, kind, size, batches, recover.distillation, FIT, 0), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_of_another_shape_is_refused():
+    x = torch.ones(3, device="cuda", requires_grad=True)
+    loss = graphs.recorded(lambda batch: (batch[0] * x).sum(), [x], (torch.ones(4, 3, device="cuda"),))
+    assert float(loss((torch.full((4, 3), 2.0, device="cuda"),))) == 24
+    with pytest.raises(ValueError, match="cannot be replayed"):
+        loss((torch.ones(1, 3, device="cuda"),))
