@@ -28,8 +28,12 @@ REPAIRS = {  # the numbers of parameters are SmolLM2-135M's
 CLAIMED = ("prompt 64", "prompt 64", "IDP 4 x 16", "biases")  # what the four claims are about (study/claims.py)
 RATE_GRID = {"lora": (3e-4, 1e-3, 3e-3, 1e-2), "prompt": (3e-3, 1e-2, 3e-2, 1e-1), "bias": (1e-3, 3e-3, 1e-2, 3e-2),
              "gains": (1e-3, 3e-3, 1e-2, 3e-2)}  # four tries for each
-RATES = {  # found for RTN by --rates, 160 steps: prompts' on validation countries, 16 rows; others' on cities, 64 rows
-    "biases": 3e-2, "gains": 3e-3, "prompt 16": 3e-2, "prompt 64": 3e-2, "LoRA rank 1 on o": 1e-2, "LoRA rank 8": 1e-3,
+RATED = ("biases", "gains", "prompt 16", "prompt 64", "LoRA rank 1 on o", "LoRA rank 8")
+RATES = {  # found by --rates, 160 steps of 16 rows, on validation countries; the lock has what was first found for RTN
+    "RTN 3 bits": dict(zip(RATED, (1e-2, 3e-3, 3e-2, 3e-2, 1e-2, 1e-3))),
+    "GPTQ 3 bits": dict(zip(RATED, (3e-2, 3e-3, 1e-1, 1e-1, 1e-2, 3e-3))),
+    "SparseGPT 50 %": dict(zip(RATED, (1e-2, 3e-3, 1e-2, 1e-2, 1e-2, 3e-3))),
+    TAG: {"biases": 3e-2, "prompt 16": 3e-2, "LoRA rank 8": 1e-3},
 }
 
 
