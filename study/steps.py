@@ -26,6 +26,7 @@ import pathlib
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import replace
 
@@ -100,12 +101,16 @@ class Run:
             reused = all(kept.get(key) == part for key, part in {**mark, "bytes": digest_of(path)}.items())
             if reused:
                 result = read(path)
+                for text in kept.get("warned", ()):  # a training that ended early did so in this result, too
+                    self.log.say(f"{file_name(name)}: {text}")
             else:
                 self.log.begin(file_name(name))
-                result = make()
+                with heard() as warned:
+                    result = make()
                 write(result, path)
                 took = round(time.time() - began, 2)
-                write_text(path + MARK, json.dumps({**mark, "bytes": digest_of(path), "seconds": took}))
+                write_text(path + MARK, json.dumps({**mark, "bytes": digest_of(path), "seconds": took,
+                                                    **({"warned": warned} if warned else {})}))
         self.log.done(file_name(name), time.time() - began, reused)
         return result
 
@@ -150,12 +155,29 @@ class Run:
                                                           f"{', '.join(files)}" if files else ""))
 
 
+@contextlib.contextmanager
+def heard():
+    """While open every UserWarning is shown and noted -> the list of their texts."""
+    texts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # the same text may be about another result
+        shown = warnings.showwarning
+
+        def show(message, category, *where, **more):
+            if category is UserWarning:
+                texts.append(str(message))
+            shown(message, category, *where, **more)
+        warnings.showwarning = show
+        yield texts
+
+
 def read_mark(path):
     """What stands beside a finished step; None where it is missing or damaged."""
     try:
         with open(path + MARK, encoding="utf-8") as f:
             mark = json.load(f)
-        good = all(file.endswith(".py") for file in mark["code"]) and mark.get("seconds", 0) >= 0
+        good = (all(file.endswith(".py") for file in mark["code"]) and mark.get("seconds", 0) >= 0
+                and isinstance(mark.get("warned", []), list))
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
     return mark if good else None

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,26 @@ def test_an_interrupted_step_is_made_again(tmp_path):
     assert run.once_json("x", {}, (), lambda: "whole") == "whole"
 
 
+def test_a_training_that_ended_early_says_so_whenever_its_result_is_used(tmp_path, capsys):
+    """A warning is shown when it comes, the same one of another step too; and said again where the step is reused."""
+    def diverges():
+        """As `recover.fit` does; what others warn of is not the result's."""
+        warnings.warn("the loss is nan at step 3")
+        warnings.warn("soon it will be otherwise", FutureWarning)
+        return 1
+    for name in ("x", "y"):
+        with pytest.warns(UserWarning, match="the loss is nan"):
+            tiny_run(tmp_path).once_json(name, {}, (), diverges)
+    assert "nan" not in capsys.readouterr().err
+    run = tiny_run(tmp_path)
+    for name in ("x", "y"):
+        run.once_json(name, {}, (), diverges)
+    said = capsys.readouterr().err
+    assert said.splitlines() == ["x: the loss is nan at step 3", "y: the loss is nan at step 3"]
+    run.once_json("z", {}, (), lambda: 1)
+    assert "warned" not in steps.read_mark(str(tmp_path / "z.json"))
+
+
 @pytest.mark.parametrize("damage", ["", "[1, 2", "null"])
 def test_a_damaged_result_or_mark_is_made_again(tmp_path, damage):
     run = tiny_run(tmp_path)
@@ -53,7 +74,8 @@ def test_a_damaged_result_or_mark_is_made_again(tmp_path, damage):
         assert run.once_json("x", {}, (), lambda: "never") == "again"
 
 
-@pytest.mark.parametrize("change", [{"seconds": "y"}, {"code": {"../../etc/passwd": 1}}, {"code": ["a"]}, {"code": 1}])
+@pytest.mark.parametrize("change", [{"seconds": "y"}, {"code": {"../../etc/passwd": 1}}, {"code": ["a"]}, {"code": 1},
+                                    {"warned": "diverged"}, {"warned": None}])
 def test_a_mark_that_was_edited_is_none(tmp_path, change):
     run = tiny_run(tmp_path)
     run.once_json("x", {}, (), lambda: 1)
