@@ -24,8 +24,10 @@ What it leaves out: embedding, head and activations, which stay floating point.
 Where we deviate. N:M keeps N of every M (NVIDIA's meaning and the Wanda paper's; the code of
 SparseGPT and of Wanda counts the zeros).
 Masks have exactly the promised number of zeros, ties included. A group's grid is fitted to columns
-to which all errors before them were applied, so GPTQ's result does not depend on `block_size`.
-Symmetric grids come within half a step of the largest weight, in rows of one sign too.
+to which all errors before them were applied, as section 5 of GPTQ says; its code leaves out those
+of the same block, so that there the result depends on `block_size`. Damping is raised where 1 % is
+not enough. Inputs that are zero in all of the data keep their weights, which the papers' code sets
+to zero. Symmetric grids come within half a step of the largest weight, in rows of one sign too.
 """
 import copy
 import sys
@@ -88,8 +90,8 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     """GPTQ of W (out, in) under H (in, in) -> Quantized: what `gptq_loop` gives, in blocks.
 
     group_size  columns that share a grid, in the order they are swept; None: one grid a row
-    act_order   sweep the columns with the largest diag H first; the result is in their own order
-                again, and its `group` says who shares a grid
+    act_order   sweep the columns with the largest diag H first (an option of the authors' code);
+                the result is in their own order again, and its `group` says who shares a grid
     damp        share of the mean diagonal of H added to it, raised if H needs more (`factor`)
     block_size  columns in a lazy batch: a matter of speed, the result does not depend on it
     mask        (out, in) bool, True = keep; the others become exact zeros
@@ -97,8 +99,8 @@ def gptq(W, H, bits, group_size=None, symmetric=False, act_order=False, damp=0.0
     refit       after the sweep fit scales and codes once more by least squares (ours)
 
     Against the reference code, which fits a group's grid before the errors of its own block are
-    applied: in groups of 32 its error is up to 34 % below ours at 2 bits and up to 13 % at 3 bits.
-    At 4 bits ours is lower. With search=True ours is lower in all tests.
+    applied: on random weights its error is up to 36 % below ours at 2 bits, up to 13 % at 3, and
+    within 9 % either way at 4. With search=True ours is lower in all tests.
     An input that is zero in all of the data keeps its weights, rounded; a grid that `search` made
     narrower may end short of them. On a weight of a few rows GPTQ can lose to rounding to nearest.
     Raises ValueError for NaN or infinity, shapes and settings that do not fit, an H that is not

@@ -13,8 +13,8 @@ unstructured sparsity. The words are made in engine/packing.py.
     python kernels.py --model FILE --text "The capital of France is" --bits 4    # any checkpoint
     python -m tests.bench_kernels     # how fast, beside float32 and torch's int4: minutes
 
-Source: Frantar et al. 2022 (GPTQ, arXiv 2210.17323, section 4: why a low-bit kernel is fast when
-it generates one token at a time).
+Source: Frantar et al. 2023 (GPTQ, arXiv 2210.17323, section 5, "Practical Speedups": why a low-bit
+kernel is fast when it generates one token at a time).
 """
 import math
 import runpy
@@ -217,13 +217,12 @@ def _slabs(like, packed):
 
 def _run(f, x, packed):
     """f(x, packed), compiled at the first call for such x, layout and number of threads."""
-    tensors = [x, *(t for t in packed[:len(Packed.TENSORS)] if t is not None)]
+    names = [name for name in Packed.TENSORS if getattr(packed, name) is not None]
+    tensors = [x, *(getattr(packed, name) for name in names)]
     key = (f.__name__, x.shape, x.dtype, x.device, packed.words.shape, packed.words.stride(),
-           packed[len(Packed.TENSORS):], len(tensors), torch.get_num_threads())
+           packed._replace(**dict.fromkeys(Packed.TENSORS)), len(tensors), torch.get_num_threads())
     code = ready.get(key)
     if code is None:
-        names = [name for name in Packed.TENSORS if getattr(packed, name) is not None]
-
         def function(x, *given):
             return f(x, packed._replace(**dict(zip(names, given))))
         code = ready[key] = compiled(function, tensors, key)
@@ -252,10 +251,10 @@ def matmul(x, packed, fused=True):
 
     fused=False is the eager twin. Gradients flow to x; while they are recorded, the eager twin
     computes. Without a C++ compiler the fused form warns once and computes as the eager one does:
-    `compile_failure()` has the reason. Raises ValueError where K differs.
+    `compile_failure()` has the reason. Raises ValueError where K differs, or x holds no floats.
     """
-    if x.shape[-1] != packed.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} features, the packed weight takes {packed.shape[1]}")
+    if x.shape[-1] != packed.shape[1] or not x.is_floating_point():
+        raise ValueError(f"x must be floats (..., {packed.shape[1]}), got {x.dtype} {(*x.shape,)}")
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (M, K)
     if fused and len(rows) and not (x.requires_grad and torch.is_grad_enabled()):
         y = or_eager(_fused_matmul, _Dequantized.apply, rows, packed)
@@ -279,7 +278,7 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self):
-        return Packed(self.words, self.zero, self.order, self.place, *self.layout[4:])
+        return self.layout._replace(**{name: getattr(self, name) for name in Packed.TENSORS})
 
     def forward(self, x):
         """x (..., in) -> (..., out): x Wᵀ + bias."""

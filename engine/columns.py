@@ -8,7 +8,7 @@ One factorization instead of three. The papers factor H, invert it, and factor t
 with R upper triangular, a Cholesky factorization read from the last row up. Then U = R⁻¹, as (R⁻¹)ᵀ R⁻¹ = (R Rᵀ)⁻¹,
 and H⁻¹ is never formed. All that the sweep needs of U is near its diagonal:
 
-    U_jj = 1 / R_jj                      what an error in column j costs
+    U_jj = 1 / R_jj                      an error e in column j costs e² R_jj² / 2
     U_bb = R_bb⁻¹                        b a block of columns: the diagonal blocks of triangular inverses are inverses
     w_b = W_b + D_done R_done,b U_bb     a block as Algorithm 1 has it when all before it are done, W_b the original
 
@@ -75,9 +75,11 @@ def factor(H, n, damp=0.01, act_order=False, dtype=torch.float32):
         order = torch.argsort(diagonal, descending=True, stable=True)
         H, diagonal = H[order][:, order], diagonal[order]
     H, diagonal = H.flip(0, 1), diagonal.flip(0)  # its ordinary lower Cholesky factor is our R, read backwards
-    tries = [(torch.float32, 1e-4), (torch.float64, 0.0)][dtype == torch.float64:]
+    tries = [(torch.float64, 0.0)]
+    if dtype != torch.float64:  # float32 will do while every pivot stands well above its rounding error
+        tries.insert(0, (torch.float32, 1e-4))
     for retries in range(10):
-        for precision, least in tries:  # float32 will do while every pivot stands well above its rounding error
+        for precision, least in tries:
             damped = H.to(precision, copy=True)
             damped.diagonal().copy_(diagonal + damp * mean)
             rounding = max(torch.finfo(H.dtype).eps, torch.finfo(precision).eps)
@@ -174,7 +176,7 @@ def sweep(W, factored, bits=None, group_size=None, symmetric=False, keep=None, s
         keep = (keep if order is None else keep[:, order]).T.to(W.dtype, copy=True)
     elif sparsity is not None or n_m is not None:
         keep = torch.ones_like(W)  # 1 = stays
-    scale, zero, low, high, grids = 1.0, 0.0, None, None, []
+    scale, zero, low, high, grids = 1.0, 0.0, None, None, []  # without bits: units of 1, so that one loop serves both
     loss = W.new_zeros(out, dtype=torch.float64)
     for i1, i2 in spans(0, n, block):
         U = inverse(R[i1:i2, i1:i2])           # (columns, columns)

@@ -38,7 +38,7 @@ def linears(block):
 
 
 def check_ids(model, ids):
-    if ids.dim() != 2 or 0 in ids.shape or ids.is_floating_point():
+    if ids.dim() != 2 or 0 in ids.shape or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be whole numbers (N, T), at least 1 x 1, got {ids.dtype} of {tuple(ids.shape)}")
     if int(ids.min()) < 0 or int(ids.max()) >= model.config.vocab_size:
         raise ValueError(f"ids must be in [0, {model.config.vocab_size}), the model's vocabulary, got {int(ids.min())} "
@@ -91,7 +91,8 @@ def histogram(change, bins=29):
     """{"edges": bins + 1 numbers, "counts": bins whole ones} of the values in `change`: bins of one width, 0 in the
     middle of the middle one, out to the largest change on either side. The edges are rounded to four digits."""
     most = float(change.abs().max()) or 1.0  # nothing changed: any width will do
-    counts = torch.histc(change.float(), bins, -most, most).long()
+    parts = change.flatten().split(1 << 24)  # histc counts in float32, which has no whole numbers beyond 2^24
+    counts = sum(torch.histc(part.float(), bins, -most, most).long() for part in parts)
     return {"edges": [float(f"{most * (2 * k / bins - 1):.4g}") for k in range(bins + 1)], "counts": counts.tolist()}
 
 

@@ -1,14 +1,15 @@
 """
 What stands beside the published sweeps, each asked for by name: `search` and `refit`. Neither is in the papers.
 
-search: a group's grid is fitted to its columns as all errors before them left them. These are spread wider than the
-original ones, to which the reference code fits it, and a wider grid has larger steps: `compress.gptq` says what that
-costs. With search the error is below the reference's in every case of tests/test_compress.py.
+search: a group's grid is fitted to its columns as all errors before them left them. These are spread wider than
+without the errors of their own block, as the reference code has them, and a wider grid has larger steps:
+`compress.gptq` says what that costs. With search the error is below the reference's in every case of
+tests/test_compress.py.
 refit: only later columns can make up for the error of a column. Once all are settled, what is still free is an ordinary
 least-squares problem under the damped H that the sweep used.
 
-Related: the GPTQ reference code's option `mse` tries narrower grids, too, on the original columns; conjugate gradients
-on the weights that pruning left are in ALPS (Meng et al. 2024, arXiv 2406.07831).
+Related: the GPTQ reference code's option `mse` tries narrower grids, too; conjugate gradients on the weights that
+pruning left are in ALPS (Meng et al. 2024, arXiv 2406.07831).
 """
 import math
 
