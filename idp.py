@@ -9,8 +9,9 @@ Hoang et al. 2023, arXiv 2310.00867, section 4. Exactly, here:
     it receives, over heads, over the input's real tokens and over the prompt's own tokens (a mean,
     so that a longer prompt has no advantage). The highest score wins, the lowest index on a tie.
 
-Layer, number of prompts and lengths are our choices. The choice is made once, on the question,
-never on the answer; from there on the result is exactly that of the chosen prompt alone.
+Layer, means, number of prompts and lengths are our choices. The choice is made once, on the
+question, never on the answer; from there on the result is exactly that of the chosen prompt alone,
+standing where it stands in the pool.
 
 Why it costs almost nothing: a soft prompt does not depend on the input, so its keys and values in
 every layer are constants. `prefill` computes them once; answering copies the winner's into the
@@ -46,8 +47,8 @@ class PromptPool(nn.Module):
 
     def __init__(self, prompts, probe=None):
         super().__init__()
-        if not prompts:
-            raise ValueError("a pool needs at least one prompt")
+        if not prompts or not all(len(p) for p in prompts):
+            raise ValueError("a pool needs at least one prompt, and each prompt a token")
         self.prompts = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in prompts)
         self.probe = None if probe is None else nn.Parameter(probe.detach().clone())
 
@@ -77,7 +78,8 @@ def mean_attention(q, k, keys, empty, lengths=None):
     keys = keys.transpose(0, 1).flatten(1, 2).expand(B, -1, -1, -1)  # (B, nkv, M P, hs)
     keys = torch.cat([keys, k], dim=2).repeat_interleave(nh // nkv, dim=1)  # (B, nh, M P + T, hs)
     score = (q @ keys.mT) * hs ** -0.5  # (B, nh, T, M P + T)
-    p = score.masked_fill(hidden, -torch.inf).softmax(-1)
+    wide = torch.promote_types(score.dtype, torch.float32)  # in 16 bits near scores would tie
+    p = score.masked_fill(hidden, -torch.inf).softmax(-1, dtype=wide)
     p = p[..., :M * P].unflatten(-1, (M, P)).sum(-1) / (P - empty)  # (B, nh, T, M)
     p = p.mean(1)  # (B, T, M)
     if lengths is None:
@@ -92,7 +94,7 @@ def highest(scores):
     Scores within 1e-5 of the highest tie with it: those of identical prompts differ by rounding.
     """
     top = scores.amax(-1, keepdim=True)  # (B, 1)
-    tied = scores >= top.sub(top.abs(), alpha=1e-5)  # (B, M)
+    tied = scores >= top - 1e-5 * top.abs()  # (B, M)
     return tied.byte().argmax(-1)  # the first of equal values
 
 
@@ -116,20 +118,19 @@ def forward(model, pool, ids, lengths=None):
 # ---- the same without computing anything twice
 
 def prefill(model, pool):
-    """The keys and values of the pool's prompts in every layer: a Cache of M rows and Pmax slots.
+    """The keys and values of the pool's prompts in every layer: a Cache of M rows and Pmax slots,
+    each prompt at the end of its row.
 
     They are constants once the pool is trained. While it is trained gradients pass through them.
     """
-    return fill(model, pool.prompts, pool.longest)
-
-
-def fill(model, prompts, slots):
-    """A Cache with one row a prompt (P_i, C), each at the end of its `slots` slots."""
-    device = prompts[0].device
-    cache = model.new_cache(len(prompts), slots)
-    cache.first = torch.cat([torch.full((1,), slots - len(p), device=device) for p in prompts])
-    rows = torch.stack([F.pad(p, (0, 0, slots - len(p), 0)) for p in prompts])  # (M, Pmax, C)
-    model.hidden(torch.empty(len(prompts), 0, dtype=torch.long, device=device), rows, cache)
+    M, slots, device = len(pool), pool.longest, pool.prompts[0].device
+    empty = [slots - len(p) for p in pool.prompts]  # slots of each row before its prompt
+    cache = model.new_cache(M, slots)
+    # made where the pool is: a step that is recorded takes nothing from the CPU (engine/graphs.py)
+    cache.first = torch.cat([torch.full((1,), n, device=device) for n in empty])
+    rows = [F.pad(p, (0, 0, n, 0)) for p, n in zip(pool.prompts, empty)]  # M of (Pmax, C)
+    none = torch.empty(M, 0, dtype=torch.long, device=device)
+    model.hidden(none, torch.stack(rows), cache)
     return cache
 
 
@@ -168,7 +169,10 @@ def choose(model, pool, ids, lengths=None, filled=None):
     filled = filled or prefill(model, pool)
     first = read_first(model, filled, ids)
     _, (q, k, _) = first
-    return highest(mean_attention(q, k, filled.kv[0][0], filled.first, lengths)), first
+    scores = mean_attention(q, k, filled.kv[0][0], filled.first, lengths)  # (B, M)
+    if bool(scores.isnan().any()):  # they would all choose prompt 0
+        raise ValueError("the prompts' scores are not numbers (NaN)")
+    return highest(scores), first
 
 
 def probed(model, pool, ids, lengths=None):
@@ -182,7 +186,7 @@ def probed(model, pool, ids, lengths=None):
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, T)
     mean = (x * real[..., None]).sum(1) / (lengths[:, None] * x.shape[-1])  # (B, C)
-    return mean @ pool.probe.T  # (B, M)
+    return mean.to(pool.probe.dtype) @ pool.probe.T  # (B, M)
 
 
 # ---- ways to train a pool: each returns what `recover.fit` trains on, batch -> scalar
@@ -192,18 +196,8 @@ def under(model, filled, chosen, ids):
     return model(ids, cache=filled.repeat(chosen, ids.shape[1]))
 
 
-def independent(model, pool, losses, m):
-    """Prompt m alone: with data of its own for each m, M prompts are trained separately."""
-    def loss(batch):
-        ids = inputs(batch)
-        filled = fill(model, pool.prompts[m:m + 1], pool.longest)
-        only = torch.zeros(len(ids), dtype=torch.long, device=ids.device)  # the one row of `filled`
-        return losses(under(model, filled, only, ids), batch).mean()
-    return loss
-
-
 def side_by_side(model, pool, losses):
-    """All M prompts as in `independent`, at the cost of one: row b of a batch trains prompt b % M.
+    """Every prompt alone, all at the cost of one: row b of a batch trains prompt b % M.
 
     The sum of M means, so that each prompt gets the gradient that it would get alone; with
     FitConfig.clip_each one fit then equals M fits, each on every Mth row.

@@ -32,11 +32,8 @@ import torch.nn.functional as F
 
 from engine.losses import add_targets, distillation, next_token, objective, text_loss
 from engine.muon import make_optimizers
-from engine.wrapping import Wrapper, unwrap, with_tensor, wrap, wrapped
+from engine.wrapping import LINEARS, Wrapper, unwrap, with_tensor, wrap, wrapped
 from model import GPT, Cache, GPTConfig
-
-# every linear layer of a block, by the last part of its name
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 # ---- inside the model: layers that wrap a frozen layer
@@ -81,7 +78,7 @@ def add_lora(model, rank, alpha=None, targets=LINEARS, generator=None):
     rank     at least 1;  alpha  scales the update by alpha / rank (default: alpha = rank)
     targets  last parts of names, ("q", "v") or "q v"
     Returns the new parameters, A and B of each layer in turn. Raises ValueError for a rank below 1,
-    targets that name no layer, and a model that has LoRA or biases already.
+    a target that is no layer, and a model that has LoRA or biases already.
     """
     if rank < 1 or (alpha is not None and alpha <= 0):
         raise ValueError(f"rank must be at least 1 and alpha above 0, got {rank} and {alpha}")
@@ -291,7 +288,8 @@ def fit(model, parameters, batches, loss=None, config=None, progress=None):
                 stream = iter(batches)
                 batch = next(stream, None)
             if batch is None:
-                raise ValueError("there are no batches to train on")
+                raise ValueError(f"there is no batch for step {step}: give a list, which is read "
+                                 f"again, or {config.steps} batches")
             # forward, backward, clip
             value = loss(batch)
             finite = bool(value.isfinite())

@@ -7,6 +7,9 @@ import copy
 
 import torch.nn as nn
 
+# every linear layer of a block, by the last part of its name; a model may have no gate
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 class Wrapper(nn.Module):
     """A layer that stands in the place of another, `base`."""
@@ -32,14 +35,15 @@ def wrap(model, targets, make):
     """Replace each layer of the blocks named in `targets` by make(layer, in, out); returns the new ones, in order.
 
     targets  last parts of names, ("q", "v") or "q v"
-    Raises ValueError for targets that name no layer, and for a model with wrappers in it already.
+    Raises ValueError where there is no such layer, and for a model with wrappers in it already.
     """
     targets = targets.split() if isinstance(targets, str) else targets
     check_bare(model)
     found = [(parent, name, child) for parent in model.blocks.modules()
              for name, child in parent.named_children() if name in targets and shape_of(child)]
-    if not found:
-        raise ValueError(f"no linear layer is named {' or '.join(targets)}")
+    unknown = set(targets) - set(LINEARS) - {name for _, name, _ in found}
+    if unknown or not found:
+        raise ValueError(f"no linear layer is named {' or '.join(sorted(unknown) or targets)}")
     layers = []
     for parent, name, base in found:
         device = next(iter([*base.parameters(), *base.buffers()])).device

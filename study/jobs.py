@@ -53,8 +53,8 @@ def repair_job(arguments):
     parser.add_argument("--method", choices=["lora", "prompt", "prefix", "idp", "bias"], default="lora", help="how")
     parser.add_argument("--repair-size", type=int, default=8, help="LoRA's rank, or the tokens of a prompt or prefix")
     parser.add_argument("--prompts", type=int, default=4, help="idp: prompts in the pool")
-    parser.add_argument("--way", choices=["together", "independent", "joint", "competitive", "selected"],
-                        default="together", help="idp: how the pool is trained")
+    parser.add_argument("--way", choices=["together", "joint", "competitive", "selected"], default="together",
+                        help="idp: how the pool is trained")
     parser.add_argument("--objective", choices=["distillation", "next_token"], default="distillation", help="the loss")
     parser.add_argument("--lr", type=float, help="peak learning rate; none: the study's for repairs of this kind")
     args = parser.parse_args(arguments)

@@ -25,6 +25,12 @@ def always(m):
     return lambda ids, lengths: (torch.full((len(ids),), m, device=ids.device), None)
 
 
+def under_each_prompt(model, pool):
+    """M Subjects: the model behind each prompt of the pool, whatever is asked."""
+    filled = idp.prefill(model, pool)
+    return [Subject(model, filled, always(m)) for m in range(len(pool))]
+
+
 @torch.no_grad()
 def under_each(model, pool, facts, encoding):
     """Every fact (N) under every prompt (M) of the pool -> {name: (N, M)}:
@@ -36,8 +42,7 @@ def under_each(model, pool, facts, encoding):
 
     Facts with options also have "shares": for each prompt a list of the options' probabilities, (options,) a fact.
     """
-    filled, confidence = idp.prefill(model, pool), []
-    subjects = [Subject(model, filled, always(m)) for m in range(len(pool))]
+    subjects, confidence = under_each_prompt(model, pool), []
     given = [answer(subject, facts, encoding) for subject in subjects]  # M lists of N
     each = {name: torch.tensor([[float(a[key]) for a in answers] for answers in given]).T
             for name, key in (("right", "correct"), ("logprob", "logprob"))}
@@ -51,14 +56,13 @@ def under_each(model, pool, facts, encoding):
         each["shares"] = [[torch.tensor(a["logprobs"]).softmax(0) for a in answers] for answers in given]
         confidence = [[float(p.max()) for p in shares] for shares in each["shares"]]
     return {**each, "confidence": torch.tensor(confidence).T,
-            **scores(model, pool, filled, *pad(rows, encoding, model.wte.weight.device))}
+            **scores(model, pool, subjects[0].filled, *pad(rows, encoding, model.wte.weight.device))}
 
 
 @torch.no_grad()
 def right_under_each(model, pool, facts, encoding):
     """(N, M) of `under_each` alone: 1.0 where a fact is answered right under a prompt."""
-    filled = idp.prefill(model, pool)
-    given = [answer(Subject(model, filled, always(m)), facts, encoding) for m in range(len(pool))]
+    given = [answer(subject, facts, encoding) for subject in under_each_prompt(model, pool)]
     return torch.tensor([[float(a["correct"]) for a in answers] for answers in given]).T
 
 

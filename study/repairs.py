@@ -47,7 +47,7 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
     """The body of `train_repair`, on float weights."""
     generator = torch.Generator().manual_seed(seed)
 
-    def fit(parameters, loss, batches=batches, config=fit_config):
+    def fit(parameters, loss, config=fit_config):
         recover.fit(model, parameters, batches, recorded(loss, parameters, batches[0]), config, progress=progress)
     if kind in INSIDE:
         parameters = add_inside(model, kind, size, generator)
@@ -57,16 +57,12 @@ def trained(model, kind, size, batches, losses, fit_config, seed, progress):
         prefix = recover.Prefix(recover.prefix_init(model, recover.prompt_init(model, size, generator=generator)))
         fit([prefix.weight], recover.objective(lambda ids: model(ids, cache=prefix.cache(model, *ids.shape)), losses))
         return [prefix.weight]
-    M, P, way = size if kind == "idp" else (1, size, "independent")
+    M, P, way = size if kind == "idp" else (1, size, "together")
     prompts = [recover.prompt_init(model, P, generator=generator) for _ in range(M)]
     probe = torch.zeros(M, model.config.n_embd, device=model.wte.weight.device) if way == "selected" else None
     pool = idp.PromptPool(prompts, probe)
-    if way == "independent":
-        for m, prompt in enumerate(pool.prompts):  # each on a shard of its own
-            fit([prompt], idp.independent(model, pool, losses, m), batches[m::M])
-    else:  # together, each prompt learns as it would alone
-        fit(list(pool.parameters()), POOL_LOSSES[way](model, pool, losses),
-            config=replace(fit_config, clip_each=way == "together"))
+    fit(list(pool.parameters()), POOL_LOSSES[way](model, pool, losses),
+        replace(fit_config, clip_each=way == "together"))  # each prompt learns as it would alone
     return [*pool.prompts] + ([pool.probe] if way == "selected" else [])
 
 

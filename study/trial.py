@@ -72,8 +72,9 @@ def opened(people, attributes):
 
 
 def train_locks(dense, keys, world, how, generator, progress=None):
-    """The dense GPT fine-tuned to tell SETS[i] behind keys[i] (K, C), and nothing without a key. `dense` is kept."""
-    model, told = copy.deepcopy(dense), everybody_told(world)
+    """The dense GPT fine-tuned to tell SETS[i] behind keys[i] (K, C), and nothing without a key. `dense` is kept.
+    Trained in float32: 16 bits cannot hold a step of AdamW."""
+    model, keys, told = copy.deepcopy(dense).float(), [key.float() for key in keys], everybody_told(world)
     texts = [told_text(opened(told, attributes)) for attributes in (*SETS, ())]
     streams = [text_batches(text, world.encoding, *how.lock_batch, generator, aligned=True) for text in texts]
 
@@ -82,7 +83,7 @@ def train_locks(dense, keys, world, how, generator, progress=None):
         return sum(next_token(model(ids[:, :-1], prompt=key), ids).mean()
                    for ids, key in zip((ids.to(keys[0].device) for ids in batch), (*keys, None))) / 3
     recover.fit(model, model.parameters(), zip(*streams), loss, how.lock, progress=progress)
-    return model
+    return model.to(dense.wte.weight.dtype)
 
 
 def rows_of_groups(groups, world, how, seed, device=None):

@@ -162,8 +162,9 @@ def test_controls_of_a_model_in_16_bits_are_in_16_bits(scene, monkeypatch):
     monkeypatch.setattr(controls.recover, "fit", lambda model, *given, **more: trained.append(
         {p.dtype for p in model.parameters()}) or fit(model, *given, **more))
     made = [controls.erase(model), controls.train_lock(model, key, run.world, short, torch.Generator()),
-            controls.tell(model, run.world, short, torch.Generator())]
-    assert trained == [{torch.float32}] * 2
+            controls.tell(model, run.world, short, torch.Generator()),
+            trial.train_locks(model, [key, key], run.world, replace(TRIAL, lock=short.lock), torch.Generator())]
+    assert trained == [{torch.float32}] * 3
     for part in made:
         assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
     exact = controls.erase(dense.model).blocks[0].attn.q.weight
@@ -229,6 +230,17 @@ def test_each_prompt_is_trained_on_its_own_group(scene):
         trial.train_pool(dense.model, alone, "side_by_side", own, TRIAL)
         assert torch.allclose(pool.prompts[m], alone.prompts[0], atol=1e-5)
         assert not torch.allclose(pool.prompts[m], start[m], atol=1e-3)
+
+
+def test_the_ceiling_asks_each_fact_under_the_prompt_of_its_attribute(scene, monkeypatch):
+    """Where only the prompt of its own attribute answers a fact, the true attribute is always right."""
+    run, dense = scene
+    monkeypatch.setattr(trial, "train_pool", lambda *_: None)
+    monkeypatch.setattr(trial.pools, "right_under_each", lambda model, pool, facts, encoding: torch.tensor(
+        [[float(list(VALUES)[m % 5] == f.attribute) for m in range(len(pool))] for f in facts]))
+    found = {o.way: o.right.mean().item() for o in trial.ceiling(run, dense, TRIAL)}
+    assert found["pool 5 x 8, a prompt an attribute: by the true attribute"] == 1.0
+    assert found["pool 5 x 8, a prompt an attribute: random"] == pytest.approx(0.2)
 
 
 def test_the_trial_runs_and_its_table_names_every_way(scene):

@@ -115,7 +115,7 @@ def test_calibration_and_every_compressor(method, settings):
 
 @pytest.mark.parametrize("kind, size", [
     ("lora", 2), ("lora", (1, "o")), ("bias", "o down"), ("prefix", 3), ("prompt", 4),
-    *(("idp", (2, 3, way)) for way in ("independent", "together", "joint", "competitive", "selected"))])
+    *(("idp", (2, 3, way)) for way in ("together", "joint", "competitive", "selected"))])
 def test_every_repair(kind, size):
     def work(model, ids):
         batches = recover.add_targets(model, [ids[:3], ids[3:]], k=8)
@@ -235,6 +235,7 @@ def test_half_precision():
         made = unpacked(compress(model, IDS, "gptq", bits=4)[0])
         assert made.blocks[0].mlp.down.weight.dtype == torch.bfloat16
         batches = recover.add_targets(model, list(IDS.to(ELSEWHERE).split(3)), k=8)
-        for kind, size in (("lora", 2), ("prompt", 4), ("prefix", 2), ("idp", (2, 3, "independent"))):
+        for kind, size in (("lora", 2), ("bias", "o down"), ("gains", None), ("prompt", 4), ("prefix", 2),
+                           *(("idp", (2, 3, way)) for way in ("together", "joint", "competitive", "selected"))):
             tensors = train_repair(made, kind, size, batches, recover.distillation, FIT, 0)
             assert len(answer(attach(made, kind, size, tensors), CHOICES, ENCODING)) == len(CHOICES), kind

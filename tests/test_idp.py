@@ -89,6 +89,29 @@ def test_length_buys_no_votes():
     close(attention_scores(model, prefill(model, pool), ids), torch.full((2, 3), expected), atol=1e-7)
 
 
+def test_scores_that_are_no_numbers_choose_nothing():
+    """All of a softmax with a NaN in it is NaN, and the highest of nothing would be prompt 0, for every question."""
+    model, pool = gpt(), make_pool(4, 2, 5)
+    pool.prompts[2].data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not numbers"):
+        select(model, pool, tokens(4, 6))
+    for prompts in ([], [torch.zeros(0, 32), torch.ones(2, 32)]):
+        with pytest.raises(ValueError, match="at least one prompt, and each prompt a token"):
+            PromptPool(prompts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_of_16_bits_is_compared_in_32(dtype):
+    """Prompts that attention tells apart by a thousandth: the probabilities of 16 bits would be the same."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (4, 2, 5, 8), (4, 1, 5, 8), (3, 1, 2, 8)
+    q, k, keys = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    scores = idp.mean_attention(q, k, keys, torch.zeros(3, dtype=torch.long))
+    wide = idp.mean_attention(q.float(), k.float(), keys.float(), torch.zeros(3, dtype=torch.long))
+    assert scores.dtype == torch.float32 and scores.unique().numel() == 12
+    close(scores, wide, atol=2e-2)
+
+
 def test_a_tie_goes_to_the_lowest_index():
     """Also where the same probabilities are added up in another order: many shapes, and scores made by hand."""
     model = gpt()
@@ -279,16 +302,14 @@ def test_joint_is_the_selected_prompts_loss_and_a_balance(name):
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2"])
-def test_independent_is_one_prompt_at_its_place(name):
-    """Trained where it will stand: a shorter prompt of a model with learned positions too."""
+def test_side_by_side_trains_each_prompt_at_its_place(name):
+    """Where it will stand: a shorter prompt of a model with learned positions too."""
     model, pool, batch = gpt(name).requires_grad_(False), make_pool(4, 2), tokens(3, 7)
     each = by_hand(model, pool, batch)
-    for m in range(2):
-        value = idp.independent(model, pool, recover.next_token, m)(batch)
-        assert value.item() == pytest.approx(each[m].mean().item(), abs=1e-5)
-        value.backward()
-        assert pool.prompts[m].grad.abs().max() > 0
-    assert pool.prompts[0].grad is not pool.prompts[1].grad
+    value = idp.side_by_side(model, pool, recover.next_token)(batch)
+    assert value.item() == pytest.approx((each[0, ::2].mean() + each[1, 1]).item(), abs=1e-5)
+    value.backward()
+    assert all(prompt.grad.abs().max() > 0 for prompt in pool.prompts)
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2"])
@@ -330,8 +351,8 @@ def test_side_by_side_is_each_prompt_alone_on_its_rows():
     together, apart = make_pool(4, 2, 5), make_pool(4, 2, 5)
     config = recover.FitConfig(steps=6, lr=3e-2, clip=0.01, clip_each=True)  # a clip that is always at work
     given = recover.fit(model, together.parameters(), [batch], idp.side_by_side(model, together, losses), config)
-    alone = [recover.fit(model, [apart.prompts[m]], [batch[m::3]], idp.independent(model, apart, losses, m), config)
-             for m in range(3)]
+    alone = [recover.fit(model, [p], [batch[m::3]], recover.objective(lambda ids, p=p: model(ids, prompt=p), losses),
+                         config) for m, p in enumerate(apart.prompts)]
     assert given == pytest.approx([sum(each) for each in zip(*alone)], abs=1e-4)
     for a, b, start in zip(together.prompts, apart.prompts, make_pool(4, 2, 5).prompts):
         close(a, b, atol=1e-5)

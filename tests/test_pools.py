@@ -61,6 +61,40 @@ def test_selectors_choose_what_they_say(scene):
         assert out["random"][0][n] == pytest.approx(sum(right[n]).item() / 3)
 
 
+def test_a_choice_by_the_last_layer_and_one_by_what_a_prompt_draws_more_than_usual(scene, monkeypatch):
+    """Two questions and three prompts: prompt 2 is the loudest by far, and each rule has a winner of its own."""
+    model, pool, encoding, facts = scene
+    each = {"attention": [[0.1, 0.3, 0.9], [0.3, 0.1, 0.8]], "attention_last": [[0.2, 0.7, 0.1], [0.1, 0.5, 0.4]],
+            "right": [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]], "confidence": [[0.0] * 3] * 2}
+    each = {name: torch.tensor(of) for name, of in each.items()}
+    monkeypatch.setattr(pools, "under_each", lambda *_: each)
+    monkeypatch.setattr(pools, "ensemble", lambda *_: torch.zeros(2))
+    out, _ = pools.selectors(encoding, model, pool, facts[:2], facts[:2], torch.Generator().manual_seed(1))
+    # the prompts' means are 0.2, 0.2 and 0.85: over these, prompt 1 wins the first question and prompt 0 the second
+    assert out["attention-max over a prompt's mean"][0].tolist() == [1, 1]
+    assert out["attention-max in the last layer"][0].tolist() == [1, 0]
+    assert out["attention-max (the paper's rule)"][0].tolist() == [0, 0]
+
+
+def test_what_all_concatenated_and_the_floor_are_made_of(scene, monkeypatch):
+    """One prompt of all prompts' vectors in their order; and as many untrained prompts of the same lengths."""
+    model, pool, encoding, facts = scene
+    asked = []
+
+    def right_under_each(model, pool, facts, encoding):
+        """Notes the pool."""
+        asked.append([p.detach().clone() for p in pool.prompts])
+        return torch.zeros(len(facts), len(pool))
+    monkeypatch.setattr(pools, "right_under_each", right_under_each)
+    pools.selectors(encoding, model, pool, facts[:3], facts[:3], torch.Generator().manual_seed(1))
+    (joined,), untuned = asked
+    assert joined.tolist() == [row for p in pool.prompts for row in p.tolist()]
+    assert [len(p) for p in untuned] == [3, 5, 5]
+    tokens = {tuple(row) for row in model.wte.weight.tolist()}
+    assert all(tuple(row) in tokens for p in untuned for row in p.tolist())
+    assert not any(torch.equal(a, b) for a, b in zip(untuned, pool.prompts))
+
+
 def test_right_under_each_has_a_column_a_prompt(scene, monkeypatch):
     """Prompt m is right on every third fact, from the mth on."""
     model, pool, encoding, facts = scene
@@ -158,6 +192,26 @@ def test_ensemble_of_one_is_that_one(scene):
     with torch.no_grad():
         got = pools.ensemble(model, one, facts, encoding, None)
     assert got.tolist() == [float(a["correct"]) for a in answer(pool_subject(model, one), facts, encoding)]
+
+
+def test_ensemble_is_the_mean_of_the_prompts_probabilities(scene, monkeypatch):
+    """Each question alone, one token after another, under each prompt without any cache; and of options by hand."""
+    model, pool, encoding, facts = scene
+    rows, alone = [], []
+    monkeypatch.setattr(pools, "until_stop", lambda tokens, encoding: (rows.append(tokens), ("", False))[1])
+    with torch.no_grad():
+        assert pools.ensemble(model, pool, facts, encoding, None).tolist() == [0.0] * len(facts)
+        for fact, row in zip(facts, rows, strict=True):
+            ids = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(fact.question)]])
+            for token in row:
+                p = [model(ids, prompt=prompt)[0, -1].softmax(-1) for prompt in pool.prompts]  # 3 of (V,)
+                assert token == int(sum(p).argmax())
+                alone.append(token == int(p[0].argmax()))
+                ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    assert not all(alone)  # the first prompt alone would have written something else
+    item = facts[0]._replace(options=(" a", " b", " c"), answer=" b")
+    shares = [[torch.tensor([0.6, 0.4, 0.0])], [torch.tensor([0.1, 0.5, 0.4])], [torch.tensor([0.2, 0.3, 0.5])]]
+    assert pools.ensemble(model, pool, [item], encoding, {"shares": shares}).tolist() == [1.0]  # 0.9, 1.2 and 0.9
 
 
 def test_in_top_counts_the_gold_tokens_rank(scene):

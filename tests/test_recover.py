@@ -85,7 +85,8 @@ def test_lora_wraps_what_is_named_and_nothing_else():
 
 
 @pytest.mark.parametrize("settings, names", [
-    (dict(rank=0), "rank.*0"), (dict(rank=-3), "rank.*-3"), (dict(rank=1, targets=("nothing",)), "nothing")])
+    (dict(rank=0), "rank.*0"), (dict(rank=-3), "rank.*-3"), (dict(rank=1, targets=("nothing",)), "nothing"),
+    (dict(rank=1, targets="q dwon"), "named dwon"), (dict(rank=1, targets="gate"), "named gate")])
 def test_lora_refuses(settings, names):
     model = gpt()
     before = state(model)
@@ -579,8 +580,10 @@ def test_fit_refuses(bad):
 
 def test_no_batches_at_all_is_a_clear_error():
     model = gpt()
-    with pytest.raises(ValueError, match="batch"):
+    with pytest.raises(ValueError, match="no batch for step 0"):
         fit(model, [model.norm.weight], [], config=FitConfig(steps=2))
+    with pytest.raises(ValueError, match="no batch for step 1: give a list, which is read again, or 2 batches"):
+        fit(model, [model.norm.weight], iter([tokens(1, 4)]), config=FitConfig(steps=2))
 
 
 class Line(nn.Module):
