@@ -288,8 +288,7 @@ def fit(model, parameters, batches, loss=None, config=None, progress=None):
                 stream = iter(batches)
                 batch = next(stream, None)
             if batch is None:
-                raise ValueError(f"there is no batch for step {step}: give a list, which is read "
-                                 f"again, or {config.steps} batches")
+                raise ValueError(f"no batch for step {step}: give a list, which is read again")
             # forward, backward, clip
             value = loss(batch)
             finite = bool(value.isfinite())

@@ -13,9 +13,10 @@ Adapters on disk: a repair in two small files beside its base, in the layout tha
     idp     IDP            prompt_embeddings.0 (P_0, C), prompt_embeddings.1, ...; probe (M, C) where one was trained
 
 The first four load with `peft.PeftModel.from_pretrained` beside the same base in transformers, and what PEFT saved
-loads here. PEFT has neither biases alone nor pools: those two layouts are ours. LoRA beside GPT-2, whose one layer
-c_attn is three here, is saved under our own names (blocks.0.attn.q), and PEFT's is not read. A repair is worth nothing
-on another base, so fingerprints are compared; PEFT writes none, then names and shapes must do.
+loads here, but gains of a LayerNorm, whose biases PEFT trains, too. PEFT has neither biases alone nor pools: those two
+layouts are ours. LoRA beside GPT-2, whose one layer c_attn is three here, is saved under our own names
+(blocks.0.attn.q), and PEFT's is not read. A repair is worth nothing on another base, so fingerprints are compared; PEFT
+writes none, then names and shapes must do.
 
 The study keeps its repairs in this layout, as lists of tensors in the order of training (`save_tensors`).
 

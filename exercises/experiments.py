@@ -33,7 +33,7 @@ from world.small import World  # noqa: E402
 
 KINDS = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "up": "mlp.up", "down": "mlp.down"}
 RANK, STEPS, LR = 8, 200, 3e-3  # of LoRA, as in the study
-SEEN_WITH_80 = 1.96 + 0.84      # standard errors: a difference so large is found at the level 5 % in 80 of 100 studies
+POWER_80 = 1.96 + 0.84      # standard errors: a difference so large is found at the level 5 % in 80 of 100 studies
 NAMES = "dense", "SparseGPT 50 %", "+ LoRA, seen people in its text", "+ LoRA, held-out, too"
 
 
@@ -129,7 +129,7 @@ def two_bits():
     print(f"\nH0: LoRA brings back the same share at 2 bits as at 3 bits\n"
           f"displaced at 2 bits - at 3 bits: {cell(difference)} points, two-sided p = {p:.2g} (bootstrap over people)\n"
           f"power: with its standard error of {100 * error:.1f} points "
-          f"a difference of {100 * SEEN_WITH_80 * error:.0f} points is found four times in five")
+          f"a difference of {100 * POWER_80 * error:.0f} points is found four times in five")
     found = detectable_flips(right["heldout"][3], right["heldout"][4], entities)
     print(f"the gain at 2 bits alone: {100 * found:.1f} points of recall would have been found four times in five")
 
