@@ -131,19 +131,19 @@ def current(W, R, lo, hi, U=None):
     return torch.addmm(W[lo:hi], (R[:lo, lo:hi] @ U).T, W[:lo])  # W_b + D_done R_done,b U_bb, transposed
 
 
-def sweep_few(A, V, d, low, high, keep, n_m):
+def sweep_few(A, V, r, low, high, keep, n_m):
     """Algorithm 1, innermost loop: a few columns, one after another, in units of their grid -> Q; all (columns, out).
 
     A is changed in place, and ends as each column stood at its turn. V (columns, columns) is U_jk / U_jj above the
-    diagonal. low, high (out,) bound the codes, or are None: no rounding. keep (columns, out) is 0 where a weight must
-    go, or None; for n_m it is completed here, just before its M columns.
+    diagonal, r (columns, 1) R_jj = 1 / U_jj. low, high (out,) bound the codes, or are None: no rounding. keep
+    (columns, out) is 0 where a weight must go, or None; for n_m it is completed here, just before its M columns.
     """
     Q, E = torch.empty_like(A), torch.empty_like(A[0])
     N, M = n_m or (0, 0)
     for j, (w, q, v) in enumerate(zip(A.unbind(), Q.unbind(), V.unbind())):
         if n_m and j % M == 0:
             cell = keep[j:j + M]  # (M, out)
-            score = (A[j:j + M] * d[j:j + M]).abs_().mul_(cell)  # |w_j| / U_jj, 0 where a weight is gone already
+            score = (A[j:j + M] * r[j:j + M]).abs_().mul_(cell)  # |w_j| / U_jj, 0 where a weight is gone already
             cell.mul_(~smallest(score, len(score) - N, dim=0))
         if low is not None:
             torch.clamp(torch.round(w, out=q), low, high, out=q)  # q_j = quant(w_j)
@@ -168,7 +168,7 @@ def sweep(W, factored, bits=None, group_size=None, symmetric=False, keep=None, s
     (out, n), R, order = W.shape, factored.R, factored.order
     size, M = min(group_size or n, n), n_m[1] if n_m else 1
     block, step = (max(width // M, 1) * M for width in (block_size, STEP))  # both hold whole patterns
-    d = R.diagonal()[:, None]                  # (in, 1) R_jj = 1 / U_jj
+    r = R.diagonal()[:, None]                  # (in, 1) R_jj = 1 / U_jj
     W = W if order is None else W[:, order]
     W = W.T.clone(memory_format=torch.contiguous_format)  # (in, out); becomes W - Q where a column is done
     Q = torch.empty_like(W, dtype=torch.uint8 if bits else W.dtype)  # codes, or weights
@@ -183,7 +183,7 @@ def sweep(W, factored, bits=None, group_size=None, symmetric=False, keep=None, s
         A = current(W, R, i1, i2, U)           # (columns, out)
         V = (U / U.diagonal()[:, None]).triu_(1)
         if sparsity is not None:  # the block's mask, by the loss each zero would cause (SparseGPT, Algorithm 1)
-            score = (A * d[i1:i2]).abs_().mul_(keep[i1:i2]).T.reshape(1, -1)  # (1, out * columns) |w_j| / U_jj
+            score = (A * r[i1:i2]).abs_().mul_(keep[i1:i2]).T.reshape(1, -1)  # (1, out * columns) |w_j| / U_jj
             keep[i1:i2] *= ~smallest(score, round(sparsity * score.numel())).view(out, i2 - i1).T
         for j1, j2 in spans(i1, i2, step, size):
             here, few, later = slice(j1, j2), slice(j1 - i1, j2 - i1), slice(j2 - i1, None)
@@ -194,15 +194,15 @@ def sweep(W, factored, bits=None, group_size=None, symmetric=False, keep=None, s
                 members = members if keep is None else members * keep[j1:end]
                 scale, zero = grid(members.T, bits, symmetric)  # (out,)
                 if narrow is not None:
-                    scale = narrow(members, scale, zero, bits, d[j1:end].square())
+                    scale = narrow(members, scale, zero, bits, r[j1:end].square())
                 low, high = -zero, 2**bits - 1 - zero
                 grids.append((scale, zero))
             # a few columns, one at a time
             a = A[few] / scale  # (columns, out)
-            q = sweep_few(a, V[few, few], d[here], low, high, keep[here] if keep is not None else None, n_m)
+            q = sweep_few(a, V[few, few], r[here], low, high, keep[here] if keep is not None else None, n_m)
             # their errors, to the rest of the block
             E = (a - q).mul_(scale)
-            loss += (E * d[here]).square_().sum(0).div_(2)
+            loss += (E * r[here]).square_().sum(0).div_(2)
             A[later].addmm_(V[few, later].T, E, alpha=-1)
             W[here] -= q * scale
             Q[here] = q + zero

@@ -90,7 +90,7 @@ def sized(size, seed=0, out="out", **more):
 
 COMPRESSIONS = {  # tag: (operation, method, settings)
     "RTN 3 bits": ("quantize", "rtn", {"bits": 3, "group_size": 96}),
-    "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 96}),  # as in its paper
+    "GPTQ 3 bits": ("quantize", "gptq", {"bits": 3, "group_size": 96}),  # the published sweep
     "magnitude 50 %": ("prune", "magnitude", {"sparsity": 0.5}),
     "SparseGPT 50 %": ("prune", "sparsegpt", {"sparsity": 0.5}),
 }
