@@ -44,6 +44,7 @@ def test_an_interrupted_step_is_made_again(tmp_path):
     assert run.once_json("x", {}, (), lambda: "whole") == "whole"
 
 
+@pytest.mark.filterwarnings("ignore:soon:FutureWarning")
 def test_a_training_that_ended_early_says_so_whenever_its_result_is_used(tmp_path, capsys):
     """A warning is shown when it comes, the same one of another step too; and said again where the step is reused."""
     def diverges():
