@@ -102,6 +102,8 @@ def test_pack_refuses():
         pack(q._replace(bits=1))
     with pytest.raises(ValueError, match=r"x must be floats \(..., 8\), got torch.float32 \(2, 3\)"):
         matmul(torch.zeros(2, 3), pack(q))
+    with pytest.raises(ValueError, match="got torch.int64"):  # the weight would be rounded to whole numbers
+        matmul(torch.full((2, 8), 10), pack(q))
 
 
 @pytest.mark.parametrize("n_m", [(2, 4), (4, 8), (1, 4), (1, 2), (3, 16), (3, 32)])
