@@ -109,6 +109,17 @@ def test_cities_can_be_guessed_and_countries_hardly():
             assert least < sum(right) / len(right) < most + 0.02
 
 
+def test_every_trained_repair_has_a_rate_of_those_tried_on_every_damaged_model():
+    config = settings.real_config("tiny.gguf")
+    for base in config.compressions:
+        for tag, (kind, size) in config.repairs.items():
+            if kind != "correction":
+                grid = config.rate_grid["prompt" if kind == "idp" else kind]
+                assert rate(config, base, tag, kind, size) in grid, (base, tag)
+    for tag in lock.REPAIRS:
+        assert rate(config, lock.TAG, tag, *config.repairs[tag]) in config.rate_grid[config.repairs[tag][0]], tag
+
+
 # ---- facts
 
 def test_whole_countries_are_split_and_every_fact_is_kept():

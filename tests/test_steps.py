@@ -61,6 +61,10 @@ def test_a_training_that_ended_early_says_so_whenever_its_result_is_used(tmp_pat
         run.once_json(name, {}, (), diverges)
     said = capsys.readouterr().err
     assert said.splitlines() == ["x: the loss is nan at step 3", "y: the loss is nan at step 3"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as where the same text was shown before
+        run.once_json("w", {}, (), diverges)
+    assert steps.read_mark(str(tmp_path / "w.json"))["warned"] == ["the loss is nan at step 3"]
     run.once_json("z", {}, (), lambda: 1)
     assert "warned" not in steps.read_mark(str(tmp_path / "z.json"))
 
