@@ -22,7 +22,7 @@ from checkpoints.weights import list_folder, list_safetensors
 from checkpoints.writing import encoded
 from engine.decode import choose_decode
 from engine.device import add_device, device_of
-from engine.safetensors import read_safetensors
+from engine.safetensors import read_entries
 from idp import PromptPool
 from kernels import PackedLinear
 from recover import Prefix, SoftPrompt
@@ -36,7 +36,7 @@ def show_tensors(path):
     elif path.endswith(".gguf"):
         settings, tensors = read_header(path)
     else:
-        settings, tensors = read_safetensors(path)[1], list_safetensors(path)
+        settings, tensors = read_entries(path)[1], list_safetensors(path)
     for key, value in settings.items():
         text = f"{len(value)} values, first {value[:4]}" if isinstance(value, list) else repr(value)
         print(f"{key:48s} {text[:120]}")

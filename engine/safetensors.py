@@ -47,26 +47,27 @@ def dump(f, tensors, metadata=None):
         f.write(memoryview(blob))
 
 
-def read_safetensors(path):
-    """{name: tensor} and {str: str} from `path`. The tensors lie in the memory-mapped file, private to this process.
+def read_entries(path):
+    """{name: (dtype's name, shape, first byte, byte behind the last)} and {str: str}: the header of `path`, checked.
 
     Raises ValueError, naming the file and the field, for anything that is not a whole and honest safetensors file.
     """
     size = os.path.getsize(path)
     if size < 8:
         raise ValueError(f"{path}: {size} bytes is too short for a safetensors file")
-    data = np.memmap(path, dtype=np.uint8, mode="c")
-    n = int.from_bytes(data[:8].tobytes(), "little")
-    if n > min(size - 8, 100_000_000):
-        raise ValueError(f"{path}: the header claims {n} bytes, the file has {size}: truncated, or not safetensors")
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if n > min(size - 8, 100_000_000):
+            raise ValueError(f"{path}: the header claims {n} bytes, the file has {size}: truncated, or not safetensors")
+        text = f.read(n)
     try:
-        header = json.loads(data[8:8 + n].tobytes().decode())
+        header = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the header is not JSON ({type(error).__name__})") from None
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: the header is not an object of tensors")
-    tensors, end = {}, 0
+    entries, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
         dtype, shape = DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
         if dtype is None:
@@ -81,17 +82,28 @@ def read_safetensors(path):
             raise ValueError(f"{path}: tensor {name!r}: {stop - start} bytes for shape {shape} of {entry['dtype']}")
         if 8 + n + stop > size:
             raise ValueError(f"{path}: tensor {name!r} ends {8 + n + stop - size} bytes after the file does: truncated")
-        end = stop
-        raw = data[8 + n + start:8 + n + stop]
-        if (8 + n + start) % dtype.itemsize:
+        entries[name], end = (entry["dtype"], tuple(shape), 8 + n + start, 8 + n + stop), stop
+    if 8 + n + end != size:
+        raise ValueError(f"{path}: {size - 8 - n - end} bytes follow the last tensor")
+    return entries, metadata
+
+
+def read_safetensors(path):
+    """{name: tensor} and {str: str} from `path`. The tensors lie in the memory-mapped file, private to this process.
+
+    Raises ValueError as `read_entries` does.
+    """
+    (entries, metadata), tensors = read_entries(path), {}
+    data = np.memmap(path, dtype=np.uint8, mode="c")
+    for name, (kind, shape, start, stop) in entries.items():
+        raw, dtype = data[start:stop], DTYPES[kind]
+        if start % dtype.itemsize:
             raw = raw.copy()  # a view needs aligned bytes
         flat = torch.from_numpy(raw).view(dtype) if len(raw) else torch.empty(0, dtype=dtype)
         try:
             tensors[name] = flat.reshape(shape)
         except RuntimeError:  # no bytes, but sizes whose product overflows
             raise ValueError(f"{path}: tensor {name!r}: shape {shape} is larger than any tensor") from None
-    if 8 + n + end != size:
-        raise ValueError(f"{path}: {size - 8 - n - end} bytes follow the last tensor")
     return tensors, metadata
 
 

@@ -529,7 +529,6 @@ def test_a_checkpoint_keeps_its_vocabulary(name, tmp_path):
     assert again.eot_token == encoding.eot_token and again.n_vocab == encoding.n_vocab
     assert [getattr(again, end) for end in ("bos", "eos")] == [getattr(encoding, end, None) for end in ("bos", "eos")]
     assert again.decode([399]) == "<|unused 399|>"
-    assert read_model(tmp_path / "m.safetensors", tokenizer=False)[1] is None
 
 
 def test_a_damaged_vocabulary_in_a_checkpoint_is_refused_by_name(tmp_path):
