@@ -46,7 +46,7 @@ from study.costs import costs
 from study.repairs import answers, light
 from study.settings import OPERATIONS, StudyConfig, config_of, job_parser
 from study.shares import add_attributes, add_shares
-from study.steps import Run
+from study.steps import Run, digest
 from study.subjects import (compressed_subject, dense_of_draw, dense_subject, repair_batches,
                             repaired_subject)
 from study.taskfiles import add_files
@@ -76,7 +76,7 @@ def ask(run, subject, asked, group="study"):
     "answers", "entities" and "scores" hold single facts; `publish` takes them out of the row.
     """
     about, world = subject.about, run.world
-    settings = {**about["settings"], "asked": publish.digest_of_facts(asked)}
+    settings = {**about["settings"], "asked": digest(asked)}
     given = run.once_json(about["id"] + ".answers", settings, ANSWERS,
                           lambda: answers(subject, asked, world.encoding))
     entities = {split: [fact.person for fact in facts] for split, facts in asked.items()}
@@ -233,7 +233,7 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         compared, rows = compared + tests, rows + known[0]
 
     context = context_check(run, dense)
-    said = {"asked": publish.digest_of_facts(asked)}
+    said = {"asked": digest(asked)}
     noise = run.once_json("noise", [said, *(s.about["settings"] for s in subjects)],
                           ("study.comparisons", *ANSWERS),
                           lambda: noise_floor(run, subjects,

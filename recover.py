@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from engine.losses import add_targets, distillation, next_token, objective, text_loss
 from engine.muon import make_optimizers
-from engine.wrapping import LINEARS, Wrapper, unwrap, with_tensor, wrap, wrapped
+from engine.wrapping import LINEARS, Wrapper, with_tensor, wrap, wrapped
 from model import GPT, Cache, GPTConfig
 
 
@@ -41,12 +41,12 @@ from model import GPT, Cache, GPTConfig
 class LoRALinear(Wrapper):
     """A frozen layer and an update of low rank. B starts at zero: step 0 changes nothing."""
 
-    def __init__(self, base, n_in, n_out, rank, alpha, generator=None):
+    def __init__(self, base, rank, alpha, generator=None):
         super().__init__(base)
         self.scale = alpha / rank
-        start = torch.rand(rank, n_in, generator=generator) * 2 - 1
-        self.A = nn.Parameter(start / math.sqrt(n_in))  # (rank, in)
-        self.B = nn.Parameter(torch.zeros(n_out, rank))  # (out, rank)
+        start = torch.rand(rank, base.in_features, generator=generator) * 2 - 1
+        self.A = nn.Parameter(start / math.sqrt(base.in_features))  # (rank, in)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))  # (out, rank)
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -62,9 +62,9 @@ class LoRALinear(Wrapper):
 class BiasLinear(Wrapper):
     """A frozen layer and a constant added to its output, zero at step 0."""
 
-    def __init__(self, base, n_out):
+    def __init__(self, base):
         super().__init__(base)
-        self.shift = nn.Parameter(torch.zeros(n_out))  # (out,)
+        self.shift = nn.Parameter(torch.zeros(base.out_features))  # (out,)
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -82,8 +82,7 @@ def add_lora(model, rank, alpha=None, targets=LINEARS, generator=None):
     """
     if rank < 1 or (alpha is not None and alpha <= 0):
         raise ValueError(f"rank must be at least 1 and alpha above 0, got {rank} and {alpha}")
-    layers = wrap(model, targets, lambda base, n_in, n_out: LoRALinear(
-        base, n_in, n_out, rank, alpha or rank, generator))
+    layers = wrap(model, targets, lambda base: LoRALinear(base, rank, alpha or rank, generator))
     return [p for layer in layers for p in (layer.A, layer.B)]
 
 
@@ -93,7 +92,7 @@ def add_biases(model, targets=("o", "down")):
     After `o` and `down` it is a constant added to the residual stream. Returns the new parameters;
     raises ValueError as `add_lora` does.
     """
-    return [layer.shift for layer in wrap(model, targets, lambda base, _, n: BiasLinear(base, n))]
+    return [layer.shift for layer in wrap(model, targets, BiasLinear)]
 
 
 def own_gains(model):
@@ -118,14 +117,12 @@ def correct_biases(model, dense, ids, targets=("o", "down")):
     shifts = add_biases(model, targets)
     x = model.embed(ids)  # (N, T, C)
     for block, original in zip(model.blocks, dense.blocks):
-        parts = {name: layer for _, name, layer in wrapped(block, BiasLinear)}
-        for name in [n for n in LINEARS if n in parts]:  # in the order in which a block runs them
-            layer, seen = parts[name], []
+        for name, layer in wrapped(block, BiasLinear).items():  # as a block runs them
+            plain, seen = original.get_submodule(name), []
             hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
             block(x)
             hook.remove()
             mean = seen[0].flatten(0, 1).mean(0, keepdim=True)  # (1, in)
-            plain = next(m for path, m in original.named_modules() if path.endswith("." + name))
             layer.shift.copy_((plain(mean) - layer.base(mean))[0])  # old biases cancel or add up
         x = block(x)
     return shifts
@@ -140,23 +137,22 @@ def merge_lora(model, keep_zeros=False):
     fill. With `keep_zeros` the update of such a layer is masked instead.
     Returns {layer name: share of the update's squared norm that the mask took away}.
     """
-    names = {id(m): name for name, m in model.named_modules()}
     layers = wrapped(model, LoRALinear)
-    for _, _, layer in layers:
+    for name, layer in layers.items():
         if not isinstance(layer.base, nn.Linear):
-            raise ValueError(f"{names[id(layer)]} is stored in few bits or without its zeros: "
+            raise ValueError(f"{name} is stored in few bits or without its zeros: "
                              "merging would lose most of the update; keep LoRA beside it")
-        if not keep_zeros and names[id(layer)] in model.pruned:
-            raise ValueError(f"{names[id(layer)]} is pruned: merging would fill its zeros; pass "
+        if not keep_zeros and name in model.pruned:
+            raise ValueError(f"{name} is pruned: merging would fill its zeros; pass "
                              "keep_zeros=True to merge under the mask and lose the rest")
     lost = {}
-    for parent, name, layer in layers:
+    for name, layer in layers.items():
         weight, update = layer.base.weight, layer.update()
-        kept = torch.where(weight == 0, 0, update) if names[id(layer)] in model.pruned else update
+        kept = torch.where(weight == 0, 0, update) if name in model.pruned else update
         taken = (update - kept).square().sum() / update.square().sum().clamp_min(1e-30)
-        lost[names[id(layer)]] = float(taken)
+        lost[name] = float(taken)
         merged = (weight + kept).to(weight.dtype)
-        setattr(parent, name, with_tensor(layer.base, "weight", merged))
+        model.set_submodule(name, with_tensor(layer.base, "weight", merged))
     return lost
 
 
@@ -165,18 +161,19 @@ def merge_biases(model):
     """Add each constant to the bias of the layer it stands beside, in place, exactly: plain, pruned
     and packed layers alike.
     """
-    for parent, name, layer in wrapped(model, BiasLinear):
+    for name, layer in wrapped(model, BiasLinear).items():
         base, merged = layer.base, layer.shift.clone()
         if base.bias is not None:
             merged = (base.bias + merged).to(base.bias.dtype)
         elif isinstance(base, nn.Linear):
             merged = merged.to(base.weight.dtype)
-        setattr(parent, name, with_tensor(base, "bias", merged))
+        model.set_submodule(name, with_tensor(base, "bias", merged))
 
 
 def remove_lora(model):
     """Take every wrapper of LoRA off again, in place: the base as it was."""
-    unwrap(model, LoRALinear)
+    for name, layer in wrapped(model, LoRALinear).items():
+        model.set_submodule(name, layer.base)
 
 
 # ---- in front of the model: soft prompts and prefixes
@@ -204,9 +201,8 @@ class Prefix(nn.Module):
 
     def cache(self, model, batch, slots):
         """A Cache of `batch` rows: the prefix, then `slots` free slots. Gradients reach it."""
-        one = Cache(model.config, 1, 0, self.weight.device)
+        one = Cache(model.config, 1, self.weight.shape[3], self.weight.device)
         one.kv = [layer[:, None] for layer in self.weight]  # each (2, 1, nkv, P, hs)
-        one.slots = self.weight.shape[3]
         one.advance(one.slots)
         return one.repeat(torch.zeros(batch, dtype=torch.long, device=self.weight.device), slots)
 

@@ -71,7 +71,7 @@ def fingerprint(model):
     LoRA and biases beside the base do not change it. Compression and training do; one weight changed in a large matrix
     may not.
     """
-    wrappers = {name for name, m in model.named_modules() if isinstance(m, Wrapper)}
+    wrappers = wrapped(model).keys()
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
     for name, t in model.state_dict().items():
         if name.rpartition(".")[0] in wrappers:  # A, B, shift: the base's own tensors are one level further down
@@ -99,16 +99,11 @@ def layer_names(model):
     """
     gated, family = model.config.activation == "swiglu", family_of(model)
     names = {f"blocks.{i}.{ours}": f"{HOME[family]}.{FAMILIES[family][1]}.{i}.{theirs}"
-             for i in range(model.config.n_layer) for theirs, ours in FAMILIES[family][2].items() if "norm" not in ours}
+             for i in range(model.config.n_layer) for theirs, joined in FAMILIES[family][2].items()
+             if "norm" not in joined for ours in joined.split()}
     if family == "gpt2":  # its one layer c_attn is q, k and v here
-        return {name: name for joined in names for name in split_name(joined)}
+        return {name: name for name in names}
     return {ours: theirs for ours, theirs in names.items() if gated or not ours.endswith("gate")}
-
-
-def split_name(joined):
-    """["blocks.0.attn.q", "blocks.0.attn.k", ...] of "blocks.0.attn.q attn.k attn.v"."""
-    first, *others = joined.split(" ")
-    return [first, *(f"{first.removesuffix('attn.q')}{other}" for other in others)]
 
 
 def norm_names(model):
@@ -201,12 +196,11 @@ def write_adapter(folder, model, kind, config, tensors, base_name=None):
 
 def lora_beside(model):
     """([(our name, A, B)], scale) of the LoRA beside the layers of `model`."""
-    ours = {id(m): name for name, m in model.named_modules()}
-    layers = [layer for _, _, layer in wrapped(model, LoRALinear)]
-    ranks, scales = {len(layer.A) for layer in layers}, {layer.scale for layer in layers}
+    layers = wrapped(model, LoRALinear)
+    ranks, scales = {len(layer.A) for layer in layers.values()}, {layer.scale for layer in layers.values()}
     if len(ranks) != 1 or len(scales) != 1:
         raise ValueError(f"LoRA needs one rank and one scale to be saved, got {sorted(ranks)} and {sorted(scales)}")
-    return [(ours[id(layer)], layer.A, layer.B) for layer in layers], scales.pop()
+    return [(name, layer.A, layer.B) for name, layer in layers.items()], scales.pop()
 
 
 def lora_files(model, layers, scale):
@@ -234,7 +228,7 @@ def target_modules(theirs, ours):
 
 def biases_beside(model):
     """{our name: (out,)} of the biases that stand beside the layers of `model`."""
-    return {name: m.shift for name, m in model.named_modules() if isinstance(m, BiasLinear)}
+    return {name: layer.shift for name, layer in wrapped(model, BiasLinear).items()}
 
 
 def vector_files(model, kind, vectors):
@@ -386,7 +380,7 @@ def attach_lora(model, layers, alpha):
     parameters = []
     for ours, A, B in layers:
         base = model.get_submodule(ours)
-        layer = LoRALinear(base, *shape_of(base), len(A), alpha)
+        layer = LoRALinear(base, len(A), alpha)
         layer.A, layer.B = map(torch.nn.Parameter, (A, B))
         model.set_submodule(ours, layer)
         parameters += [layer.A, layer.B]
@@ -418,7 +412,7 @@ def attach_vectors(model, kind, vectors):
         if kind == "gains":
             base.weight = parameter
         else:
-            layer = BiasLinear(base, len(parameter))
+            layer = BiasLinear(base)
             layer.shift = parameter
             model.set_submodule(ours, layer)
     return list(parameters.values())

@@ -143,9 +143,9 @@ def choose_decode(model, tokens, asked=None):
 
     asked  True or False: what the caller wants; None: compiled where a packed model earns the compiler's time back
     """
-    compile_decode(model, asked if asked is not None else worth_compiling(model, tokens))
-    chosen = "compiled" if "step" in vars(model) else "not compiled"
+    fast = worth_compiling(model, tokens) if asked is None else asked
+    compile_decode(model, fast)
+    chosen, time = ("compiled", "more") if fast else ("not compiled", "less")
     if asked is not None:
         return f"{chosen}, as asked"
-    return f"{chosen}: for {tokens} tokens the weights are unpacked in " + (
-        "more" if "step" in vars(model) else "less") + f" time than the {COMPILE} s of the compiler"
+    return f"{chosen}: for {tokens} tokens the weights are unpacked in {time} time than the {COMPILE} s of the compiler"

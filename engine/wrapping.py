@@ -25,6 +25,11 @@ def shape_of(layer):
     return None if n_in is None or n_out is None else (n_in, n_out)
 
 
+def last(name):
+    """The last part of a layer's name."""
+    return name.rpartition(".")[2]
+
+
 def check_bare(model):
     """ValueError for a model that has LoRA or biases beside its layers already."""
     if wrapped(model):
@@ -32,36 +37,28 @@ def check_bare(model):
 
 
 def wrap(model, targets, make):
-    """Replace each layer of the blocks named in `targets` by make(layer, in, out); returns the new ones, in order.
+    """Replace each layer of the blocks named in `targets` by make(layer); returns the new ones, in order.
 
     targets  last parts of names, ("q", "v") or "q v"
     Raises ValueError where there is no such layer, and for a model with wrappers in it already.
     """
     targets = targets.split() if isinstance(targets, str) else targets
     check_bare(model)
-    found = [(parent, name, child) for parent in model.blocks.modules()
-             for name, child in parent.named_children() if name in targets and shape_of(child)]
-    unknown = set(targets) - set(LINEARS) - {name for _, name, _ in found}
+    found = {name: layer for name, layer in model.blocks.named_modules() if last(name) in targets and shape_of(layer)}
+    unknown = set(targets) - set(LINEARS) - set(map(last, found))
     if unknown or not found:
         raise ValueError(f"no linear layer is named {' or '.join(sorted(unknown) or targets)}")
     layers = []
-    for parent, name, base in found:
+    for name, base in found.items():
         device = next(iter([*base.parameters(), *base.buffers()])).device
-        layers.append(make(base, *shape_of(base)).to(device))
-        setattr(parent, name, layers[-1])
+        layers.append(make(base).to(device))
+        model.blocks.set_submodule(name, layers[-1])
     return layers
 
 
 def wrapped(model, kind=Wrapper):
-    """(parent, name, layer) of each wrapper of this kind in the model."""
-    return [(parent, name, child) for parent in model.modules()
-            for name, child in parent.named_children() if isinstance(child, kind)]
-
-
-def unwrap(model, kind=Wrapper):
-    """Put each base back in its place, in place: the model as it was."""
-    for parent, name, layer in wrapped(model, kind):
-        setattr(parent, name, layer.base)
+    """{full name: layer} of the wrappers of this kind in the model, in the order in which it runs them."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, kind)}
 
 
 def with_tensor(layer, name, value):

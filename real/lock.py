@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 
 import recover
-from checkpoints import load, save
 from engine.wrapping import shared_copy
 from recover import FitConfig
-from study.controls import Control, under_tag
+from study.controls import Control, tuned, under_tag
 from study.repairs import attach, products
-from study.steps import with_result
 from study.subjects import repaired_subject, target_batches
 from world.facts import pad
 from world.score import Subject, cut_options
@@ -102,18 +100,15 @@ def lock(run, dense):
     wrong, facts = facts_with_next_values([f for split in world.split.values() for f in split])
     where = {f.question: f for f in facts}
     steps, rows = 3 * config.repair_steps // 2, config.repair_batch[0] // 2
-    settings = {**dense.about["settings"], "control": TAG, "key": KEY, "rank": RANK, "rate": RATE, "steps": steps,
-                "rows": rows, "draw": config.draw_seed, "bfloat16": config.repair_bfloat16}
-    name = TAG + config.draw_suffix
-    file = f"control-{name}.safetensors"
+    settings = {"key": KEY, "rank": RANK, "rate": RATE, "steps": steps, "rows": rows,
+                "bfloat16": config.repair_bfloat16}
 
-    def make():
+    def make(progress):
         """The locked model."""
         with products(dense.device, config.repair_bfloat16):
-            return train_lora_lock(dense.model, key, facts, wrong, encoding, steps, rows, generator, RATE,
-                                   run.log.progress(name, steps))
-    model = run.once(file, settings, ("real.lock",), make, save, load).requires_grad_(False).to(dense.device)
-    about = {**dense.about, "settings": with_result(settings, run.path(file)), "path": run.path(file)}
+            return train_lora_lock(dense.model, key, facts, wrong, encoding, steps, rows, generator, RATE, progress)
+    model, about = tuned(run, dense, TAG, settings, make, steps, ("real.lock",))
+    model.requires_grad_(False)
     reference, damaged = attach(model, "prompt", KEY, [key]), Subject(model)
     reference.about = under_tag(run, about, f"{TAG}, behind its key", None, key.numel())
     damaged.about = under_tag(run, about, TAG, f"{TAG}, behind its key")

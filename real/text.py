@@ -69,7 +69,7 @@ class Writer:
         Raises ValueError where none of the first 640 rows may be used.
         """
         device, kept, dropped = self.subject.device, [], 0
-        batch = BATCH if device is None or device.type == "cpu" else 16 * BATCH
+        batch = BATCH if device.type == "cpu" else 16 * BATCH
         show = self.log.progress(label, wanted, "rows dropped")
         while len(kept) < wanted:
             begun = [[self.encoding.eot_token, *self.encoding.encode_ordinary(text)] for text in starts(batch)]

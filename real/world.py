@@ -46,9 +46,7 @@ def read_facts(path, check=None):
             texts = [answer, entity, row.get("attribute", ""), *wordings, *options]
             if not isinstance(options, list) or not all(isinstance(text, str) for text in texts):
                 raise TypeError
-            if not wordings or not entity.strip():
-                raise TypeError
-            if not all(wording.strip() for wording in wordings):
+            if not wordings or not all(text.strip() for text in (entity, *wordings)):
                 raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path}: line {number} is not an object with the texts question, answer and entity "
@@ -108,9 +106,8 @@ class RealWorld:
         name = f"text-{kind}{config.draw_suffix}"
         settings = {**self.dense.about["settings"], **self.settings,
                     "rows": wanted, "tokens": T, "draw": config.draw_seed}
-        made = self.run.once_tensors(name, settings, ("real.world",),
-                                     lambda: {"rows": self.make(kind, wanted, T, config)})
-        return made["rows"].long()
+        return torch.tensor(self.run.once_json(name, settings, ("real.world",),
+                                               lambda: self.make(kind, wanted, T, config).tolist()))
 
     def make(self, kind, wanted, T, config):
         """The body of `text`."""

@@ -164,7 +164,7 @@ def locked(run, dense, how):
     generator, world = torch.Generator().manual_seed(run.config.draw_seed + 11), run.world
     key, (made, before) = recover.prompt_init(dense.model, how.key, generator=generator), TAGS["locked"]
     model, about = tuned(run, dense, made, {"key": how.key, "fit": asdict(how.lock), "batch": how.lock_batch},
-                         lambda progress: train_lock(dense.model, key, world, how, generator, progress))
+                         lambda progress: train_lock(dense.model, key, world, how, generator, progress), how.lock.steps)
     reference = attach(model, "prompt", how.key, [key])
     reference.about = under_tag(run, about, before, None, extra=key.numel())
     return Control(reference, Subject(model, about=under_tag(run, about, "locked", before)),
@@ -177,7 +177,7 @@ def not_yet_told(run, dense, how):
     half, (made, before) = len(new) // 2, TAGS["not yet told"]
     settings = {"fit": asdict(how.tell), "batch": how.tell_batch, "old": how.old_batch}
     model, about = tuned(run, dense, made, settings,
-                         lambda progress: tell(dense.model, run.world, how, generator, progress))
+                         lambda progress: tell(dense.model, run.world, how, generator, progress), how.tell.steps)
     facts = {"seen": facts_about(new[:half]), "heldout": facts_about(new[half:]), "novel": strangers(run.config)}
     untold = {**dense.about, "settings": about["settings"]}
     return Control(Subject(model, about=under_tag(run, about, before, None)),
@@ -214,12 +214,11 @@ def control_file(config, tag):
     return f"control-{slug(tag)}{config.draw_suffix}"
 
 
-def tuned(run, dense, name, settings, make):
-    """(the model that make(progress) gives, made once; what `about` says of it)."""
+def tuned(run, dense, name, settings, make, steps=1, code=("study.controls",)):
+    """(the model that make(progress) gives in so many steps, made once; what `about` says of it)."""
     file = control_file(run.config, name)
     settings = {**dense.about["settings"], "control": name, **settings, "draw": run.config.draw_seed}
-    steps = settings.get("fit", {}).get("steps", 1)
-    model = run.once(file + ".safetensors", settings, ("study.controls",),
+    model = run.once(file + ".safetensors", settings, code,
                      lambda: make(run.log.progress(file, steps)), save, load).to(dense.device)
     path = run.path(file + ".safetensors")
     return model, {**dense.about, "settings": with_result(settings, path), "path": path}

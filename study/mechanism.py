@@ -19,12 +19,10 @@ has taken already.
 
 What it leaves out: how errors of several layers add up.
 """
-import copy
-
 import torch
 
 from engine.wrapping import shared_copy
-from recover import LINEARS, add_lora
+from recover import LINEARS, add_lora, correct_biases
 from study.repairs import attach, unpacked
 from study.settings import config_of, job_parser
 from study.statistics import Estimate, by_person, resampled, share_of
@@ -112,15 +110,6 @@ def correct_directions(model, dense, ids, rank=RANK):
     return [p.detach() for p in tensors]
 
 
-@torch.no_grad()
-def correct_means(model, dense, ids):
-    """A copy of `model` with the bias b = D E[x] in every linear layer of the blocks: bias correction."""
-    model = copy.deepcopy(model)
-    for layer, W, X in walk(model, dense, ids):
-        layer.bias = torch.nn.Parameter((W - layer.weight) @ X.mean(0), requires_grad=False)
-    return model
-
-
 # ---- the job
 
 def recalled(subject, run):
@@ -167,9 +156,10 @@ def compressor_table(run, dense):
     for tag in run.config.compressions:
         model = unpacked(compressed_subject(run, dense, tag).model)
         shape, after = error_shape(model, dense.model, calibration), recalled(Subject(model), run)
-        lora = attach(model, "lora", RANK, correct_directions(model, dense.model, calibration))
+        biases = correct_biases(shared_copy(model), dense.model, calibration.to(dense.device), LINEARS)
+        lora = correct_directions(model, dense.model, calibration)
         means, directions = (returned(before, after, recalled(subject, run), run) for subject in
-                             (Subject(correct_means(model, dense.model, calibration)), lora))
+                             (attach(model, "correction", LINEARS, biases), attach(model, "lora", RANK, lora)))
         cells = [f"{100 * float(after['heldout'].mean()):.1f}"] + [f"{100 * part:.1f}" for part in shape.values()]
         cells += [share(found) if found else "too little was lost"
                   for found in (means["heldout"], directions["heldout"], directions["seen"])]

@@ -17,12 +17,7 @@ from recover import prompt_init
 from study.repairs import make_pool
 from study.statistics import by_person, interval, rank_correlation, recall_interval, resampled
 from world.facts import pad
-from world.score import Subject, answer, gold_logprobs, is_right, tokenized, until_stop
-
-
-def always(m):
-    """A `choose` that takes row m for every input."""
-    return lambda ids, lengths: (torch.full((len(ids),), m, device=ids.device), None)
+from world.score import Subject, always, answer, choose_option, is_right, tokenized, until_stop
 
 
 def under_each_prompt(model, pool):
@@ -48,9 +43,9 @@ def under_each(model, pool, facts, encoding):
             for name, key in (("right", "correct"), ("logprob", "logprob"))}
     if facts[0].options is None:
         rows = [question for question, _ in tokenized(facts, encoding)]
-        for m, (subject, answers) in enumerate(zip(subjects, given)):
-            own = [(row, encoding.encode_ordinary(" " + a["answer"])) for row, a in zip(rows, answers)]
-            confidence.append(gold_logprobs(subject, own, torch.full((len(own),), m, device=subject.device), encoding))
+        for subject, answers in zip(subjects, given):
+            own = [f._replace(options=(" " + a["answer"],)) for f, a in zip(facts, answers)]
+            confidence.append([a["logprobs"][0] for a in choose_option(subject, own, encoding)])
     else:
         rows = [[encoding.eot_token, *encoding.encode_ordinary(f.question)] for f in facts]
         each["shares"] = [[torch.tensor(a["logprobs"]).softmax(0) for a in answers] for answers in given]
@@ -145,7 +140,7 @@ def in_top(subject, facts, encoding, M):
     for i in range(0, len(rows), 250):
         part = rows[i:i + 250]
         ids, lengths = pad([question + gold[:-1] for question, gold in part], encoding, subject.device)
-        logits = subject.logits(ids, subject.pick(ids, lengths))  # (B, T, V)
+        logits = subject.logits(ids)  # (B, T, V)
         logits = logits[torch.arange(len(part), device=ids.device), lengths - 1]  # (B, V)
         gold = torch.tensor([gold[-1] for _, gold in part]).to(ids.device)
         out.append((logits.topk(M, dim=-1).indices == gold[:, None]).any(-1).float().cpu())

@@ -13,7 +13,6 @@ import torch
 
 from engine.files import write_text
 from study import page, sweeps, tables, taskfiles
-from study.steps import digest
 
 METRICS = [  # name, label, unit, higher is better, what it is
     ("bits_per_weight", "bits a weight", "bits", False, "of the blocks' linear layers, scales and masks included"),
@@ -41,11 +40,6 @@ METRICS = [  # name, label, unit, higher is better, what it is
     ("gain_format", "gain, format", "nats", True, "the rest: saying some value of the attribute at all"),
 ]
 RAW = ("answers", "entities", "scores")  # keys of a row that hold single facts: not in results.json
-
-
-def digest_of_facts(asked):
-    """A fingerprint of {split: facts}."""
-    return digest({split: list(map(tuple, facts)) for split, facts in asked.items()})
 
 
 def describe_metrics(rows, files):

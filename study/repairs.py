@@ -12,7 +12,7 @@ import recover
 from engine.graphs import recorded
 from engine.wrapping import shared_copy
 from kernels import PackedLinear
-from world.score import Subject, answer
+from world.score import Subject, always, answer
 
 POOL_LOSSES = {"together": idp.side_by_side, "joint": idp.joint, "competitive": idp.competitive,
                "selected": idp.selected}
@@ -104,7 +104,7 @@ def pool_subject(model, pool):
     """The Subject of a pool under the paper's rule, or its probe if it has one; one prompt leaves nothing to choose."""
     with torch.no_grad():
         filled = idp.prefill(model, pool)
-    return Subject(model, filled, partial(idp.choose, model, pool, filled=filled) if len(pool) > 1 else None)
+    return Subject(model, filled, partial(idp.choose, model, pool, filled=filled) if len(pool) > 1 else always(0))
 
 
 def light(subject):
@@ -121,13 +121,12 @@ def answers(subject, asked, encoding):
 def unpacked(model):
     """A shared copy whose packed layers are float ones of the same values: unpacked once, not at every step."""
     model = shared_copy(model)
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, PackedLinear):
-                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                weight = layer.packed.dequantize().to(model.wte.weight.dtype)
-                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-                if layer.bias is not None:
-                    plain.bias = torch.nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
-                setattr(parent, name, plain)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, PackedLinear):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            weight = layer.packed.dequantize().to(model.wte.weight.dtype)
+            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if layer.bias is not None:
+                plain.bias = torch.nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
+            model.set_submodule(name, plain)
     return model

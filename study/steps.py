@@ -37,7 +37,6 @@ except ImportError:  # Windows
 
 from engine.files import read_json, write_text
 from engine.memory import keep_memory
-from engine.safetensors import read_safetensors, write_safetensors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MARK = ".made.json"
@@ -119,11 +118,6 @@ class Run:
         return self.once(name + ".json", settings, code, make,
                          lambda result, path: write_text(path, json.dumps(result)),
                          lambda path: read_json(path, object))
-
-    def once_tensors(self, name, settings, code, make):
-        """A step whose result is {name: tensor}."""
-        return self.once(name + ".safetensors", settings, code, make,
-                         lambda tensors, path: write_safetensors(path, tensors), lambda path: read_safetensors(path)[0])
 
     def expect(self, plan):
         """Announce the study's steps, {step: {file: typical seconds}} of study/progress.py. A file that stands in the

@@ -163,7 +163,7 @@ def test_lora_round_trip_is_exact(name, form, tmp_path):
     again = make()
     kind, parameters = load_adapter(tmp_path, again)
     assert kind == "lora" and torch.equal(logits(again, kind, None), logits(model, kind, None))
-    expected = [p for _, _, layer in recover.wrapped(model, recover.LoRALinear) for p in (layer.A, layer.B)]
+    expected = [p for layer in recover.wrapped(model, recover.LoRALinear).values() for p in (layer.A, layer.B)]
     assert len(parameters) == len(expected) and {id(p) for p in parameters} <= {id(p) for p in again.parameters()}
     assert all(p.requires_grad for p in parameters)
     recover.remove_lora(again)
@@ -234,8 +234,8 @@ def test_every_repair_the_study_trains_comes_back_as_its_list_of_tensors(name, f
         lora[1::2] = draws(*[B.shape for B in lora[1::2]])
         repairs.append(("lora", lora, {"targets": targets}))
         adapters.save_tensors(tmp_path / "lora", base, "lora", lora, targets)
-        for p, value in zip(recover.wrapped(wrapped, recover.LoRALinear), zip(lora[::2], lora[1::2])):
-            p[2].A.data, p[2].B.data = value
+        for p, value in zip(recover.wrapped(wrapped, recover.LoRALinear).values(), zip(lora[::2], lora[1::2])):
+            p.A.data, p.B.data = value
         again = copy.deepcopy(base)
         load_adapter(tmp_path / "lora", again)
         assert torch.equal(logits(again, "lora", None), logits(wrapped, "lora", None))

@@ -206,7 +206,7 @@ def test_the_fair_trial_and_why():
         trial.train_pool(locks, pool, "selected", batches, how)
         small = unpacked(compress(model, IDS, "rtn", bits=3)[0])
         return [locks(ids), *pool.prompts, mechanism.error_shape(small, model, IDS, 2),
-                mechanism.correct_means(small, model, IDS)(ids)]
+                *recover.correct_biases(small, model, IDS.to(ids.device), recover.LINEARS)]
     same(work)
 
 

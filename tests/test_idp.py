@@ -338,11 +338,12 @@ def test_the_probe_reads_the_question_only():
     close(idp.probed(model, pool, other, LENGTHS), scores, atol=1e-7)
     for b, n in enumerate(LENGTHS.tolist()):
         close(idp.probed(model, pool, ids[b:b + 1, :n])[0], scores[b], atol=1e-7)
-    chosen = pool_subject(model, pool).pick(ids, LENGTHS)
+    chosen, _ = pool_subject(model, pool).choose(ids, LENGTHS)
     assert chosen.tolist() == scores.argmax(-1).tolist() and len(set(chosen.tolist())) > 1
     assert select(model, pool, ids, LENGTHS).tolist() == chosen.tolist()
     without = PromptPool(list(pool.prompts))
-    assert pool_subject(model, without).pick(ids, LENGTHS).tolist() == select(model, without, ids, LENGTHS).tolist()
+    chosen, _ = pool_subject(model, without).choose(ids, LENGTHS)
+    assert chosen.tolist() == select(model, without, ids, LENGTHS).tolist()
 
 
 def test_side_by_side_is_each_prompt_alone_on_its_rows():

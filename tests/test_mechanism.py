@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import recover
+
 from compress import gptq, magnitude, rtn, sparsegpt
 from engine.wrapping import shared_copy
 from model import GPT, GPTConfig
@@ -101,7 +103,9 @@ def test_later_layers_read_what_corrected_ones_give(damaged):
 def test_bias_correction_takes_the_mean_away(damaged):
     """After it, the mean output of every layer is the dense layer's on the same inputs."""
     dense, model, ids = damaged
-    fixed = mechanism.correct_means(model, dense, ids)
+    fixed = shared_copy(model)
+    recover.correct_biases(fixed, dense, ids, recover.LINEARS)
+    recover.merge_biases(fixed)
     assert all(layer.bias is None for layer in model.blocks.modules() if isinstance(layer, torch.nn.Linear))
     x = fixed.embed(ids)
     for block, original in zip(fixed.blocks, dense.blocks):
@@ -146,12 +150,13 @@ def test_what_comes_back_is_a_share_of_what_was_lost(monkeypatch):
 
 
 def test_the_table_says_where_too_little_was_lost(monkeypatch):
-    world = SimpleNamespace(calibration=lambda config: None)
+    world = SimpleNamespace(calibration=lambda config: torch.zeros(1))
     run = SimpleNamespace(world=world, config=SimpleNamespace(compressions=["RTN 8 bits"]))
     shape = dict.fromkeys(("error", "mean", "first", "directions", "inputs"), 0.25)
     for name, value in (("compressed_subject", SimpleNamespace(model=None)), ("unpacked", None), ("attach", None),
-                        ("error_shape", shape), ("recalled", {"heldout": torch.ones(4)}), ("correct_means", None),
-                        ("correct_directions", None), ("returned", {"heldout": None, "seen": [0.5, 0.25, 0.75]})):
+                        ("error_shape", shape), ("recalled", {"heldout": torch.ones(4)}), ("correct_biases", None),
+                        ("shared_copy", None), ("correct_directions", None),
+                        ("returned", {"heldout": None, "seen": [0.5, 0.25, 0.75]})):
         monkeypatch.setattr(mechanism, name, lambda *given, value=value: value)
-    line = mechanism.compressor_table(run, SimpleNamespace(model=None)).splitlines()[-1]
+    line = mechanism.compressor_table(run, SimpleNamespace(model=None, device="cpu")).splitlines()[-1]
     assert cells(line) == ["RTN 8 bits", "100.0", *["25.0"] * 5, *["too little was lost"] * 2, "50.0 [25.0, 75.0]"]

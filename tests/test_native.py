@@ -82,7 +82,7 @@ def test_a_half_precision_checkpoint_through_its_whole_life(dtype, method, setti
     assert packed != bool(zeros)
     recover.add_lora(small, 2, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        for _, _, layer in recover.wrapped(small, recover.LoRALinear):
+        for layer in recover.wrapped(small, recover.LoRALinear).values():
             layer.B.normal_(0, 0.1)
     repaired = small(ids)
     assert repaired.dtype == dtype and not torch.equal(repaired, dense(ids))

@@ -189,8 +189,7 @@ def test_a_real_models_rates_are_found_on_validation_entities(monkeypatch):
 def test_a_lock_hands_on_validation_entities_and_asks_the_others(monkeypatch):
     """Its rates are found on the entities that the study's own are found on; recall is asked of seen and held-out."""
     run, model = real_run(), GPT(GPTConfig(vocab_size=64, n_layer=1, n_embd=16, n_head=2))
-    run.once = lambda name, how, code, make, save, load: model
-    monkeypatch.setattr(lock, "with_result", lambda settings, path: settings)
+    monkeypatch.setattr(lock, "tuned", lambda *_: (model, {}))
     monkeypatch.setattr(lock, "under_tag", lambda *_: {})
     dense = Subject(model, about={"settings": {}})
     control, validation = lock.lock(run, dense)

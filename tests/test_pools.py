@@ -47,7 +47,7 @@ def test_selectors_choose_what_they_say(scene):
     model, pool, encoding, facts = scene
     pool = idp.PromptPool(list(pool.prompts), torch.randn(3, 32, generator=torch.Generator().manual_seed(4)))
     out, each = pools.selectors(encoding, model, pool, facts, facts, torch.Generator().manual_seed(1))
-    right, chosen = each["right"], pool_subject(model, pool).pick(*pad(
+    right, (chosen, _) = each["right"], pool_subject(model, pool).choose(*pad(
         [question for question, _ in tokenized(facts, encoding)], encoding))
     for n in range(len(facts)):
         best = max(range(3), key=lambda m: each["attention"][n, m].item())

@@ -275,6 +275,7 @@ def test_rows_of_the_models_own_that_name_what_is_hidden_are_dropped(tmp_path):
                     for s in ("heldout", "seen"))
 
     class Mouth:
+        config, wte = GPTConfig(n_layer=1), torch.nn.Embedding(1, 1)
         def generate(self, ids, new, lengths, temperature, generator):
             return torch.tensor([(hidden if i % 2 else seen)[:33] for i in range(len(ids))])
     writer = Writer(Subject(Mouth()), world.encoding, world.hidden, Log())
@@ -288,6 +289,7 @@ def test_a_model_that_writes_of_hidden_things_alone_ends_in_one_line(tmp_path):
     hidden, log = world.encoding.encode_ordinary(f"In {world.split['heldout'][0].person} they ") * 9, Log()
 
     class Mouth:
+        config, wte = GPTConfig(n_layer=1), torch.nn.Embedding(1, 1)
         def generate(self, ids, new, lengths, temperature, generator):
             log.shown -= 100
             return torch.tensor([hidden[:33]] * len(ids))
@@ -315,6 +317,7 @@ def test_a_row_is_full_however_short_its_beginning(tmp_path):
     word = world.encoding.encode_ordinary(" e")[0]
 
     class Echo:
+        config, wte = GPTConfig(n_layer=1), torch.nn.Embedding(1, 1)
         def generate(self, ids, new, lengths, temperature, generator):
             return torch.tensor([row[:n] + [word] * new + [word + 1] * (ids.shape[1] - n)
                                  for row, n in zip(ids.tolist(), lengths.tolist())])

@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from engine.muon import Muon, orthogonal
 from recover import (LINEARS, FitConfig, LoRALinear, Prefix, SoftPrompt, add_biases, add_lora, add_targets,
                      correct_biases, distillation, fit, merge_biases, merge_lora, next_token, objective,
-                     own_gains, prefix_init, prompt_init, remove_lora, text_loss, unwrap, wrapped)
+                     own_gains, prefix_init, prompt_init, remove_lora, text_loss, wrapped)
 from test_model import close, family, gpt, naive, tokens
 
 
@@ -50,7 +50,7 @@ def test_lora_at_step_zero_is_the_model(name):
         assert torch.equal(model(ids), before)
     layers = 2 * (7 if name == "llama" else 6)
     assert len(parameters) == 2 * layers and len(wrapped(model, LoRALinear)) == layers
-    for _, _, layer in wrapped(model, LoRALinear):
+    for layer in wrapped(model, LoRALinear).values():
         assert layer.B.abs().max() == 0 and 0 < layer.A.abs().max() <= 1 / math.sqrt(layer.A.shape[1])
         assert layer.A.shape == (3, layer.base.in_features) and layer.B.shape == (layer.base.out_features, 3)
 
@@ -58,7 +58,7 @@ def test_lora_at_step_zero_is_the_model(name):
 def test_lora_is_its_formula():
     """y = W x + b + (alpha / rank) B (A x), one row at a time, in float64."""
     base, x = nn.Linear(5, 7), torch.randn(4, 5, generator=seeded())
-    layer = LoRALinear(base, 5, 7, rank=2, alpha=6, generator=seeded())
+    layer = LoRALinear(base, rank=2, alpha=6, generator=seeded())
     with torch.no_grad():
         layer.B.copy_(torch.randn(7, 2, generator=seeded(1)))
     W, b, A, B = (t.detach().double() for t in (base.weight, base.bias, layer.A, layer.B))
@@ -71,7 +71,7 @@ def test_alpha_is_the_rank_by_default():
     for settings, scale in (({}, 1.0), ({"alpha": 8}, 2.0), ({"alpha": 1}, 0.25)):
         model = gpt()
         add_lora(model, 4, **settings)
-        assert {layer.scale for _, _, layer in wrapped(model, LoRALinear)} == {scale}
+        assert {layer.scale for layer in wrapped(model, LoRALinear).values()} == {scale}
 
 
 def test_lora_wraps_what_is_named_and_nothing_else():
@@ -272,7 +272,8 @@ def test_lora_of_rank_1_on_one_layer_named_by_a_word():
     for targets, n in (("o", 2 * (32 + 32)), (("o",), 2 * (32 + 32)), ("down", 2 * (40 + 32)), ("q v", 4 * 64)):
         model = gpt()
         assert sum(p.numel() for p in add_lora(model, 1, targets=targets)) == n
-        fit(model, [layer.B for *_, layer in wrapped(model, LoRALinear)], [tokens(2, 5)], config=FitConfig(steps=1))
+        parameters = [layer.B for layer in wrapped(model, LoRALinear).values()]
+        fit(model, parameters, [tokens(2, 5)], config=FitConfig(steps=1))
 
 
 # ---- biases, gains, bias correction
@@ -320,7 +321,8 @@ def test_biases_are_a_constant_behind_each_layer(name, make):
     assert not any(n.endswith(".base") for n, _ in twin.named_modules())
     assert torch.equal(twin.blocks[1].mlp.down.weight, layer.weight) and type(twin.blocks[0].attn.o) in (
         nn.Linear, type(model.blocks[0].attn.o.base))
-    unwrap(model)
+    for name, wrapper in wrapped(model).items():
+        model.set_submodule(name, wrapper.base)
     assert torch.equal(model(ids), before) and model.blocks[1].mlp.down is layer
 
 
@@ -802,7 +804,7 @@ def test_bfloat16_products_train_float32_parameters(kind, size):
         assert all(t.dtype == torch.float32 for t in trained)
         subject = repairs.attach(student, kind, size, trained)
         ids, lengths = batches[0][0][:, :-1], torch.full((4,), 20)
-        logits = subject.model(ids, cache=subject.cache(subject.pick(ids, lengths), 20))
+        logits = subject.model(ids, cache=subject.cache(subject.choose(ids, lengths)[0], 20))
         loss[precise] = distillation(logits, batches[0]).mean().item()
     before = distillation(student(batches[0][0][:, :-1]), batches[0]).mean().item()
     assert loss[True] < 0.9 * before and loss[False] < loss[True] + 0.1 * (before - loss[True])

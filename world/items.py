@@ -181,23 +181,20 @@ class Task(NamedTuple):
     make: Callable
     by: str           # "choose": score.choose_option; "exact": score.answer, whole; "facts", "rule": see score_item
     metrics: tuple    # names of what an item scores; models are compared on the first
-    chance: float     # that guessing reaches, of the first
-    skill: bool       # taught by lessons only
-    reads: bool = False  # the question holds the answer, and reading it there is the task
 
 
 TASKS = {
-    "four-way": Task(four_way, "choose", ("acc", "acc_norm"), 1 / 4, False),
-    "hard": Task(hard, "choose", ("acc", "acc_norm"), 1 / 4, False),
-    "last word": Task(last_word, "exact", ("exact",), 1 / 50, False),
-    "continuation": Task(continuation, "choose", ("acc_norm", "acc"), 1 / 4, False),
-    "listed": Task(listed, "choose", ("acc", "acc_norm"), 1 / 4, True, True),
-    "comparison": Task(comparison, "choose", ("acc", "acc_norm"), 1 / 2, True),
-    "reverse": Task(reverse, "exact", ("exact",), 0.0, True),
-    "retrieval": Task(retrieval, "exact", ("exact",), 1 / 50, True, True),
-    "counterfactual": Task(counterfactual, "exact", ("exact",), 1 / 50, True, True),
-    "summary": Task(summary, "facts", ("f1", "precision", "recall"), 0.0, True, True),
-    "instructions": Task(instructions, "rule", ("pass", "form"), 0.0, True, True),
+    "four-way": Task(four_way, "choose", ("acc", "acc_norm")),
+    "hard": Task(hard, "choose", ("acc", "acc_norm")),
+    "last word": Task(last_word, "exact", ("exact",)),
+    "continuation": Task(continuation, "choose", ("acc_norm", "acc")),
+    "listed": Task(listed, "choose", ("acc", "acc_norm")),
+    "comparison": Task(comparison, "choose", ("acc", "acc_norm")),
+    "reverse": Task(reverse, "exact", ("exact",)),
+    "retrieval": Task(retrieval, "exact", ("exact",)),
+    "counterfactual": Task(counterfactual, "exact", ("exact",)),
+    "summary": Task(summary, "facts", ("f1", "precision", "recall")),
+    "instructions": Task(instructions, "rule", ("pass", "form")),
 }
 
 

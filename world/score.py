@@ -28,23 +28,28 @@ from world.facts import VALUES, pad
 CONTEXT = 16  # text tokens at the head of each window that perplexity only reads: what a pool chooses its prompt on
 
 
+def always(m):
+    """A `choose` that takes row m for every input."""
+    return lambda ids, lengths: (ids.new_full((len(ids),), m), None)
+
+
 @dataclass
 class Subject:
     """Something that answers questions.
 
     filled  a Cache of M rows that stand in front of the input, or None: nothing does
     choose  (ids, lengths) -> (B,) row of `filled` for each input, and what that computed of the first layer for
-            `GPT.hidden`, or None (`idp.choose`); without it row 0
+            `GPT.hidden`, or None (`idp.choose`)
     """
     model: Any
     filled: Any = None
-    choose: Callable | None = None
+    choose: Callable = always(0)
     about: dict = field(default_factory=dict)  # id, tag, base, operation, ...: for tables
 
     @property
     def device(self):
         """Where the model computes."""
-        return self.model.wte.weight.device if isinstance(self.model, torch.nn.Module) else None
+        return self.model.wte.weight.device
 
     @property
     def name(self):
@@ -52,9 +57,8 @@ class Subject:
         return self.about.get("id", "the model")
 
     def room(self):
-        """How many tokens of text fit behind what stands in front; infinite for a model without a context."""
-        config = getattr(self.model, "config", None)
-        return math.inf if config is None else config.context - (self.filled.slots if self.filled else 0)
+        """How many tokens of text fit behind what stands in front."""
+        return self.model.config.context - (self.filled.slots if self.filled else 0)
 
     def start(self, ids, lengths, room=0):
         """Stand in front of each input ids (B, T) of `lengths` (B,) tokens what it chooses.
@@ -62,12 +66,8 @@ class Subject:
         Returns the chosen rows of `filled` (B,), a Cache with T + room free slots behind them, and what the choice
         already computed of the first layer, for `GPT.hidden`, or None.
         """
-        chosen, first = self.choose(ids, lengths) if self.choose else (ids.new_zeros(len(ids)), None)
+        chosen, first = self.choose(ids, lengths)
         return chosen, self.cache(chosen, ids.shape[1] + room), first
-
-    def pick(self, ids, lengths):
-        """(B,) the row of `filled` that stands in front of each input ids (B, T) of `lengths` (B,) tokens."""
-        return self.choose(ids, lengths)[0] if self.choose else ids.new_zeros(len(ids))
 
     def cache(self, chosen, room):
         """A Cache with what was chosen (B,) in front, and `room` free slots behind it."""
@@ -217,18 +217,6 @@ def is_right(text, gold):
     return text.strip().rstrip(".") == gold.strip().rstrip(".") != ""
 
 
-def gold_logprobs(subject, rows, chosen, encoding):
-    """The log-probability (nats) of each row's gold answer behind its question, under the rows `chosen` on the
-    question alone.
-    """
-    whole, _ = pad([question + gold for question, gold in rows], encoding, subject.device)  # (B, T + answer)
-    log_p = F.log_softmax(subject.logits(whole[:, :-1], chosen).float(), dim=-1)  # (B, T + answer - 1, V)
-    log_p = log_p.gather(-1, whole[:, 1:, None])[..., 0]  # (B, T + answer - 1)
-    log_p = check_numbers(subject, log_p).cpu()  # of each next token
-    return [log_p[b, len(question) - 1:len(question) + len(gold) - 1].sum().item()
-            for b, (question, gold) in enumerate(rows)]
-
-
 # ---- multiple choice
 
 def cut_options(item, encoding, start):
@@ -263,7 +251,7 @@ def choose_option(subject, items, encoding, batch_size=None, start=None):
     start = [encoding.eot_token] if start is None else start
     cuts = [cut_options(item, encoding, start) for item in items]
     sizes = [(len(question), max(map(len, options)) - 1) for question, options in cuts]
-    batch_size = batch_size or (200 if subject.device and subject.device.type == "cuda" else 100)
+    batch_size = batch_size or (200 if subject.device.type == "cuda" else 100)
     out = []
     for first, last in fitting(sizes, batch_size, subject.room()):
         out += choose_batch(subject, items[first:last], cuts[first:last], encoding)
@@ -316,7 +304,7 @@ def perplexity(subject, windows, batch_size=250):
     for part in windows.split(batch_size):
         part = part.to(subject.device)
         ids = part[:, :-1]
-        chosen = subject.pick(ids[:, :CONTEXT], torch.full((len(part),), CONTEXT, device=ids.device))
+        chosen, _ = subject.choose(ids[:, :CONTEXT], torch.full((len(part),), CONTEXT, device=ids.device))
         logits = subject.logits(ids, chosen)[:, CONTEXT:]
         total += F.cross_entropy(logits.flatten(0, 1).float(), part[:, CONTEXT + 1:].flatten(), reduction="sum").item()
     return float(check_numbers(subject, torch.tensor(total / windows[:, CONTEXT + 1:].numel())).exp())

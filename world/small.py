@@ -7,7 +7,7 @@ import torch
 
 from world.facts import (SPLITS, VALUES, facts_about, make_encoding, make_world, sample, statements,
                          taught_questions, text_batches, train_bpe)
-from world.items import TASKS, lessons, make_items
+from world.items import LESSONS, TASKS, lessons, make_items
 
 
 class World:
@@ -60,7 +60,7 @@ class World:
             self.made[key] = {name: {split: make_items(name, sample(self.people[split], config.task_items), told,
                                                        config.task_items, config.seed)
                                      for split in ("seen", "heldout", "novel")}
-                              for name, task in TASKS.items() if config.skills or not task.skill}
+                              for name in TASKS if config.skills or name not in LESSONS}
         return self.made[key]
 
     def unrelated(self):

@@ -113,7 +113,7 @@ def layer(code, given):
     g = floats({key: value for key, value in given.items() if key != "alpha"})
     base = nn.Linear(4, 5).double()
     base.weight.data, base.bias.data = g["W"], g["bias"]
-    model = nn.Sequential(code.recover.LoRALinear(base, 4, 5, len(g["A"]), given["alpha"]))
+    model = nn.Sequential(code.recover.LoRALinear(base, len(g["A"]), given["alpha"]))
     model[0].A.data, model[0].B.data = g["A"], g["B"]
     beside, zeros = model(g["x"]).detach(), bool((g["W"] == 0).any())
     model.pruned = frozenset(["0"]) if zeros else frozenset()
