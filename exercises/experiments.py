@@ -70,7 +70,7 @@ class Bench:
         """An Estimate of the recall of each model, all on the same resamples of people."""
         sums, sizes = by_person(right[split], self.facts[split])
         samples = resampled(sums, 10_000, torch.Generator().manual_seed(seed), sizes).numpy()
-        return [Estimate(float(sums[:, i].sum() / sizes.sum()), samples[:, i]) for i in range(sums.shape[1])]
+        return [Estimate(float(sums[:, i].sum() / sizes.sum()), samples[:, i:i + 1]) for i in range(sums.shape[1])]
 
     def shares(self, right, repaired, compressed):
         """Displaced and re-learned of model number `repaired`, made from number `compressed`; the dense one is 0."""

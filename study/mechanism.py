@@ -131,7 +131,7 @@ def returned(dense, damaged, repaired, run, seed=31):
     for split, facts in facts_to_ask(run).items():
         sums, sizes = by_person([right[split].tolist() for right in (dense, damaged, repaired)], facts)
         drawn = resampled(sums, 10_000, generator, sizes).numpy()  # (10000, 3)
-        whole, less, back = (Estimate(float(sums[:, i].sum() / sizes.sum()), drawn[:, i]) for i in range(3))
+        whole, less, back = (Estimate(float(sums[:, i].sum() / sizes.sum()), drawn[:, i:i + 1]) for i in range(3))
         found = share_of(back - less, whole - less)
         out[split] = [found.value, *found.interval()] if found else None
     return out

@@ -70,19 +70,24 @@ def estimates(draws, split, facts, key, seed, kept):
 
     kept  the places of the facts that count
     """
-    generator, K = torch.Generator().manual_seed(seed), len(draws)
-    scores = [[float(m["answers"][split][i][key]) for i in kept] for rows in draws for m in rows]
-    sums, sizes = by_person(scores, [facts[i] for i in kept])             # (people, K * models), (people,)
-    samples = resampled(sums, 10_000, generator, sizes).view(10_000, K, -1).mean(1).numpy()  # (resamples, models)
-    by_seed = (sums.sum(0) / sizes.sum()).reshape(K, -1)                  # (K, models)
-    right = sums.reshape(len(sums), K, -1).mean(1)                        # (people, models), mean over draws
-    out = []
-    for j in range(right.shape[1]):
-        seeds = by_seed[:, j] if K > 1 else ()
-        estimate = Estimate(float(by_seed[:, j].mean()), samples[:, j], seeds)
-        bounds = recall_interval(right[:, j], sizes, samples[:, j], seeds) if key == "correct" else estimate.interval()
-        out.append((estimate, bounds))
-    return out
+    facts = [facts[i] for i in kept]
+    scores = np.array([[[float(m["answers"][split][i][key]) for i in kept] for m in rows] for rows in draws])
+    found = means(scores, facts, seed)
+    if key != "correct":
+        return [(estimate, estimate.interval()) for estimate in found]
+    right, sizes = by_person(scores.mean(0), facts)  # (people, models), mean over draws; (people,)
+    return [(e, recall_interval(right[:, j], sizes, e.samples, e.seeds)) for j, e in enumerate(found)]
+
+
+def means(scores, facts, seed):
+    """[Estimate] of the mean of each column of scores (K draws, columns, facts): all on the same resamples of people.
+    """
+    K = len(scores)
+    sums, sizes = by_person(scores.reshape(-1, len(facts)), facts)  # (people, K * columns), (people,)
+    samples = resampled(sums, 10_000, torch.Generator().manual_seed(seed), sizes).view(10_000, K, -1).numpy()
+    by_seed = (sums.sum(0) / sizes.sum()).reshape(K, -1)  # (K, columns)
+    return [Estimate(float(by_seed[:, j].mean()), samples[:, :, j], by_seed[:, j] if K > 1 else ())
+            for j in range(by_seed.shape[1])]
 
 
 def put(row, name, estimate, bounds=None):

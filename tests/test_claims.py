@@ -14,12 +14,12 @@ PEOPLE = 24
 
 def lopsided(value, below=0.1, above=0.4):
     """An Estimate whose 95 % interval reaches `below` to the left and `above` to the right."""
-    return Estimate(value, value + np.array([-below] * 10 + [0.0] * 80 + [above] * 10))
+    return Estimate(value, value + np.array([-below] * 10 + [0.0] * 80 + [above] * 10)[:, None])
 
 
 def exactly(value):
     """An Estimate that is the same whoever is asked, so that a difference has the interval of the other one."""
-    return Estimate(value, np.full(100, value))
+    return Estimate(value, np.full((100, 1), value))
 
 
 def row(base, tag, right):

@@ -1,6 +1,6 @@
 """
 How often the intervals of study/statistics.py hold the truth, by simulation: 93 to 97 % is what 95 % should come to.
-With two or three seeds some are longer than that, none is shorter.
+With two or three seeds some are longer than that, none is shorter; with five none is.
 
     python -m pytest -m slow tests/test_coverage.py          # about a minute on a free core
 
@@ -54,11 +54,11 @@ def right_answers(rng, recalls, moved, spread):
 
 def estimates(worlds, counts):
     """Of each world's right answers (PEOPLE, models, K), an Estimate of each model's recall."""
-    samples = counts @ np.concatenate([right.mean(2) for right in worlds], 1, dtype=np.float32) / PEOPLE / FACTS
-    for i, right in enumerate(worlds):
-        models = right.shape[1]
-        yield [Estimate(right[:, m].mean() / FACTS, samples[:, i * models + m].astype(float),
-                        right[:, m].mean(0) / FACTS) for m in range(models)]
+    for right in worlds:
+        models, K = right.shape[1:]
+        samples = (counts @ right.reshape(PEOPLE, -1).astype(np.float32) / PEOPLE / FACTS).reshape(-1, models, K)
+        yield [Estimate(right[:, m].mean() / FACTS, samples[:, m].astype(float), right[:, m].mean(0) / FACTS)
+               for m in range(models)]
 
 
 def held(intervals, truth):
@@ -106,8 +106,8 @@ def test_a_loss_of_one_and_a_half_points(counts):
 
 @pytest.mark.parametrize("spread, most", [(0.03, 0.99), (0.15, 0.97)])
 def test_three_seeds(spread, most, counts):
-    """At recall 0.85 the seeds' standard deviation is 0.7 and 3.5 points. Where seeds hardly differ, what single
-    answers differ by from seed to seed counts twice, and the intervals are long."""
+    """At recall 0.85 the seeds' standard deviation is 0.7 and 3.5 points. Where seeds hardly differ, three
+    seeds' t is long."""
     found = simulate((0.99, 0.85, 0.89, 0.87), 3, spread, counts)
     assert 0.93 <= found.pop("relearned") <= 0.99  # a difference of two splits, whose seeds move together
     assert outside(found, 0.93, most) == {}
@@ -115,17 +115,14 @@ def test_three_seeds(spread, most, counts):
 
 @pytest.mark.parametrize("spread", [0.03, 0.15])
 def test_five_seeds(spread, counts):
-    """As the README's table has them. Re-learned is a difference of two splits, whose seeds move together: its
-    intervals are too long, they hold the truth in 99 worlds of 100."""
-    found = simulate((0.99, 0.85, 0.89, 0.87), 5, spread, counts)
-    assert 0.93 <= found.pop("relearned") <= 0.995
-    assert outside(found, 0.93, 0.99) == {}
+    """As the README's table has them."""
+    assert outside(simulate((0.99, 0.85, 0.89, 0.87), 5, spread, counts), 0.93, 0.97) == {}
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 5])
 def test_p_of_a_difference_that_is_none(K, counts):
-    """Two repairs that bring back the same: p is below 0.05 in one world of twenty, below 0.0125 in one of eighty, or
-    less often."""
+    """Two repairs that bring back the same: p is below 0.05 in about one world of twenty (at most 7 %), below 0.0125 in
+    one of eighty (at most 2.5 %), or less often."""
     rng, p = np.random.default_rng(K), []
     for _ in range(WORLDS // 50):
         worlds = [right_answers(rng, (0.99, 0.85, 0.88, 0.88), shifts(rng, 4, K, 0.15 if K > 1 else 0.0),
@@ -146,6 +143,22 @@ def test_what_a_bootstrap_over_seeds_would_do():
         t.append(t_interval(values))
         bootstrap.append(interval(values[rng.integers(0, 3, (RESAMPLES, 3))].mean(1)))
     assert 0.93 <= held(t, 0) <= 0.97 and held(bootstrap, 0) < 0.85
+
+
+def test_losses_that_differ_by_draw():
+    """Where it fails: one draw in five loses 0.8 and gets 0.7 of it back, the others lose 0.25 and get 0.4 back, as the
+    control *rank one* has it. Draws alone, without people."""
+    rng, found = np.random.default_rng(2), {}
+    for what, much in (("alike", 0.275), ("rank one", 0.8)):
+        large = rng.random((WORLDS, 5)) < 0.2
+        losses = np.where(large, much, 0.25) * rng.normal(1, 0.1, (WORLDS, 5))
+        gains = losses * (np.where(large & (much > 0.5), 0.7, 0.4) + rng.normal(0, 0.08, (WORLDS, 5)))
+        truth = (0.2 * much * (0.7 if much > 0.5 else 0.4) + 0.8 * 0.25 * 0.4) / (0.2 * much + 0.8 * 0.25)
+        intervals = [t_interval(share_of(Estimate(g.mean(), g[None].repeat(9, 0), g),
+                                         Estimate(x.mean(), x[None].repeat(9, 0), x)).seeds)
+                     for g, x in zip(gains, losses)]
+        found[what] = held(intervals, truth)
+    assert 0.93 <= found["alike"] <= 0.97 and found["rank one"] < 0.9, found
 
 
 @pytest.mark.parametrize("wrong", [1, 4])

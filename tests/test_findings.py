@@ -2,6 +2,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 
 from invented import with_everything
@@ -127,7 +128,7 @@ def test_prompts_beside_lora_by_the_named_pairs(a, b, interval, now):
 def test_the_studys_own_pairs_are_found():
     """Of every compressed model the prompt beside LoRA, and of all but one the pool, which stands on four of five."""
     study, _ = with_everything(people=2)
-    equal = {m["id"]: Estimate(0.1, [0.1] * 50) for m in study["models"]}
+    equal = {m["id"]: Estimate(0.1, np.full((50, 1), 0.1)) for m in study["models"]}
     rows = [m for m in study["models"] if m["kind"] != "control"]
     study["pairs"] = claims.pairs(rows, equal, ("prompt 8", "prompt 32", "IDP 4 x 8", "biases"))
     holds, said = findings.prompts_match_lora(study)

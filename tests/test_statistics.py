@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from study import statistics
-from study.statistics import (Estimate, beta_cdf, beta_quantile, by_person, clustered_interval, detectable,
-                              detectable_flips, exact_interval, flip_test, holm, interval, judged, mcnemar,
+from study.statistics import (Estimate, beta_cdf, beta_quantile, by_person, clustered_interval, crossed,
+                              detectable, detectable_flips, exact_interval, flip_test, holm, interval, judged, mcnemar,
                               pooled_test, power, rank_correlation, recall_interval, resampled, seed_interval,
                               share_of, t_interval, t_quantile, t_tails)
 from world.score import knowledge
@@ -95,13 +95,13 @@ def test_t_tails_are_what_lies_beyond_a_quantile(df):
                                    (0.28, 0.31, 0.30, 0.29, 0.32), (0.3, 0.3, 0.3)])
 def test_p_is_one_in_twenty_at_both_ends_of_the_interval(seeds):
     """Lopsided people, and seeds from nearly alike to far apart; beyond an end p is smaller, within it larger."""
-    samples = 0.3 + np.array([-0.1] * 10 + [0.0] * 80 + [0.05] * 10)
-    found = Estimate(0.3, samples, seeds)
+    samples = 0.3 + np.array([-0.1] * 10 + [0.0] * 80 + [0.05] * 10)[:, None]
+    found = Estimate(0.3, samples + np.linspace(-0.3, 0.3, len(seeds) or 1) * (samples - 0.3), seeds)
     for end, out in zip(found.interval(), (-0.01, 0.01)):
         assert found.p(end) == pytest.approx(0.05, rel=1e-6)
         assert found.p(end + out) < 0.05 < found.p(end - out)
     assert found.p(0.3) == pytest.approx(1.0)
-    assert Estimate(0.3, np.array([0.1, np.inf]), seeds).p(0.0) == 1.0
+    assert Estimate(0.3, np.array([[0.1] * 4, [np.inf] * 4]), seeds).p(0.0) == 1.0
 
 
 def test_t_quantiles_of_the_printed_tables():
@@ -174,6 +174,23 @@ def test_four_seeds_add_variances():
     assert high == pytest.approx(2.178813 * math.sqrt(2) * error, rel=1e-6) and low == pytest.approx(-high)
     assert seed_interval([-1e-9, 1e-9], values) == pytest.approx(t_interval(values), rel=1e-6)  # people agree
     assert seed_interval([-50, 90], values * 1e-3) == pytest.approx([-50, 90], rel=1e-3)  # seeds agree
+    bounds = [-statistics.NORMAL * error, statistics.NORMAL * error]
+    assert seed_interval(bounds, values, error**2) == pytest.approx(t_interval(values))  # all of it is in both
+    assert seed_interval(bounds, values, 9 * error**2) == pytest.approx(t_interval(values))
+    low, high = seed_interval(bounds, values, error**2 / 2)  # df = 3 * 1.5², 1.5 variances
+    assert high == pytest.approx(t_quantile(6.75) * math.sqrt(1.5) * error, rel=1e-6) and low == pytest.approx(-high)
+
+
+def test_what_people_and_seeds_make_together_is_the_mean_square_of_their_interaction():
+    """The analysis of variance of 400 people in five seeds, by hand: (x_pk - x_p - x_k + x) is what remains."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 1)) + 3 * rng.normal(size=(1, 5)) + 2 * rng.normal(size=(400, 5))
+    left = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
+    square = (left**2).sum() / (400 * 4)
+    samples = resampled(x, 20_000, torch.Generator().manual_seed(0)).numpy()
+    assert crossed(samples) == pytest.approx(square / 400 / 5, rel=0.03) == pytest.approx(2**2 / 2000, rel=0.2)
+    assert crossed(samples[:, :1].repeat(5, 1)) == pytest.approx(0, abs=1e-15)  # seeds that agree about each person
+    assert crossed(samples[:, :3]) == 0.0 and crossed(np.full((9, 5), np.inf)) == 0.0
 
 
 # ---- shares
@@ -183,8 +200,8 @@ def estimates(seed=0, people=300, seeds=1, recalls=(0.9, 0.6, 0.7)):
     rng = np.random.default_rng(seed)
     right = rng.random((people, 1, 1)) * 0.5 + rng.random((people, seeds, 3)) * 0.5 < recalls
     samples = resampled(right.reshape(people, -1), 2000, torch.Generator().manual_seed(seed)).view(2000, seeds, 3)
-    means, samples = right.mean(0), samples.mean(1).numpy()
-    return [Estimate(means[:, i].mean(), samples[:, i], means[:, i] if seeds > 1 else ()) for i in range(3)]
+    means = right.mean(0)
+    return [Estimate(means[:, i].mean(), samples[:, :, i].numpy(), means[:, i] if seeds > 1 else ()) for i in range(3)]
 
 
 def test_one_seed_is_the_bootstrap_of_the_ratio():
@@ -192,7 +209,7 @@ def test_one_seed_is_the_bootstrap_of_the_ratio():
     share = share_of(repaired - compressed, dense - compressed)
     assert share.value == (repaired.value - compressed.value) / (dense.value - compressed.value)
     ratio = (repaired.samples - compressed.samples) / (dense.samples - compressed.samples)
-    assert share.interval() == interval(ratio)
+    assert share.interval() == interval(ratio[:, 0])
     assert share_of(dense - compressed, dense - compressed).interval() == [1, 1]
 
 
@@ -200,9 +217,9 @@ def test_no_share_of_a_loss_that_may_be_zero():
     dense, compressed, repaired = estimates(recalls=(0.6, 0.6, 0.7))
     assert share_of(repaired - compressed, dense - compressed) is None
     assert share_of(repaired - compressed, compressed - repaired) is None  # a gain is no loss
-    some = np.array([0.0] + [0.1] * 99)  # a resample that lost nothing counts as one that lost least
-    assert share_of(Estimate(0.1, some), Estimate(0.1, some)).samples.tolist() == [0.0] + [1.0] * 99
-    no = Estimate(0.1, np.array([0.1, np.nan]))
+    some = np.array([0.0] + [0.1] * 99)[:, None]  # a resample that lost nothing counts as one that lost least
+    assert share_of(Estimate(0.1, some), Estimate(0.1, some)).samples[:, 0].tolist() == [0.0] + [1.0] * 99
+    no = Estimate(0.1, np.array([[0.1], [np.nan]]))
     assert share_of(no, no) is None
 
 
@@ -215,19 +232,23 @@ def test_a_seed_moves_the_share_as_the_ratio_of_means_says():
     for k in range(40):
         rest = np.arange(40) != k
         assert gains[rest].mean() / losses[rest].mean() == pytest.approx(share.seeds[rest].mean(), abs=2e-4)
+    gains, losses = ((a - b).samples for a, b in ((repaired, compressed), (dense, compressed)))  # and in each resample
+    assert share.samples.mean(1) == pytest.approx(gains.mean(1) / losses.mean(1))
+    assert (gains[:, 1:].mean(1) / losses[:, 1:].mean(1)) == pytest.approx(share.samples[:, 1:].mean(1), abs=5e-4)
 
 
 def test_seeds_whose_losses_differ_and_whose_share_is_one():
     """Each seed gives back a third of another loss: seeds agree about the share, and add nothing to its interval."""
-    loss = Estimate(0.2, np.array([0.1, 0.2, 0.3]), np.array([0.1, 0.2, 0.3]))
+    loss = Estimate(0.2, np.array([[0.1, 0.2, 0.3]] * 3), np.array([0.1, 0.2, 0.3]))
     gain = Estimate(loss.value / 3, loss.samples / 3, loss.seeds / 3)
-    assert share_of(gain, loss).seeds == pytest.approx([1 / 3] * 3)
+    assert share_of(gain, loss).seeds == pytest.approx([1 / 3] * 3) == share_of(gain, loss).samples[0]
 
 
 def test_subtracting_keeps_pairs():
-    a, b = Estimate(3.0, np.array([1.0, 5]), np.array([2.0, 4])), Estimate(1.0, np.array([1.0, 2]))
-    assert (a - b).value == 2 and (a - b).samples.tolist() == [0, 3] and len((a - b).seeds) == 0
-    assert (a - a).seeds.tolist() == [0, 0]
+    a, b = (Estimate(x, np.array([[1.0, x], [5, 2]]), np.array([2.0, 2 * x - 2])) for x in (3.0, 1.0))
+    assert (a - b).value == 2 and (a - b).samples.tolist() == [[0, 2], [0, 0]] and (a - b).seeds.tolist() == [0, 4]
+    one = Estimate(3.0, np.array([[1.0], [5]]))
+    assert (one - one).samples.tolist() == [[0], [0]] and len((one - one).seeds) == 0
 
 
 # ---- two repairs
@@ -237,19 +258,19 @@ def test_subtracting_keeps_pairs():
     (-0.05, 0.1, "undecided"), (-0.3, 0.3, "undecided"), (-0.3, -0.01, "inferior"), (-0.3, -0.2, "inferior")])
 def test_the_word_follows_the_interval(low, high, word):
     samples = np.linspace(low - (high - low) / 38, high + (high - low) / 38, 401)  # its middle 95 % are low .. high
-    bounds = (Estimate(0.5, samples + 0.5) - Estimate(0.5, np.full(401, 0.5))).interval()
+    bounds = (Estimate(0.5, samples[:, None] + 0.5) - Estimate(0.5, np.full((401, 1), 0.5))).interval()
     assert bounds == pytest.approx([low, high], abs=1e-9) and judged(bounds) == word or low in (0.0, -0.05)
     assert judged(bounds, margin=1.0) in ("superior", "non-inferior")
 
 
 def test_a_comparison_is_paired_and_knows_of_seeds():
-    wide = np.random.default_rng(0).normal(0, 1, 500)
+    wide = np.random.default_rng(0).normal(0, 1, 500)[:, None]
     bounds = (Estimate(0.1, wide + 0.1) - Estimate(0.0, wide)).interval()
     assert bounds == pytest.approx([0.1, 0.1]) and judged(bounds) == "superior"
-    a = Estimate(0.5, wide + 0.1, np.array([0.5, 0.9, 0.1]))
-    b = Estimate(0.4, wide, np.array([0.4, 0.3, 0.5]))
+    a = Estimate(0.5, wide.repeat(3, 1) + 0.1, np.array([0.5, 0.9, 0.1]))
+    b = Estimate(0.4, wide.repeat(3, 1), np.array([0.4, 0.3, 0.5]))
     assert judged((a - b).interval()) == "undecided"
-    nothing = (Estimate(0.1, np.array([0.1, math.inf])) - Estimate(0.1, np.array([0.1, 0.2]))).interval()
+    nothing = (Estimate(0.1, np.array([[0.1], [math.inf]])) - Estimate(0.1, np.array([[0.1], [0.2]]))).interval()
     assert nothing == [None, None] and judged(nothing) == "undecided"
 
 
@@ -479,7 +500,7 @@ def test_bootstrap_of_given_draws(monkeypatch):
     assert samples == pytest.approx(np.array(case["resampled_means"]), abs=1e-12)
     means = right.sum(0) / sum(case["sizes"])
     assert means == pytest.approx(case["means"], abs=1e-12)
-    models = [Estimate(means[i], samples[:, i]) for i in range(4)]
+    models = [Estimate(means[i], samples[:, i:i + 1]) for i in range(4)]
     assert [m.interval() for m in models] == [pytest.approx(bounds, abs=1e-12) for bounds in case["intervals"]]
     shares = [share_of(models[i] - models[1], models[0] - models[1]) for i in (2, 3)]
     assert [s.value for s in shares] == pytest.approx(case["displaced"], abs=1e-12)
@@ -490,7 +511,7 @@ def test_bootstrap_of_given_draws(monkeypatch):
 
 def test_shares_knowledge_and_ranks():
     case = GOLDEN["share_of"]
-    gain, loss = (Estimate(np.mean(x), np.array([0.1, 0.2]), np.array(x)) for x in (case["gains"], case["losses"]))
+    gain, loss = (Estimate(np.mean(x), np.full((2, 3), 0.1), np.array(x)) for x in (case["gains"], case["losses"]))
     share = share_of(gain, loss)
     assert (share.value, share.seeds) == (pytest.approx(case["value"]), pytest.approx(case["seeds"]))
     case = GOLDEN["normalised"]
