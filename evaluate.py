@@ -43,6 +43,7 @@ from study.comparisons import (ANSWERS, add_tasks, comparisons, compressed_again
                                noise_floor, score_tasks, task_items)
 from study.controls import CONTROLS, control_subjects
 from study.costs import costs
+from study.overlap import same_facts
 from study.repairs import answers, light
 from study.settings import OPERATIONS, StudyConfig, config_of, job_parser
 from study.shares import add_attributes, add_shares
@@ -245,6 +246,7 @@ def study(run, dense, files=None, controls=CONTROLS, make_control=control_subjec
         "headline": claims.headline(draws[0]),
         "claims": claims.claims(draws, displaced, config.claimed),
         "pairs": claims.pairs(draws[0], displaced, config.claimed),
+        "same": same_facts(draws, asked["heldout"], seed + 9),
         "models": rows, "comparisons": compared, "noise": noise, "context": context,
         "guessing": guessing,
         "metrics": publish.describe_metrics(rows, files or {}),

@@ -115,6 +115,16 @@ def pairs_table(results):
     return markdown(["on", "repair", "against", "displaced, points", "verdict (margin 5 points)"], rows, 3)
 
 
+def same_table(results):
+    """Facts that two compressors both took from one GPT, and how many of them come back after each (overlap.py)."""
+    cells = ("back_a", "back_b", "difference", "back_a_only", "back_b_only")
+    rows = [[f"{r['a']}; {r['b']}", r["repair"], f"{r['both']:,}; {r['a_only']:,}; {r['b_only']:,}",
+             *(share(r[cell] or (None, None)) for cell in cells)] for r in results["same"]]
+    head = ["first; second", "repair", "lost by both; first alone; second alone", "both: back, first %", "second %",
+            "difference", "first alone: back %", "second alone: back %"]
+    return markdown(head, rows, 3)
+
+
 def attribute_table(results):
     """Recall by attribute, seen and held-out together."""
     names = list(results["models"][0]["attributes"])
@@ -218,6 +228,8 @@ def all_tables(results):
              ("by attribute, seen and held-out together, %", attribute_table(results))]
     if results.get("guessing"):
         parts.insert(1, ("what cannot be guessed", guess_table(results)))
+    if results["same"]:
+        parts.insert(3, ("the same facts under two compressors: which are right after the repair", same_table(results)))
     if results["files"]:
         parts.append(("task files", file_table(results)))
     parts += [(f"{m['id']}: one pool, every way to choose", selector_table(m))

@@ -208,6 +208,7 @@ def with_everything(seed=1, people=40):
     study["claims"] = [{"name": n, "statement": f"We claim that {n}.", "estimate": e, "interval": [e - .03, e + .03],
                         "p": p, "p_holm": min(1, 4 * p), "verdict": v} for n, e, p, v in
                        zip(names, (.05, .01, -.12, .3), (.001, .4, .9, 1e-9), ("holds", "open", "fails", "holds"))]
+    study["same"] = []
     study["pairs"] = [{"base": "GPTQ 3 bits", "a": "prompt 8", "b": "biases", "difference": -.12,
                        "interval": [-.17, -.07], "verdict": "inferior"}]
     study["sweeps"] = sweeps()
