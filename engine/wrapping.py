@@ -37,7 +37,8 @@ def check_bare(model):
 
 
 def wrap(model, targets, make):
-    """Replace each layer of the blocks named in `targets` by make(layer); returns the new ones, in order.
+    """Replace each linear layer of the blocks whose last name is in `targets` by make(layer); returns the new ones, in
+    the order of `named_modules`.
 
     targets  last parts of names, ("q", "v") or "q v"
     Raises ValueError where there is no such layer, and for a model with wrappers in it already.
@@ -57,7 +58,8 @@ def wrap(model, targets, make):
 
 
 def wrapped(model, kind=Wrapper):
-    """{full name: layer} of the wrappers of this kind in the model, in the order in which it runs them."""
+    """{name: layer} of the wrappers of this kind in `model`, in the order in which its layers were made: model.py makes
+    a block's in the order in which they run."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, kind)}
 
 

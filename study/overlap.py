@@ -2,12 +2,13 @@
 The same facts under two compressors: of those that both took from the same GPT, how many come back after each.
 
 If one compressor's losses come back more easily than another's, there are two explanations: it damages facts in another
-way, or it takes other facts, such as are easily brought back. Facts that both took tell the two apart: they are the
-same, so what is left of the difference is not which facts were taken.
+way, or it takes other facts, such as are easily brought back. Facts that both took tell the two apart: a difference
+that is left on them is not caused by which facts were taken.
 
 What is counted here is gross: facts that were lost and are right after the repair. Displaced is net, less what the
-repair loses; so a repair that only shuffles answers brings back some here, and none there. Compressors are compared
-that do the same kind of thing (RTN with GPTQ, magnitude with SparseGPT). Not planned before the runs: exploratory.
+repair loses; so a repair that moves answers at random has a share above zero here, and a displaced of zero. Compressors
+of the same operation are compared (rounding with rounding, pruning with pruning). Not planned before the runs:
+exploratory.
 
 What it leaves out: facts that the dense model does not know.
 """
@@ -24,9 +25,11 @@ def same_facts(draws, facts, seed):
 
     a, b              tags of the compressed models, and `repair`, the tag of what repairs both
     both, a_only, b_only     how many held-out facts were lost by both, or by one, over all draws
-    back_a, back_b    the share of the facts lost by both that are right after the repair of a, and of b; `difference`
+    back_a, back_b    the share of the facts lost by both that are right after the repair of a, and of b
+    difference        back_a - back_b
     back_a_only, back_b_only     the share of those lost by one alone that are right after its repair
-                      each [value, low, high] over people and draws; None where too few were lost
+                      each [value, low, high] over people and draws; None where the interval of the number lost,
+                      over people, touches zero
 
     draws  [rows] of the study's own group, the dense model first;  facts  the held-out facts, which each answered
     """

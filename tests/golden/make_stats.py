@@ -49,19 +49,19 @@ def intervals(stats, proportion):
     def t_interval(values):
         return [float(x) for x in stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))]
     joined = []
-    for values, (below, above), twice in [(s, half, twice) for s in seeds for half in ((0.02, 0.03), (0.5, 0.4))
-                                          for twice in (0.0, 5e-5, 0.1)]:  # the last is all of the people's, or more
+    for values, (below, above), shared in [(s, half, shared) for s in seeds for half in ((0.02, 0.03), (0.5, 0.4))
+                                          for shared in (0.0, 5e-5, 0.1)]:  # the last is all of the people's, or more
         mean, K, (t_low, t_high) = np.mean(values), len(values), t_interval(values)
         low, high = mean - below, mean + above
         bounds = [min(low, t_low), max(high, t_high)]
         if K > 3:
             z, v = stats.norm.ppf(0.975), stats.sem(values) ** 2
             both = ((high - low) / 2 / z) ** 2
-            people = max(0.0, both - twice)
+            people = max(0.0, both - shared)
             t = stats.t.ppf(0.975, min(10_000, (people + v) ** 2 / (v**2 / (K - 1))))
             bounds = [mean - t * np.sqrt((below / z) ** 2 * people / both + v),
                       mean + t * np.sqrt((above / z) ** 2 * people / both + v)]
-        joined.append({"bounds": [float(low), float(high)], "values": values, "twice": twice,
+        joined.append({"bounds": [float(low), float(high)], "values": values, "shared": shared,
                        "result": [float(x) for x in bounds]})
     return {"exact_interval": [{"right": right, "n": n, "result": [
                 float(x) for x in proportion.proportion_confint(right, n, 0.05, "beta")]} for right, n in exact],
