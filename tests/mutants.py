@@ -10,7 +10,7 @@ An entry: file, old text (it stands there once), new text, the mistake in words,
 Lists of thirty were written, and committed, before any of theirs was run; of those in "own", "second", "third",
 "sixth", "seventh", "ninth" and "tenth" no test had been read before, of "eighth" a few. At first 24, 24, 25, 26, 27,
 22, 24, 26, 22 and 30 died of "own", "second", ... "tenth" (of one survivor of "sixth" and of "ninth" another file's
-tests were aware). Each of the others has led to a test that it fails.
+tests were aware). Each of the others has led to a test that it fails. Those of "later" came with the code they edit.
 The compressors have a list of their own, golden/mutants_compress.json (test_golden_compress.py).
 """
 import json
