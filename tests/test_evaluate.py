@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from study.costs import costs
 from engine.wrapping import Wrapper
 from study.repairs import attach, unpacked
 from study.settings import StudyConfig
-from study.shares import add_attributes, add_shares
+from study.shares import add_attributes, add_shares, means
 from study.statistics import exact_interval, recall_interval
 from study.steps import Run
 from study.subjects import dense_subject
@@ -130,6 +131,14 @@ def right(*counts, of=5):
     """Answers about people of whom so many of `of` facts each are right."""
     return [{"correct": i < n, "knowledge": float(i < n) - 1, "logprob": float(i < n) - 2}
             for n in counts for i in range(of)]
+
+
+def test_means_keep_draws_and_columns_apart():
+    """Two draws of three columns, each one number throughout: whoever is drawn, these are the means."""
+    scores = np.arange(6.0).reshape(2, 3, 1).repeat(4, axis=2)
+    for j, found in enumerate(means(scores, [SimpleNamespace(person=i) for i in range(4)], 0)):
+        assert found.value == j + 1.5 and found.seeds.tolist() == [j, j + 3]
+        assert found.samples.shape == (10_000, 2) and (found.samples == [j, j + 3]).all()
 
 
 def test_recalls_and_fractions_of_a_table_worked_by_hand():
