@@ -72,11 +72,16 @@ def estimates(draws, split, facts, key, seed, kept):
     """
     facts = [facts[i] for i in kept]
     scores = np.array([[[float(m["answers"][split][i][key]) for i in kept] for m in rows] for rows in draws])
-    found = means(scores, facts, seed)
-    if key != "correct":
-        return [(estimate, estimate.interval()) for estimate in found]
-    right, sizes = by_person(scores.mean(0), facts)  # (people, models), mean over draws; (people,)
-    return [(e, recall_interval(right[:, j], sizes, e.samples, e.seeds)) for j, e in enumerate(found)]
+    if key == "correct":
+        return recall_means(scores, facts, seed)
+    return [(estimate, estimate.interval()) for estimate in means(scores, facts, seed)]
+
+
+def recall_means(scores, facts, seed):
+    """[(Estimate, its 95 % interval, exact near 0 and 100 %)] of each column of scores in [0, 1], as `means`."""
+    right, sizes = by_person(scores.mean(0), facts)  # (people, columns), mean over draws; (people,)
+    return [(e, recall_interval(right[:, j], sizes, e.samples, e.seeds))
+            for j, e in enumerate(means(scores, facts, seed))]
 
 
 def means(scores, facts, seed):

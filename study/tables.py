@@ -115,6 +115,16 @@ def pairs_table(results):
     return markdown(["on", "repair", "against", "displaced, points", "verdict (margin 5 points)"], rows, 3)
 
 
+def draws_table(results):
+    """Displaced in each draw by itself, percent of that draw's own loss; its mean over draws has the interval above."""
+    where, rows = {m["id"]: m for m in results["models"]}, []
+    for m in [m for m in results["models"] if m.get("kind") == "repaired"]:
+        base = where[m["base"]]
+        each = zip(*(x["seeds"]["recall_heldout"] for x in (where[base["base"]], base, m)))
+        rows.append([base["tag"], m["tag"], *(f"{100 * (c - b) / (a - b):.1f}" if a != b else "" for a, b, c in each)])
+    return markdown(["on", "repair", *(f"draw {k + 1}" for k in range(results["settings"]["seeds"]))], rows, 2)
+
+
 def same_table(results):
     """Facts that two compressors both took from one GPT, and how many of them come back after each (overlap.py)."""
     cells = ("back_a", "back_b", "difference", "back_a_only", "back_b_only")
@@ -228,6 +238,8 @@ def all_tables(results):
              ("by attribute, seen and held-out together, %", attribute_table(results))]
     if results.get("guessing"):
         parts.insert(1, ("what cannot be guessed", guess_table(results)))
+    if results["settings"]["seeds"] > 1:
+        parts.insert(3, ("displaced % in each draw by itself", draws_table(results)))
     if results["same"]:
         parts.insert(3, ("the same facts under two compressors: which are right after the repair", same_table(results)))
     if results["files"]:

@@ -10,14 +10,13 @@ The fair trial of IDP: two places in which a pool of prompts should beat one pro
                  one prompt of as many tokens and one prompt as long as one of the five, all trained on the same rows
                  in equally many steps
 
-    python -m study trial --seeds 5    # on five dense GPTs, in five minutes
+    python -m study trial --seeds 5    # on five dense GPTs, in four minutes after evaluate.py --seeds 5
 
 The second table has the differences that decide, with intervals over people and GPTs. Not corrected: exploratory.
 
 What it leaves out: pools of more than one prompt an attribute; the real model.
 """
 import copy
-import functools
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,8 +32,7 @@ from study.controls import everybody_told, told_text
 from study.jobs import tag_of
 from study.repairs import unpacked
 from study.settings import config_of, job_parser
-from study.shares import means
-from study.statistics import by_person, recall_interval
+from study.shares import recall_means
 from study.steps import Run
 from study.subjects import compressed_subject, dense_of_draw, dense_subject
 from study.tables import in_points, markdown, share
@@ -206,53 +204,38 @@ def ceiling(run, dense, how, progress=lambda *_: None):
 
 # ---- the tables
 
-DECIDING = (  # of two ways of one trial: how much more the first answers rightly
-    ("pool 2 x {p}, a prompt a set: oracle", "one prompt of {2p} tokens"),
-    ("pool 2 x {p}, a prompt a set: attention-max (the paper's rule)", "one prompt of {2p} tokens"),
-    ("pool 2 x {p}, a prompt a set: attention-max (the paper's rule)", "pool 2 x {p}, a prompt a set: random"),
-    ("pool 2 x {p}, selected: probe trained with the prompts", "one prompt of {2p} tokens"),
-    ("one prompt of {2p} tokens", "pool 2 x {p}, a prompt a set: floor: oracle over an untuned pool"),
-    ("pool 5 x {p}, a prompt an attribute: by the true attribute", "one prompt of {5p} tokens"),
-    ("pool 5 x {p}, a prompt an attribute: by the true attribute",
-     "pool 5 x {p}, a prompt an attribute: random"),
-    ("one prompt of {5p} tokens", "one prompt of {p} tokens"))
+DECIDING = (  # of two ways of one trial: how much more the first answers rightly; tokens of 1, 2 and 5 prompts
+    ("pool 2 x {0}, a prompt a set: oracle", "one prompt of {1} tokens"),
+    ("pool 2 x {0}, a prompt a set: attention-max (the paper's rule)", "one prompt of {1} tokens"),
+    ("pool 2 x {0}, a prompt a set: attention-max (the paper's rule)", "pool 2 x {0}, a prompt a set: random"),
+    ("pool 2 x {0}, selected: probe trained with the prompts", "one prompt of {1} tokens"),
+    ("one prompt of {1} tokens", "pool 2 x {0}, a prompt a set: floor: oracle over an untuned pool"),
+    ("pool 5 x {0}, a prompt an attribute: by the true attribute", "one prompt of {2} tokens"),
+    ("pool 5 x {0}, a prompt an attribute: by the true attribute", "pool 5 x {0}, a prompt an attribute: random"),
+    ("one prompt of {2} tokens", "one prompt of {0} tokens"))
 
 
-def estimated(draws, facts, seed):
-    """[Estimate] of each way's recall; draws [[Outcome] of each GPT]."""
-    return means(np.array([[o.right.tolist() for o in outcomes] for outcomes in draws]), facts, seed + 23)
-
-
-def outcome_table(draws, facts, seed):
-    """The outcomes as a Markdown table: recall in percent on each set of attributes, and on all with 95 % intervals."""
-    rows = []
-    for o, found, *right in zip(draws[0], estimated(draws, facts, seed), *([o.right for o in d] for d in draws)):
-        right = torch.stack(right).mean(0)  # (N,), mean over GPTs
-        sums, sizes = by_person([right.tolist()], facts)
-        bounds = recall_interval(sums[:, 0], sizes, found.samples, found.seeds)
-        parts = [f"{100 * float(right[[f.attribute in s for f in facts]].mean()):.1f}" for s in SETS]
-        rows.append([o.trial, o.way, f"{o.parameters:,}", *parts, share((found.value, bounds))])
-    head = ["trial", "repair, and how it chooses", "parameters", *(", ".join(s) + " %" for s in SETS), "all % [95 %]"]
-    return markdown(head, rows, 2)
-
-
-def difference_table(draws, facts, seed, prompt):
-    """The differences of DECIDING in points; prompt: the tokens of a prompt."""
-    lengths = {"{p}": prompt, "{2p}": 2 * prompt, "{5p}": 5 * prompt}
-    found = {(o.trial, o.way): e for o, e in zip(draws[0], estimated(draws, facts, seed))}
-    rows = []
-    for trial in dict.fromkeys(o.trial for o in draws[0]):
+def outcome_tables(draws, facts, seed, prompt):
+    """Two Markdown tables of draws, [[Outcome] of each GPT]: recall in percent on each set of attributes, and on all
+    with 95 % intervals; the differences of DECIDING in points. prompt: the tokens of a prompt."""
+    right = np.array([[o.right.tolist() for o in outcomes] for outcomes in draws])  # (K, ways, N)
+    found, rows, differences = recall_means(right, facts, seed + 23), [], []
+    for o, (estimate, bounds), mean in zip(draws[0], found, right.mean(0)):
+        parts = [f"{100 * mean[[f.attribute in s for f in facts]].mean():.1f}" for s in SETS]
+        rows.append([o.trial, o.way, f"{o.parameters:,}", *parts, share((estimate.value, bounds))])
+    ways = {(o.trial, o.way): estimate for o, (estimate, _) in zip(draws[0], found)}
+    for trial in dict.fromkeys(trial for trial, _ in ways):
         for pair in DECIDING:
-            a, b = (functools.reduce(lambda way, name: way.replace(name, str(lengths[name])), lengths, way)
-                    for way in pair)
-            if (trial, a) in found and (trial, b) in found:
-                less = found[trial, a] - found[trial, b]
-                rows.append([trial, a, b, in_points(less.value, less.interval())])
-    return markdown(["trial", "this", "less this", "points [95 %]"], rows, 3)
+            a, b = (way.format(prompt, 2 * prompt, 5 * prompt) for way in pair)
+            if (trial, a) in ways and (trial, b) in ways:
+                less = ways[trial, a] - ways[trial, b]
+                differences.append([trial, a, b, in_points(less.value, less.interval())])
+    head = ["trial", "repair, and how it chooses", "parameters", *(", ".join(s) + " %" for s in SETS), "all % [95 %]"]
+    return markdown(head, rows, 2), markdown(["trial", "this", "less this", "points [95 %]"], differences, 3)
 
 
 def main(arguments):
-    """python -m study trial: both trials, as one table."""
+    """python -m study trial: both trials, and the differences that decide."""
     parser = job_parser("study trial", "The fair trial of IDP: where a pool of prompts should beat one prompt.")
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="dense GPTs")
     args = parser.parse_args(arguments)
@@ -268,6 +251,5 @@ def main(arguments):
         draws.append([outcome for part in (two_locks, ceiling)
                       for outcome in part(drawn, of_draw, how, run.log.progress)])
     facts = run.world.facts("heldout", how.people)
-    print(outcome_table(draws, facts, config.seed) + "\n")
-    print(difference_table(draws, facts, config.seed, how.prompt))
+    print("\n\n".join(outcome_tables(draws, facts, config.seed, how.prompt)))
     run.log.say(f"{time.time() - began:.0f} s")

@@ -258,20 +258,19 @@ def test_the_trial_runs_and_its_table_names_every_way(scene):
                  "pool 5 x 8, a prompt an attribute: by the true attribute"):
         assert name in ways, list(ways)
     facts = run.world.facts("heldout", how.people)
-    lines = trial.outcome_table([outcomes], facts, 0).split("\n")
+    lines, less = (table.split("\n") for table in trial.outcome_tables([outcomes], facts, 0, how.prompt))
     assert len(lines) == 2 + len(outcomes) and all(line.count("|") == lines[0].count("|") for line in lines)
-    assert len(trial.difference_table([outcomes], facts, 0, how.prompt).split("\n")) == 2 + len(trial.DECIDING)
+    assert len(less) == 2 + len(trial.DECIDING)
 
 
 def test_the_trials_tables_by_hand():
     """Two GPTs, 40 people of two facts: the pool is right about all, one prompt about the first 20 people, and in the
     second GPT about nobody."""
     facts = [SimpleNamespace(person=i, attribute=a) for i in range(40) for a in ("city", "employer")]
-    pool, one = trial.DECIDING[0][0].replace("{p}", "3"), "one prompt of 6 tokens"
+    pool, one = "pool 2 x 3, a prompt a set: oracle", "one prompt of 6 tokens"
     draws = [[trial.Outcome("two locks", pool, 5, torch.ones(80)),
               trial.Outcome("two locks", one, 1234, torch.tensor([float(i < n) for i in range(80)]))] for n in (40, 0)]
-    all_, some = trial.outcome_table(draws, facts, 0).split("\n")[2:]
+    (all_, some), (line,) = (table.split("\n")[2:] for table in trial.outcome_tables(draws, facts, 0, 3))
     assert [c.strip() for c in some.split("|")[2:6]] == [one, "1,234", "25.0", "25.0"] and " 25.0 [0.0, 100.0] " in some
     assert "100.0" in all_
-    line = trial.difference_table(draws, facts, 0, 3).split("\n")[2]
     assert [c.strip() for c in line.split("|")[2:4]] == [pool, one] and "+75.0 [" in line

@@ -62,3 +62,13 @@ def test_a_task_files_name_may_hold_a_space():
                "files": {"arc easy": 4}}
     assert [cells(line) for line in tables.file_table(results).splitlines()[::2]] == [
         ["model", "arc easy acc"], [scored["id"], "0.500 [0.250, 0.750]"]]
+
+
+def test_each_draws_own_share_is_of_its_own_loss():
+    """10 of 50 points, 30 of 40, and a draw that lost nothing; the mean of the draws' entries is no part of it."""
+    def model(name, base, kind, recalls):
+        return {"id": name, "tag": name, "base": base, "kind": kind, "seeds": {"recall_heldout": recalls}}
+    models = [model("dense", None, "dense", [1.0, 0.9, 1.0]), model("RTN", "dense", "compressed", [0.5, 0.5, 1.0]),
+              model("prompt", "RTN", "repaired", [0.6, 0.8, 1.0])]
+    text = tables.draws_table({"models": models, "settings": {"seeds": 3}})
+    assert [cell.strip() for cell in text.split("\n")[-1].split("|")[1:-1]] == ["RTN", "prompt", "20.0", "75.0", ""]
