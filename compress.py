@@ -42,6 +42,7 @@ from engine.columns import Swept, factor, inverse, sweep
 from engine.grids import (Quantized, check_finite, check_grid, check_hessian, check_mask,
                           check_pattern, check_weight, grid, keep_largest, nearest)
 from engine.layers import check_ids, find_targets, output_error, report_row, watched
+from engine.products import Linear
 from engine.settings import METHODS, CompressConfig
 from kernels import PackedLinear, pack, pack_sparse
 
@@ -312,7 +313,7 @@ def replacement(layer, swept, config):
         return PackedLinear(packed, layer.bias).to(layer.weight.dtype)
     if swept.quantized:
         return PackedLinear(pack(swept.quantized), layer.bias)
-    pruned = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    pruned = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     weight = swept.weight.to(layer.weight.dtype)
     pruned.weight, pruned.bias = nn.Parameter(weight, layer.weight.requires_grad), layer.bias
     return pruned

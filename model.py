@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from engine import rotary
 from engine.cache import Cache
 from engine.norm import RMSNorm
+from engine.products import Linear
 from engine.rotary import rope_table
 
 
@@ -96,10 +97,10 @@ class Attention(nn.Module):
         super().__init__()
         C, hs, nkv = config.n_embd, config.head_size, config.n_kv_head
         self.n_head, self.n_kv_head, self.head_size = config.n_head, nkv, hs
-        self.q = nn.Linear(C, C, bias=config.bias)
-        self.k = nn.Linear(C, nkv * hs, bias=config.bias)
-        self.v = nn.Linear(C, nkv * hs, bias=config.bias)
-        self.o = nn.Linear(C, C, bias=config.bias)
+        self.q = Linear(C, C, bias=config.bias)
+        self.k = Linear(C, nkv * hs, bias=config.bias)
+        self.v = Linear(C, nkv * hs, bias=config.bias)
+        self.o = Linear(C, C, bias=config.bias)
         self.register_buffer("rope", None, persistent=False)  # GPT.tie: one table for all layers
 
     def qkv(self, x, positions):
@@ -141,9 +142,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         if config.activation == "swiglu":
-            self.gate = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
-        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+            self.gate = Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.up = Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.down = Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         if self.activation == "swiglu":
@@ -203,7 +204,7 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.context + config.position_offset, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.pruned = frozenset()  # names of the layers that `compress` pruned: their zeros stay
         self.tie()
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.losses import add_targets, distillation, next_token, objective, text_loss
+from engine.losses import add_targets, distillation, next_token, objective
 from engine.muon import make_optimizers
 from engine.wrapping import LINEARS, Wrapper, with_tensor, wrap, wrapped
 from model import GPT, Cache, GPTConfig
@@ -259,12 +259,12 @@ def fit(model, parameters, batches, loss=None, config=None, progress=None):
 
     model       only for its frozen parameters: none of them gets a gradient while this runs
     batches     an iterable of what `loss` takes; a list is read again until config.steps are done
-    loss        batch -> scalar, see `objective`; default: `text_loss`
+    loss        batch -> scalar, see `objective`; default: objective(model)
     progress    called with (step, loss) after every step
     A loss or a gradient that is not finite ends the training with a warning; the parameters go back
     to those of at most KEEP steps before, with which both were finite.
     """
-    config, loss, parameters = config or FitConfig(), loss or text_loss(model), list(parameters)
+    config, loss, parameters = config or FitConfig(), loss or objective(model), list(parameters)
     clipped = [[p] for p in parameters] if config.clip_each else [parameters]
     # freeze everything, then thaw what is trained
     before = {p: p.requires_grad for p in model.parameters()}

@@ -14,18 +14,15 @@ class Cache:
 
     kv      one tensor a layer, (2, B, nkv, S, hs): keys, then values
     length  (B,) the next free slot of each row: rows may differ
-    first   (B,) the first slot of each row that holds anything; those before it are never attended
-            to (prompts of unequal length are aligned at their end)
+    first   (B,) the first slot of each row that holds anything: prompts of unequal length are aligned at their end
     slots   S
     context positions of the model: the largest S that `repeat` may give
-    used    at least the largest `length`, as a plain int: checking for room never waits for a GPU.
-            Padding counts
+    used    at least the largest `length`, padding counted, as a plain int: checking for room never waits for a GPU
     """
 
     def __init__(self, config, batch, slots, device=None, dtype=None):
         if slots > config.context:
-            raise ValueError(f"a cache of {slots} slots does not fit the context of "
-                             f"{config.context}")
+            raise ValueError(f"a cache of {slots} slots does not fit the context of {config.context}")
         shape = (2, batch, config.n_kv_head, slots, config.head_size)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
@@ -58,11 +55,9 @@ class Cache:
         Raises ValueError when S + room exceeds the context.
         """
         if self.slots + room > self.context:
-            raise ValueError(f"{self.slots} cached and {room} new tokens do not fit the context of "
-                             f"{self.context}")
+            raise ValueError(f"{self.slots} cached and {room} new tokens do not fit the context of {self.context}")
         new = copy.copy(self)
-        new.kv = [F.pad(kv.index_select(1, chosen), (0, 0, 0, room))  # (2, B, nkv, S + room, hs)
-                  for kv in self.kv]
+        new.kv = [F.pad(kv.index_select(1, chosen), (0, 0, 0, room)) for kv in self.kv]  # (2, B, nkv, S + room, hs)
         new.length, new.first = self.length[chosen], self.first[chosen]
         new.slots = self.slots + room
         return new

@@ -5,7 +5,6 @@ Distillation asks for the dense model's distribution, its likeliest tokens and o
 one token that the text has (Hinton et al. 2015, arXiv 1503.02531).
 """
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 
@@ -45,16 +44,3 @@ def distillation(logits, batch):
 def objective(forward, losses=next_token):
     """What `fit` trains on: batch -> scalar, the mean of `losses` of the logits forward(ids)."""
     return lambda batch: losses(forward(inputs(batch)), batch).mean()
-
-
-def text_loss(model):
-    """`objective(model)` for a GPT, 256 tokens at a time: the logits (B, T, V), by far the largest
-    tensor of a step, never lie in memory as a whole. Not for a second derivative.
-    """
-    pieces = nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-
-    def loss(ids):
-        x, following = model.norm(model.hidden(ids[:, :-1])), ids[:, 1:]  # (B, T, C), (B, T)
-        return F.linear_cross_entropy(x.flatten(0, 1), model.lm_head.weight, following.flatten(),
-                                      options=pieces)
-    return loss

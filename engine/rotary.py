@@ -10,8 +10,8 @@ read or write one take the plain form, `Attention.qkv`. tests/test_model.py hold
 import math
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+
+from engine.products import Linear, linear
 
 
 def rope_table(config):
@@ -40,7 +40,7 @@ def trains(attention, x):
     """
     layers = attention.q, attention.k, attention.v
     return (torch.is_grad_enabled() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-            and all(type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.dtype == torch.float32
+            and all(type(layer) is Linear and layer.weight.requires_grad and layer.weight.dtype == torch.float32
                     and not layer._forward_pre_hooks for layer in layers)
             and len({layer.bias is None for layer in layers}) == 1)
 
@@ -51,14 +51,13 @@ def qkv(attention, x, positions):
     layers = attention.q, attention.k, attention.v
     sizes = [layer.out_features for layer in layers]
 
-    def together(*parts):
+    def together(q, k, v):
         """The weights, or the biases, of the three layers as one."""
-        q, k, v = parts
-        return torch.cat([in_pairs(q, hs), in_pairs(k, hs), v] if turned else parts)
+        return torch.cat([in_pairs(q, hs), in_pairs(k, hs), v] if turned else [q, k, v])
 
     weight = together(*(layer.weight for layer in layers))  # (sum of sizes, C)
     bias = None if attention.q.bias is None else together(*(layer.bias for layer in layers))
-    y = F.linear(x, weight, bias)  # (B, T, sum of sizes)
+    y = linear(x, weight, bias)  # (B, T, sum of sizes)
     qk, v = y.split([sizes[0] + sizes[1], sizes[2]], dim=2)
     if turned:
         cos, sin = attention.rope[positions].unbind(dim=2)  # each (B or 1, T, hs / 2)

@@ -10,6 +10,7 @@ import torch
 import idp
 import recover
 from engine.graphs import recorded
+from engine.products import Linear
 from engine.wrapping import shared_copy
 from kernels import PackedLinear
 from world.score import Subject, always, answer
@@ -123,7 +124,7 @@ def unpacked(model):
     model = shared_copy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, PackedLinear):
-            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             weight = layer.packed.dequantize().to(model.wte.weight.dtype)
             plain.weight = torch.nn.Parameter(weight, requires_grad=False)
             if layer.bias is not None:

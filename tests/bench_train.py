@@ -78,8 +78,7 @@ def our_steps(n, rows, muon, compiled=False):
     """A function that trains the study's GPT for n steps of `recover.fit`."""
     model = GPT(GPTConfig(vocab_size=V)).init_weights(torch.Generator().manual_seed(0))
     config = recover.FitConfig(steps=n, lr=1e-3, muon=muon, weight_decay=0.1)
-    loss = recover.objective(model) if compiled else recover.text_loss(model)
-    loss = torch.compile(loss) if compiled else loss
+    loss = torch.compile(recover.objective(model)) if compiled else None
     return lambda: recover.fit(model, model.parameters(), [rows], loss, config)
 
 

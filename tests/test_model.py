@@ -14,7 +14,7 @@ import torch
 from checkpoints import load, save
 from checkpoints.native import assemble
 from compress import compress
-from engine import rotary
+from engine import products, rotary
 from engine.norm import RMSNorm
 from engine.safetensors import DTYPES, read_safetensors, write_safetensors
 from model import GPT, Cache, GPTConfig, rope_table
@@ -175,6 +175,30 @@ def test_the_norms_gradient_is_autograds(trained):
     else:
         assert norm.weight.grad is None
     assert norm.half()(x.half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("least, trained", ((0, ("x", "W")), (0, ("x",)), (0, ("W",)), (1 << 21, ("x", "W"))))
+def test_a_linear_layer_and_its_gradients_are_those_of_float64(least, trained, bias, monkeypatch):
+    """By oneDNN and by PyTorch's own product; x in memory as it comes or turned; what is frozen gets no gradient."""
+    monkeypatch.setattr(products, "LEAST", least)
+    generator, layer = torch.Generator().manual_seed(0), products.Linear(20, 12, bias=bias)
+    x = torch.randn(7, 20, 3, generator=generator).permute(2, 0, 1)  # (3, 7, 20), not contiguous
+    x.requires_grad_("x" in trained)
+    layer.requires_grad_("W" in trained)
+    y = layer(x)
+    by_onednn = "Product" in type(y.grad_fn).__name__
+    assert by_onednn == (products.HAVE and least == 0)
+    g = torch.randn(7, 3, 12, generator=generator).transpose(0, 1)
+    y.backward(g)
+    X, W, G = x.detach().double(), layer.weight.detach().double(), g.double()
+    close(y, torch.einsum("bti,oi->bto", X, W) + (layer.bias.detach().double() if bias else 0), atol=1e-5)
+    for p, wanted in ((x, torch.einsum("bto,oi->bti", G, W)), (layer.weight, torch.einsum("bto,bti->oi", G, X)),
+                      (layer.bias, G.sum((0, 1)))):
+        if p is not None and p.requires_grad:
+            close(p.grad, wanted, atol=1e-5)
+        elif p is not None:
+            assert p.grad is None
 
 
 @family
