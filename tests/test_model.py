@@ -18,6 +18,7 @@ from engine import products, rotary
 from engine.norm import RMSNorm
 from engine.safetensors import DTYPES, read_safetensors, write_safetensors
 from model import GPT, Cache, GPTConfig, rope_table
+from study.repairs import unpacked
 
 SMALL = dict(vocab_size=50, context=32, n_layer=2, n_head=4, n_embd=32, n_hidden=40)
 FAMILIES = {
@@ -199,6 +200,16 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float64(least, trained, b
             close(p.grad, wanted, atol=1e-5)
         elif p is not None:
             assert p.grad is None
+
+
+def test_every_plain_layer_has_the_fast_product():
+    """Those of a GPT, of a pruned one, and of one whose packed layers are unpacked."""
+    model = gpt("ours")
+    pruned, _ = compress(model, tokens(4, 16), "magnitude", sparsity=0.5)
+    packed, _ = compress(model, tokens(4, 16), "rtn", bits=4)
+    for made in (model, pruned, unpacked(packed)):
+        layers = [layer for layer in made.modules() if hasattr(layer, "in_features")]
+        assert len(layers) == 13 and {type(layer) for layer in layers} == {products.Linear}
 
 
 @family
