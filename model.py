@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from engine import rotary
 from engine.cache import Cache
 from engine.norm import RMSNorm
-from engine.products import Linear
+from engine.products import Linear  # nn.Linear; its large products are faster on a CPU
 from engine.rotary import rope_table
 
 

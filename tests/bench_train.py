@@ -8,9 +8,9 @@ loop.
 The peer is the least that a GPT-2 needs in PyTorch: one product for q, k and v, PyTorch's own LayerNorm, GELU and
 attention, learned positions, a tied head, AdamW with clipping. It does less than ours: no rotation of q and k, no Muon,
 no schedule, no check for losses that are not finite, no cache, no prompts. Both read the same random tokens, so that
-nothing is learned and nothing but time is compared. The two take turns, a few steps each; a ratio is the median over
-rounds of the ratio within a round. Times are processor times, which on one thread of an idle machine is the time one
-waits.
+nothing is learned and nothing but time is compared. Both keep the memory that they free, as a study does
+(engine/memory.py). The two take turns, a few steps each; a ratio is the median over rounds of the ratio within a
+round. Times are processor times, which on one thread of an idle machine is the time one waits.
 """
 import argparse
 import pathlib
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import recover  # noqa: E402  the path comes first
+from engine.memory import keep_memory  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 V, L, NH, C, B, T = 1024, 4, 4, 96, 32, 64  # the study's dense GPT and its batch
@@ -97,6 +98,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    keep_memory()
     print(f"{torch.backends.cpu.get_cpu_capability()}, 1 thread, torch {torch.__version__}: {L} layers of {C}, "
           f"{B} x {T} tokens a step, vocabulary {V:,}, {args.rounds} rounds of {args.steps} steps\n")
     rows = torch.randint(V, (B, T + 1))
