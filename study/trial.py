@@ -10,7 +10,7 @@ The fair trial of IDP: two places in which a pool of prompts should beat one pro
                  one prompt of as many tokens and one prompt as long as one of the five, all trained on the same rows
                  in equally many steps
 
-    python -m study trial --seeds 5    # on five dense GPTs, in four minutes after evaluate.py --seeds 5
+    python -m study trial --seeds 5    # on five dense GPTs, in six minutes after evaluate.py --seeds 5
 
 The second table has the differences that decide, with intervals over people and GPTs. Not corrected: exploratory.
 
