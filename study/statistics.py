@@ -5,7 +5,8 @@ The statistics: how sure a number is, whether two models differ, and how small a
                  Near 0 and 100 % there is too little to draw from, and exact bounds take its place (Clopper & Pearson
                  1934, for facts that cluster Korn & Graubard 1998)
     seeds        two or three seeds say little about the next: a t interval over seeds, joined with the people's part
-                 (Student 1908, Satterthwaite 1946); what both contain counts once (Cameron, Gelbach & Miller 2011)
+                 (Student 1908, Satterthwaite 1946; of two and three seeds Cochran & Cox 1957); what both contain counts
+                 once (Cameron, Gelbach & Miller 2011)
     shares       displaced and re-learned are shares of a loss, given only where the loss is above zero in these draws
     flips        two models on the same items: exact McNemar test (McNemar 1947; Edwards 1948 for the exact form), which
                  reads only the items that one has right and the other wrong; a coin decides under the null hypothesis.
@@ -23,6 +24,7 @@ What it leaves out: Bayesian estimates, and one joint model of people and seeds.
 """
 import functools
 import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -151,35 +153,42 @@ def seed_interval(bounds, values, shared=0.0):
 
     bounds  [low, high] of the seeds' mean over other people, as `interval` gives it
     values  (K,) what each seed came to; one, or none, leaves the bounds as they are
-    shared  the variance of the mean that both of them contain, `crossed`; used from four seeds on
+    shared  the variance of the mean that both of them contain, `crossed`
 
-    Two and three seeds: on either side the longer of the two intervals, over people and by t over seeds. It holds the
-    truth in up to 99 % where three seeds hardly differ; two say little: their t is 12.7. More: both variances added,
-    less what both contain, with Satterthwaite's (1946) degrees of freedom; with two seeds it would hold the truth 88 %
-    of the time.
+    Both variances are added, less what both contain. From four seeds on half of the interval is so many standard errors
+    as a t of Satterthwaite's (1946) degrees of freedom has; with two seeds it would hold the truth 88 % of the time. Of
+    two and three it is `weighted`, and long: their t is 12.7 and 4.3.
     """
     values = np.asarray(values, dtype=float)
     if None in bounds or len(values) < 2 or (values == values[0]).all():
         return list(bounds)
-    low, high = bounds
-    if len(values) < 4:
-        of_seeds = t_interval(values)
-        return [min(low, of_seeds[0]), max(high, of_seeds[1])]
     mean, (factor, of_seeds, df) = values.mean(), joined(bounds, values, shared)
     longer, spread = t_quantile(df) / NORMAL, NORMAL * math.sqrt(of_seeds)
-    return [float(mean - longer * math.hypot(factor * (mean - low), spread)),
-            float(mean + longer * math.hypot(factor * (high - mean), spread))]
+
+    def half(side):
+        """Half of the interval, from the people's half on one side."""
+        if len(values) < 4:
+            return weighted((factor * side / NORMAL) ** 2, of_seeds, len(values))
+        return longer * math.hypot(factor * side, spread)
+    return [float(mean - half(mean - bounds[0])), float(mean + half(bounds[1] - mean))]
+
+
+def weighted(of_people, of_seeds, K, alpha=0.05):
+    """How far two variances reach together when one is known and one comes from K values: the root of their sum, times
+    the mean of the normal's quantile and of t's, each weighted with its variance (Cochran & Cox 1957)."""
+    normal = NORMAL if alpha == 0.05 else -NormalDist().inv_cdf(alpha / 2)
+    return (of_people * normal + of_seeds * t_quantile(K - 1, alpha)) / math.sqrt(of_people + of_seeds)
 
 
 def crossed(samples):
     """Of samples (resamples, K): the variance of the K seeds' mean that comes from answers that differ by person *and*
     seed (the interaction). Other people would have another such part, and so would other seeds.
 
-    The people's variance of one seed contains it K times, that of the mean once. Below four seeds, where
-    `seed_interval` has no use for it, and for samples that are not finite: 0.
+    The people's variance of one seed contains it K times, that of the mean once. One seed, or samples that are not
+    finite: 0.
     """
     K = samples.shape[1]
-    if K < 4 or not np.isfinite(samples).all():
+    if K < 2 or not np.isfinite(samples).all():
         return 0.0
     return max(0.0, float(samples.var(0).mean() - samples.mean(1).var()) / (K - 1))
 
@@ -248,8 +257,13 @@ class Estimate(NamedTuple):
         if len(seeds) < 2 or (seeds == seeds[0]).all():
             return of_people
         factor, of_seeds, df = joined(bounds, seeds, crossed(self.samples))
-        if len(seeds) < 4:
-            return max(of_people, t_tails(distance / math.sqrt(of_seeds), len(seeds) - 1))
+        if len(seeds) < 4:  # the alpha at which the interval ends at `null`, by bisection
+            low, high, of_people = 0.0, 1.0, (factor * half / NORMAL) ** 2
+            for _ in range(50):
+                alpha = (low + high) / 2
+                far = weighted(of_people, of_seeds, len(seeds), alpha) > distance
+                low, high = (alpha, high) if far else (low, alpha)
+            return high
         return t_tails(distance / math.hypot(factor * half / NORMAL, math.sqrt(of_seeds)), df)
 
     def __sub__(self, other):

@@ -1,6 +1,5 @@
 """
 How often the intervals of study/statistics.py hold the truth, by simulation: 93 to 97 % is what 95 % should come to.
-With two or three seeds some are longer than that, none is shorter; with five none is.
 
     python -m pytest -m slow tests/test_coverage.py          # about a minute on a free core
 
@@ -104,19 +103,13 @@ def test_a_loss_of_one_and_a_half_points(counts):
     assert outside(simulate((0.997, 0.982, 0.99, 0.986), 1, 0.0, counts), 0.93, 0.97) == {}
 
 
-@pytest.mark.parametrize("spread, most", [(0.03, 0.99), (0.15, 0.97)])
-def test_three_seeds(spread, most, counts):
-    """At recall 0.85 the seeds' standard deviation is 0.7 and 3.5 points. Where seeds hardly differ, three
-    seeds' t is long."""
-    found = simulate((0.99, 0.85, 0.89, 0.87), 3, spread, counts)
-    assert 0.93 <= found.pop("relearned") <= 0.99  # a difference of two splits, whose seeds move together
-    assert outside(found, 0.93, most) == {}
-
-
-@pytest.mark.parametrize("spread", [0.03, 0.15])
-def test_five_seeds(spread, counts):
-    """As the README's table has them."""
-    assert outside(simulate((0.99, 0.85, 0.89, 0.87), 5, spread, counts), 0.93, 0.97) == {}
+@pytest.mark.parametrize("spread", [0.03, 0.08, 0.15])
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_several_seeds(K, spread, counts):
+    """At recall 0.85 the seeds' standard deviation is 0.7, 1.9 and 3.5 points. The README's table has five seeds. A
+    recall of two or three that hardly differ is held in 97 to 98 %: their t is long."""
+    most = 0.98 if K < 4 and spread < 0.05 else 0.97
+    assert outside(simulate((0.99, 0.85, 0.89, 0.87), K, spread, counts), 0.93, most) == {}
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 5])
@@ -129,11 +122,6 @@ def test_p_of_a_difference_that_is_none(K, counts):
                                 0.15 if K > 1 else 0.0) for _ in range(50)]
         p += [(share_of(A - C, D - C) - share_of(B - C, D - C)).p(0.0) for D, C, A, B in estimates(worlds, counts)]
     assert np.mean(np.less(p, 0.05)) < 0.07 and np.mean(np.less(p, 0.0125)) < 0.025
-
-
-def test_two_seeds_are_never_short(counts):
-    """t is 12.7: a second seed says little of a third."""
-    assert outside(simulate((0.99, 0.85, 0.89, 0.87), 2, 0.15, counts), 0.93, 0.998) == {}
 
 
 def test_what_a_bootstrap_over_seeds_would_do():

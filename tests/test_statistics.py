@@ -159,10 +159,31 @@ def test_seeds_widen_an_interval():
     assert seed_interval([0.1, 0.3], []) == seed_interval([0.1, 0.3], [0.2]) == [0.1, 0.3]
     assert seed_interval([0.1, 0.3], [0.2, 0.2]) == [0.1, 0.3]  # seeds that agree add nothing
     assert seed_interval([None, None], [0.1, 0.2]) == [None, None]
-    assert seed_interval([0.1, 0.3], [0.2, 0.21, 0.19]) == [0.1, 0.3]
-    assert seed_interval([0.19, 0.35], [0.1, 0.2, 0.3]) == t_interval([0.1, 0.2, 0.3])
-    low, high = t_interval([0.2, 0.21, 0.19])
-    assert seed_interval([0.199, 0.4], [0.2, 0.21, 0.19]) == [low, 0.4]
+
+
+def test_two_and_three_seeds_weigh_the_quantiles_of_people_and_seeds():
+    """By hand: the people's standard error is 0.1 / 1.96 below and 0.2 / 1.96 above; that of three seeds is
+    0.01 / sqrt(3), t of 2 degrees of freedom 4.30265; that of two seeds 0.01, t of 1 degree 12.7062."""
+    for values, variance, t in (([0.2, 0.21, 0.19], 0.0001 / 3, 4.302653), ([0.19, 0.21], 0.0001, 12.706205)):
+        for shared, kept in ((0.0, (1.0, 1.0)), (1e9, (0.0, 0.0))):
+            low, high = seed_interval([0.1, 0.4], values, shared)
+            for found, side, share in ((0.2 - low, 0.1, kept[0]), (high - 0.2, 0.2, kept[1])):
+                people = share * (side / 1.9599640) ** 2
+                by_hand = (people * 1.9599640 + variance * t) / math.sqrt(people + variance)
+                assert found == pytest.approx(by_hand, rel=1e-6)
+    assert seed_interval([0.2, 0.2], [0.1, 0.2, 0.3]) == pytest.approx(t_interval([0.1, 0.2, 0.3]))  # people agree
+    # shared: a half of the people's variance, sides alike
+    low, high = seed_interval([-1.9599640, 1.9599640], [-1.0, 0.0, 1.0], 0.5)
+    assert high == pytest.approx((0.5 * 1.9599640 + 4.302653 / 3) / math.sqrt(0.5 + 1 / 3), rel=1e-6) == -low
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_p_of_few_seeds_is_that_of_the_interval_that_ends_there(K):
+    rng = np.random.default_rng(K)
+    e = Estimate(0.5, rng.normal(0.5, 0.1, (4000, 1)) + np.zeros((1, K)), np.linspace(0.4, 0.6, K))
+    low, high = e.interval()
+    assert e.p(low) == pytest.approx(0.05, abs=1e-6) and e.p(high) == pytest.approx(0.05, abs=1e-6)
+    assert e.p(0.5) == pytest.approx(1, abs=1e-6) and e.p(low - 1) < e.p(low - 0.1) < 0.05 < e.p(low + 0.01)
 
 
 def test_four_seeds_add_variances():
@@ -190,7 +211,9 @@ def test_what_people_and_seeds_make_together_is_the_mean_square_of_their_interac
     samples = resampled(x, 20_000, torch.Generator().manual_seed(0)).numpy()
     assert crossed(samples) == pytest.approx(square / 400 / 5, rel=0.03) == pytest.approx(2**2 / 2000, rel=0.2)
     assert crossed(samples[:, :1].repeat(5, 1)) == pytest.approx(0, abs=1e-15)  # seeds that agree about each person
-    assert crossed(samples[:, :3]) == 0.0 and crossed(np.full((9, 5), np.inf)) == 0.0
+    left = left[:, :3] - left[:, :3].mean(1, keepdims=True)  # of three seeds
+    assert crossed(samples[:, :3]) == pytest.approx((left**2).sum() / (400 * 2) / 400 / 3, rel=0.05)
+    assert crossed(samples[:, :1]) == 0.0 and crossed(np.full((9, 5), np.inf)) == 0.0
 
 
 # ---- shares

@@ -51,16 +51,17 @@ def intervals(stats, proportion):
     joined = []
     for values, (below, above), shared in [(s, half, shared) for s in seeds for half in ((0.02, 0.03), (0.5, 0.4))
                                           for shared in (0.0, 5e-5, 0.1)]:  # the last is all of the people's, or more
-        mean, K, (t_low, t_high) = np.mean(values), len(values), t_interval(values)
+        mean, K, z, v = np.mean(values), len(values), stats.norm.ppf(0.975), stats.sem(values) ** 2
         low, high = mean - below, mean + above
-        bounds = [min(low, t_low), max(high, t_high)]
-        if K > 3:
-            z, v = stats.norm.ppf(0.975), stats.sem(values) ** 2
-            both = ((high - low) / 2 / z) ** 2
-            people = max(0.0, both - shared)
+        both = ((high - low) / 2 / z) ** 2
+        people = max(0.0, both - shared)
+        parts = [(side / z) ** 2 * people / both for side in (below, above)]  # the people's variance on either side
+        if K > 3:  # Satterthwaite
             t = stats.t.ppf(0.975, min(10_000, (people + v) ** 2 / (v**2 / (K - 1))))
-            bounds = [mean - t * np.sqrt((below / z) ** 2 * people / both + v),
-                      mean + t * np.sqrt((above / z) ** 2 * people / both + v)]
+            halves = [t * np.sqrt(part + v) for part in parts]
+        else:  # Cochran and Cox
+            halves = [(part * z + v * stats.t.ppf(0.975, K - 1)) / np.sqrt(part + v) for part in parts]
+        bounds = [mean - halves[0], mean + halves[1]]
         joined.append({"bounds": [float(low), float(high)], "values": values, "shared": shared,
                        "result": [float(x) for x in bounds]})
     return {"exact_interval": [{"right": right, "n": n, "result": [
