@@ -1,8 +1,8 @@
 """
 Products in float32 on a CPU by oneDNN, which PyTorch comes with; it asks MKL, which is slower at this study's shapes.
 
-Where both have AVX2 oneDNN is 1.15 times as fast, on AMD with AVX512, where MKL stays with AVX2, 2.2 times. It adds in
-another order: last digits differ.
+Where both have AVX2 oneDNN is 1.1 to 1.2 times as fast, on AMD with AVX512, where MKL stays with AVX2, 2.1 to 2.2 times
+(tests/bench_train.py prints it). It adds in another order: last digits differ.
 """
 import torch
 import torch.nn.functional as F

@@ -176,7 +176,7 @@ def seed_interval(bounds, values, shared=0.0):
 def weighted(of_people, of_seeds, K, alpha=0.05):
     """How far two variances reach together when one is known and one comes from K values: the root of their sum, times
     the mean of the normal's quantile and of t's, each weighted with its variance (Cochran & Cox 1957)."""
-    normal = NORMAL if alpha == 0.05 else -NormalDist().inv_cdf(alpha / 2)
+    normal = -NormalDist().inv_cdf(alpha / 2)
     return (of_people * normal + of_seeds * t_quantile(K - 1, alpha)) / math.sqrt(of_people + of_seeds)
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import recover  # noqa: E402  the path comes first
 from engine.memory import keep_memory  # noqa: E402
+from engine.products import linear  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 V, L, NH, C, B, T = 1024, 4, 4, 96, 32, 64  # the study's dense GPT and its batch
@@ -89,6 +90,17 @@ def seconds(run):
     return time.process_time() - began
 
 
+def product_ratios(repeats=50):
+    """{(rows, in, out): PyTorch's own product over ours in time}, in turns, the median of the ratios."""
+    found = {}
+    for rows, n_in, n_out in ((B * T, C, 4 * C), (B * T, 4 * C, C), (C, B * T, 4 * C), (B * T, C, V)):
+        x, W, ratios = torch.randn(rows, n_in), torch.randn(n_out, n_in), []
+        for _ in range(repeats):
+            ratios.append(seconds(lambda: F.linear(x, W)) / seconds(lambda: linear(x, W)))
+        found[rows, n_in, n_out] = statistics.median(ratios)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(),
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -101,6 +113,8 @@ def main():
     keep_memory()
     print(f"{torch.backends.cpu.get_cpu_capability()}, 1 thread, torch {torch.__version__}: {L} layers of {C}, "
           f"{B} x {T} tokens a step, vocabulary {V:,}, {args.rounds} rounds of {args.steps} steps\n")
+    print("F.linear's time over ours: " + ", ".join(
+        f"{ratio:.2f} ({' x '.join(map(str, shape))})" for shape, ratio in product_ratios().items()) + "\n")
     rows = torch.randint(V, (B, T + 1))
     runs = {"peer, AdamW": peer_steps(args.steps, rows), "ours, AdamW": our_steps(args.steps, rows, 0.0),
             "ours, Muon": our_steps(args.steps, rows, 0.02)}

@@ -202,6 +202,17 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float64(least, trained, b
             assert p.grad is None
 
 
+def test_what_is_cast_or_compiled_keeps_pytorchs_product(monkeypatch):
+    """oneDNN would compute a cast product in float32, and Inductor makes its own."""
+    monkeypatch.setattr(products, "LEAST", 0)
+    layer, x = products.Linear(16, 8, bias=False).requires_grad_(False), torch.randn(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    close(layer.double()(x.double()), x.double() @ layer.weight.T, atol=1e-12)
+    called = {node.target for node in torch.export.export(layer.float(), (x,)).graph.nodes}
+    assert torch.ops.aten.linear.default in called
+
+
 def test_every_plain_layer_has_the_fast_product():
     """Those of a GPT, of a pruned one, and of one whose packed layers are unpacked."""
     model = gpt("ours")

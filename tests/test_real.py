@@ -623,7 +623,13 @@ def test_a_pools_rate_is_that_of_its_prompt(monkeypatch):
 
 def test_products_are_timed_once(tmp_path):
     model, config, world = tiny_world(tmp_path)
+    called = []
+    hooks = [m.register_forward_hook(lambda layer, *_: called.append(layer)) for m in model.modules()
+             if isinstance(m, torch.nn.Linear)]
     took = rates.time_products(model, 16)
+    for hook in hooks:
+        hook.remove()
+    assert model.blocks[0].attn.q in called and model.lm_head in called  # the products that the model itself uses
     assert set(took) == {"plain", "bfloat16"} and all(0 < ms < 1000 for ms in took.values())
     with rates.products(torch.device("cpu"), True):
         assert model.lm_head(torch.ones(1, 32)).dtype == torch.bfloat16
